@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test clean
+
+help:
+	@echo "make demo   run the whole method once, small, on the CPU"
+	@echo "make test   ruff, then the tests"
+	@echo "make clean  remove caches; runs, data and $(VENV) stay"
+	@echo "PYTHON=...  the Python (3.11 or newer) that makes $(VENV); now $(PYTHON)"
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than 3.11; run make PYTHON=python3.11")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.demo
+
+test: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -q
+
+clean:
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache

@@ -1,0 +1,102 @@
+"""Does guidance steer? A class-learner trained on real glyph labels guides; an independent classifier judges.
+
+    python -m benchmarks.steering --epochs 8 --scales 1 4 16
+
+Prints one JSON line a setting: the share of images that the judge gives the class asked for, among all classes and
+among those of the model that drew it, with guidance and (scale 0) without.
+"""
+
+import argparse
+import json
+
+import torch
+
+from config import Settings
+from datasets.augment import AugmentSettings, augment
+from datasets.episodes import EpisodeSampler
+from datasets.sources import load_real
+from guided_diffusion.dist_util import pick_device
+from guided_diffusion.pool import Pool
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.synthesis import Synthesis, synthesise
+from models.class_learner import ClassLearner
+from models.learners import log_probability, train_class_learner, train_meta_model
+from models.meta_model import MetaModel
+from utils.cli import run
+from utils.images import to_float
+from utils.seeding import generator
+
+EPISODES, BATCH = 100, 4  # an epoch, a step
+
+
+def train(data, seed: int, epochs: int, with_learner: bool) -> tuple[MetaModel, ClassLearner]:
+    """A meta-model, and a class-learner where asked for, on real labels."""
+    rng = generator(seed, "steering")
+    classes = len(data.class_names)
+    model = MetaModel(classes, generator=rng)
+    learner = ClassLearner(classes, model.feature_dim, generator=rng)
+    make = dict(momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **make)
+    learner_optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, **make)
+    process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
+    sampler = EpisodeSampler(data.labels, 5, 1, 6)
+    settings = AugmentSettings(flip=False)
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 if epoch < 0.6 * epochs else 0.01
+        shared = dict(augment=lambda x: augment(x, rng, settings))
+        out = train_meta_model(
+            model, optimizer, data.images, data.labels, sampler.sample(EPISODES, rng),
+            batch=BATCH, dense_weight=0.5, **shared,
+        )  # fmt: skip
+        if with_learner:
+            out |= train_class_learner(
+                model, learner, learner_optimizer, data.images, data.labels, steps=50, batch=140, levels=1000,
+                kl_weight=1.0, rng=rng, add_noise=lambda x, t: process.q_sample(x, t, generator=rng), **shared,
+            )  # fmt: skip
+        print(json.dumps({"epoch": epoch + 1, **out}), flush=True)
+    return model, learner
+
+
+def main() -> None:
+    """Train guide and judge, draw, count."""
+    parser = argparse.ArgumentParser(description="Measure how well guidance steers.")
+    parser.add_argument("--pool", default=str(Settings().pool_path))
+    parser.add_argument("--epochs", type=int, default=8, help="of guide and of judge")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 4.0, 16.0])
+    parser.add_argument("--guide-on", nargs="+", default=["x_t", "x_0"])
+    parser.add_argument("--per-class", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    device = pick_device("cpu")
+    data = load_real("glyphs", Settings().data_path, "meta_train", 32, 300)
+    guide, learner = train(data, args.seed, args.epochs, with_learner=True)
+    judge, _ = train(data, args.seed + 1000, args.epochs, with_learner=False)
+    judge.eval()
+    pool = Pool(args.pool)
+    counts = pool.share_classes()
+    function = log_probability(guide, learner)
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # of each class, its model
+    for where in args.guide_on:
+        for scale in (0.0, *args.scales):
+            plan = Synthesis(
+                classes=counts, per_class=args.per_class, steps=args.steps, size=32, seed=args.seed, stream="steering",
+                scale=scale, guide_on=where,
+            )  # fmt: skip
+            images, wanted, hits = synthesise(pool, plan, device, function)
+            with torch.no_grad():
+                logits = torch.cat([judge.classifier(judge.embed(to_float(x))) for x in images.split(250)])
+            own = owner[None, : logits.shape[1]] == owner[wanted][:, None]
+            within = logits[:, : own.shape[1]].masked_fill(~own, -torch.inf)
+            result = {
+                "guide_on": where, "scale": scale, "images": len(images),
+                "judge_all_classes": 100 * float((logits.argmax(1) == wanted).float().mean()),
+                "judge_own_classes": 100 * float((within.argmax(1) == wanted).float().mean()),
+                "guide_itself": 100 * float(hits.float().mean()),
+            }  # fmt: skip
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,249 @@
+"""Typed settings. A setting is declared once, here: flag, default, check and `config.json` come from its field.
+
+`SCENARIOS` holds what a `--dataset` changes; flags given on the command line win over it.
+"""
+
+import argparse
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SOURCES = ("guided", "unguided", "real", "none")
+SPLITS = ("meta_val", "meta_test")
+
+
+def setting(default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="run"):
+    """A dataclass field that becomes a flag. low, high: the range that a number must lie in, inclusive."""
+    extra = dict(help=help, flags=flags, choices=choices, low=low, high=high, group=group)
+    return field(default=default, metadata=extra)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run of `main.py` or `diffusionmix.py` can be told."""
+
+    # what and where
+    dataset: str = setting("glyphs", "scenario", flags=("-d",))
+    data_root: str = setting("", "folder with meta_train, meta_val, meta_test; glyphs needs none")
+    pool: str = setting("", "folder of the pool, or one checkpoint file; default: the scenario's")
+    save_dir: str = setting("", "run folder; default ckpt/runs/DATASET/N-shot")
+    resume: str = setting("", "checkpoint to start from (main.py) or to test (diffusionmix.py)")
+    source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
+                          choices=SOURCES)  # fmt: skip
+    seed: int = setting(1, "of everything random", low=0)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",))
+    precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"))
+    workers: int = setting(4, "threads that read images", flags=("-j",), low=0)
+    height: int = setting(0, "pixels; 0: that of the pool's images", low=0)
+    width: int = setting(0, "pixels; must equal the height", low=0)
+
+    # the pool and its images
+    num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
+    samples_per_class: int = setting(600, "images a pseudo class and round", low=1, group="synthesis")
+    sample_steps: int = setting(25, "DDIM steps of an image", low=1, high=1000, group="synthesis")
+    guidance_scale: float = setting(1.0, "s in s * grad log p(c | x_t, t)", low=0, group="synthesis")
+    guide_on: str = setting("x_t", "what the class-learner looks at: the noisy image, or the x_0 predicted from it",
+                            choices=("x_t", "x_0"), group="synthesis")  # fmt: skip
+    first_labels: str = setting("random", "labels of round 1: guided by a random head, or balanced clusters of "
+                                "unguided images (needs a first round on the models' own labels)",
+                                choices=("random", "clusters"), group="synthesis")  # fmt: skip
+    refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
+    sample_batch: int = setting(250, "images in a batch of the diffusion models", low=1, group="synthesis")
+
+    # pools whose checkpoints do not tell (public ones)
+    image_size: int = setting(64, "pixels, for bare checkpoints", low=8, group="bare checkpoints")
+    num_heads: int = setting(4, "attention heads, for bare checkpoints", low=1, group="bare checkpoints")
+    num_head_channels: int = setting(-1, "channels a head, for bare checkpoints", group="bare checkpoints")
+    use_new_attention_order: bool = setting(False, "for bare checkpoints", group="bare checkpoints")
+    noise_schedule: str = setting("cosine", "for bare checkpoints", choices=("linear", "cosine"),
+                                  group="bare checkpoints")  # fmt: skip
+    diffusion_steps: int = setting(1000, "for bare checkpoints", low=1, group="bare checkpoints")
+
+    # episodes
+    nKnovel: int = setting(5, "way: classes an episode", low=2, group="episodes")
+    nExemplars: int = setting(1, "shot: support images a class", low=1, group="episodes")
+    train_nTestNovel: int = setting(30, "queries of a training episode, all classes together", low=1, group="episodes")
+    nTestNovel: int = setting(75, "queries of a test episode, all classes together", low=1, group="episodes")
+    train_epoch_size: int = setting(1200, "episodes an epoch of training", low=1, group="episodes")
+    train_batch: int = setting(32, "episodes a batch of training", low=1, group="episodes")
+    epoch_size: int = setting(600, "episodes of a validation", low=2, group="episodes")
+    test_batch: int = setting(100, "episodes in a chunk of testing", low=1, group="episodes")
+
+    # learning
+    backbone: str = setting("conv4", "of the meta-model", choices=("conv4", "resnet12"), group="learning")
+    drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
+    scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
+    optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
+    lr: float = setting(0.1, "rate of the meta-model; the class-learner has a tenth", low=0, group="learning")
+    weight_decay: float = setting(5e-4, "L2 penalty", low=0, group="learning")
+    max_epoch: int = setting(90, "epochs", low=1, group="learning")
+    start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
+    kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
+    dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
+    validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
+    flip: bool = setting(True, "mirror training images; False where left and right differ", group="learning")
+
+    # meta-testing
+    phase: str = setting("test", "val or test: the same as --split meta_val or meta_test", choices=("val", "test"),
+                         group="testing")  # fmt: skip
+    split: str = setting("", "classes to test on", choices=("", *SPLITS), group="testing")
+    episodes: int = setting(600, "episodes of the test", low=2, group="testing")
+    mix: bool = setting(True, "also fit heads on diffusion mixes", group="testing")
+    mix_level: int = setting(200, "noise level t of the mixes, of 1000", low=1, high=1000, group="testing")
+    mix_steps: int = setting(10, "denoising steps of a mix, at most mix_level", low=1, high=1000, group="testing")
+    head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
+    head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
+    head_scale: float = setting(1.0, "factor of the unit-length features in the head", low=0, group="testing")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise ValueError(f"got {flag_of(f)} {value!r}, expected one of {', '.join(f.metadata['choices'])}")
+            if not ((low is None or value >= low) and (high is None or value <= high)):  # refuses NaN, too
+                raise ValueError(f"got {flag_of(f)} {value}, expected {_range(low, high)}")
+        if self.dataset not in SCENARIOS:
+            raise ValueError(f"got --dataset {self.dataset!r}, expected one of {', '.join(SCENARIOS)}")
+        for name in ("train_nTestNovel", "nTestNovel"):
+            if getattr(self, name) % self.nKnovel:
+                raise ValueError(
+                    f"got --{name} {getattr(self, name)}, expected a multiple of the {self.nKnovel} classes of an "
+                    f"episode, such as {self.nKnovel * max(1, getattr(self, name) // self.nKnovel)}"
+                )
+        if self.height != self.width and self.width:
+            raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
+        if self.start_epoch >= self.max_epoch:
+            raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
+        if self.mix_steps > self.mix_level:
+            raise ValueError(f"got --mix-steps {self.mix_steps}, expected at most --mix-level, {self.mix_level}")
+
+    # what the fields above come to
+
+    @property
+    def way(self) -> int:
+        """Classes an episode."""
+        return self.nKnovel
+
+    @property
+    def shot(self) -> int:
+        """Support images a class."""
+        return self.nExemplars
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is."""
+        return Path(self.save_dir or f"ckpt/runs/{self.dataset}/{self.nExemplars}-shot")
+
+    @property
+    def pool_path(self) -> Path:
+        """Where the pool is: the glyphs pool ships with the program."""
+        return Path(self.pool or ("ckpt/glyphs" if self.dataset == "glyphs" else f"ckpt/pools/{self.dataset}"))
+
+    @property
+    def data_path(self) -> Path:
+        """Where the image folders are."""
+        return Path(self.data_root or f"data/{SCENARIOS[self.dataset].images}")
+
+    @property
+    def test_split(self) -> str:
+        """The classes that `diffusionmix.py` tests on."""
+        return self.split or f"meta_{self.phase}"
+
+    @property
+    def device_name(self) -> str:
+        """The device, with -g taken in."""
+        return f"cuda:{self.gpu_devices}" if self.gpu_devices and self.device == "auto" else self.device
+
+    def bare_checkpoint_flags(self) -> dict[str, Any]:
+        """What a checkpoint without settings does not tell, for the pool."""
+        names = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
+                 "diffusion_steps")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, for config.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What `--dataset` stands for: which images test it, how its pool is split, other defaults."""
+
+    images: str
+    per_model: int = 0  # classes a pool model was trained on; 0: as its checkpoint says
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_GLYPHS = dict(
+    samples_per_class=100, sample_steps=12, train_epoch_size=100, train_batch=4, max_epoch=12, refresh_every=4,
+    epoch_size=200, flip=False, image_size=32,
+)  # fmt: skip
+SCENARIOS = {
+    "glyphs": Scenario("glyphs", 0, _GLYPHS),
+    "co_miniimagenet": Scenario("miniimagenet", 5, dict(num_classes=64)),
+    "un_miniimagenet": Scenario("miniimagenet", 4, dict(num_classes=52)),
+    "co_cifarfs": Scenario("cifarfs", 5, dict(num_classes=64)),
+    "un_cifarfs": Scenario("cifarfs", 4, dict(num_classes=52)),
+    "cifar_mini": Scenario("cifar_mini", 4, dict(num_classes=104)),
+    "custom": Scenario("custom"),
+}
+
+
+def parse(argv: list[str] | None = None, *, description: str) -> Settings:
+    """Settings from flags: those given, then the scenario's, then the fields' defaults."""
+    parser = _Parser(description=description)
+    groups = {}
+    for f in fields(Settings):
+        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
+        names = [*f.metadata["flags"], flag_of(f)]
+        if "_" in f.name and flag_of(f) != f"--{f.name}":
+            names.append(f"--{f.name}")
+        group.add_argument(
+            *names, dest=f.name, default=MISSING, type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
+            metavar=None if f.metadata["choices"] else type(f.default).__name__.upper(), choices=f.metadata["choices"],
+            help=f"{f.metadata['help']} (default {f.default!r})",
+        )  # fmt: skip
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not MISSING}
+    dataset = given.get("dataset", "glyphs")
+    if dataset not in SCENARIOS:
+        raise ValueError(f"got --dataset {dataset!r}, expected one of {', '.join(SCENARIOS)}")
+    return Settings(**{**SCENARIOS[dataset].defaults, **given})
+
+
+def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_change: set[str]) -> None:
+    """Refuse to go on in a run folder with other settings than its file `path` was made with: ValueError."""
+    other = [name for name, value in made_with.items() if here.get(name) != value and name not in may_change]
+    if other:
+        raise ValueError(
+            f"{path}: was made with {other[0]} {made_with[other[0]]!r}, got {here.get(other[0])!r}; "
+            "give the same settings, or another --save-dir"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; {self.prog} --help lists the flags")
+
+
+def flag_of(f) -> str:
+    """The flag of a field: dashes for underscores, but for the names that the paper's repository spelled so."""
+    return f"--{f.name}" if f.name in _UNDERSCORED else f"--{f.name.replace('_', '-')}"
+
+
+_UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
+
+
+def _range(low, high) -> str:
+    if high is None:
+        return f"{low} or more"
+    return f"{low} to {high}"
+
+
+def _yes_or_no(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
+    return words[text.lower()]

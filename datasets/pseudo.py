@@ -1,0 +1,115 @@
+"""The pseudo dataset of a round: images that the pool drew, with the classes they were drawn for."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from utils.atomic import atomic_file
+from utils.plots import contact_sheet
+from utils.run_log import write_json
+
+_OWN = ("num_classes", "num_images", "class_to_index")  # entries of the manifest that are not the caller's
+
+
+@dataclass(frozen=True)
+class PseudoDataset:
+    """Labelled pseudo images. Class c is the integer c in every folder and round; no name is ever sorted.
+
+    Attributes:
+        images: (N, 3, H, W) uint8, RGB.
+        labels: (N,) int64, from 0 to num_classes - 1.
+        num_classes: C, also where some class has no image.
+
+    Raises:
+        ValueError: shapes, types or labels other than these.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"got {self.images.dtype} images {tuple(self.images.shape)}, expected uint8 (N, 3, H, W)")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"got {self.labels.dtype} labels {tuple(self.labels.shape)} for {len(self.images)} images, "
+                "expected int64 and one an image"
+            )
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+            raise ValueError(
+                f"got labels from {int(self.labels.min())} to {int(self.labels.max())}, "
+                f"expected 0 to {self.num_classes - 1}"
+            )
+
+    def save(self, folder: str | os.PathLike, manifest: Mapping[str, Any]) -> None:
+        """Write images.npy, labels.npy and then manifest.json, so a folder with a manifest is complete.
+
+        Args:
+            folder: made where missing; a dataset in it is replaced.
+            manifest: entries to add to the manifest, such as the settings of the round. It also gets
+                `num_classes`, `num_images` and `class_to_index`, a list of {class, index, images}.
+
+        Raises:
+            ValueError: `manifest` has an entry of one of those names.
+        """
+        taken = [name for name in _OWN if name in manifest]
+        if taken:
+            raise ValueError(f"got a manifest entry {taken[0]}, which the dataset writes itself; use another name")
+        folder = Path(folder)
+        (folder / "manifest.json").unlink(missing_ok=True)  # incomplete from here on
+        for name, tensor in (("images", self.images), ("labels", self.labels)):
+            with atomic_file(folder / f"{name}.npy") as file:
+                np.save(file, tensor.cpu().numpy())
+        counts = torch.bincount(self.labels.cpu(), minlength=self.num_classes).tolist()
+        classes = [{"class": f"class{c}", "index": c, "images": counts[c]} for c in range(self.num_classes)]
+        own = {"num_classes": self.num_classes, "num_images": len(self.labels), "class_to_index": classes}
+        write_json(folder / "manifest.json", {**own, **manifest})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Read what `save` wrote. Raises ValueError where the folder is incomplete or its files disagree."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        try:
+            images, labels = (
+                torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)) for name in ("images", "labels")
+            )
+            dataset = cls(images, labels, int(manifest["num_classes"]))
+        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: damaged pseudo dataset ({error}); delete it and make it again") from error
+        if len(labels) != manifest.get("num_images"):
+            raise ValueError(
+                f"{folder}: holds {len(labels)} images, its manifest says {manifest.get('num_images')}; "
+                "delete the folder to make it again"
+            )
+        return dataset
+
+    def sheet(self, path: str | os.PathLike, per_class: int) -> None:
+        """Write a PNG with a row a class: its number below the first of its first `per_class` images."""
+        rows = torch.full((self.num_classes, per_class, *self.images.shape[1:]), 255, dtype=torch.uint8)
+        for c in range(self.num_classes):
+            first = self.images[self.labels == c][:per_class]
+            rows[c, : len(first)] = first.cpu()  # white where the class has fewer
+        captions = [c if column == 0 else "" for c in range(self.num_classes) for column in range(per_class)]
+        contact_sheet(rows.flatten(0, 1), per_class, path, captions)
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read the manifest of a pseudo dataset. Raises ValueError where it is missing or no JSON object."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no complete pseudo dataset (no manifest.json); make it again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON; delete the folder to make it again") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: got a JSON {type(manifest).__name__}, expected an object; make it again")
+    return manifest

@@ -1,0 +1,185 @@
+"""Meta-testing: episodes -> heads -> results.json.
+
+    python diffusionmix.py                            # the glyphs run of main.py, on its novel classes
+    python diffusionmix.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --split meta_val
+
+Each episode has a head of its own, fitted on its support set, on diffusion mixes of it from every pool model, and on
+the support set again; and for comparison one fitted on the support alone. All heads are fitted together.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Settings, parse
+from datasets.episodes import Episodes, EpisodeSampler
+from datasets.folder import LabelledImages
+from datasets.sources import load_real
+from guided_diffusion.dist_util import autocast, pick_device
+from guided_diffusion.mix import diffusion_mixes, mix_labels
+from guided_diffusion.pool import Pool
+from models.class_learner import load_statistics
+from models.episode_head import Heads, Stage, fit_heads, predict
+from models.meta_model import MetaModel
+from utils import checkpoint
+from utils.cli import run
+from utils.images import to_float
+from utils.metrics import accuracy, mean_confidence_interval, paired_difference
+from utils.run_log import write_json
+from utils.seeding import generator, noise, numpy_generator
+
+RATES = (0.05, 0.01, 0.05)  # of the head's three stages
+MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
+
+
+class Testing:
+    """One evaluation: a trained meta-model, real images of unseen classes, and the pool for the mixes."""
+
+    def __init__(self, settings: Settings):
+        s = self.s = settings
+        self.device = pick_device(s.device_name)
+        path = Path(s.resume) if s.resume else s.run_folder / "best_model.pt"
+        self.model, self.size = load_model(path, self.device)
+        self.images: LabelledImages = load_real(s.dataset, s.data_path, s.test_split, self.size)
+        sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
+        self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
+        self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if s.mix else None
+
+    def run(self) -> dict:
+        """Test, and return what goes into results.json."""
+        s, started = self.s, time.perf_counter()
+        features = self.features(to_float(self.images.images))
+        e = self.episodes
+        support, query = features[e.support], features[e.query]  # (E, S, D), (E, Q, D)
+        targets = torch.nn.functional.one_hot(e.support_labels, s.way).float()
+        plain = self.score(support, targets, [(support, targets), (support, targets)], (RATES[0], RATES[2]), query)
+        mixed = plain
+        if self.pool:
+            mixes, mix_targets = self.mixes(targets)
+            sets = [(support, targets), (mixes, mix_targets), (support, targets)]
+            mixed = self.score(support, targets, sets, RATES, query)
+        return self.results(mixed, plain, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Unit-length features (N, D) of images (N, 3, H, W), on the CPU."""
+        return torch.cat([self.model.embed(part.to(self.device)).cpu() for part in images.split(500)])
+
+    def score(self, support: Tensor, targets: Tensor, sets: list, rates: tuple, query: Tensor) -> Tensor:
+        """Accuracy (E,) in percent of heads fitted on `sets` one after the other."""
+        s = self.s
+        stages = [Stage(x, y, s.head_steps, rate) for (x, y), rate in zip(sets, rates, strict=True)]
+        rngs = [generator(s.seed, "head", i) for i in range(len(support))] if s.head_init == "random" else None
+        heads: Heads = fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
+        return accuracy(predict(heads, query), self.episodes.query_labels)
+
+    def mixes(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model.
+
+        One pool model after the other, so that each checkpoint is read once; its mixes in full batches.
+        """
+        s, e = self.s, self.episodes
+        count, shots = e.support.shape
+        features, labels = [], []
+        for m in tqdm(range(len(self.pool)), desc="mixes", unit="model", leave=False):
+            member = self.pool.load(m, self.device)
+            rngs = [numpy_generator(s.seed, "mix", m, i) for i in range(count)]
+            order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])  # (E, S)
+            weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs]).float()
+            first, second = e.support, e.support.gather(1, order)
+            parts = [
+                self.mix_part(member, m, part, first.flatten(), second.flatten(), weight.flatten())
+                for part in torch.arange(count * shots).split(s.sample_batch)
+            ]
+            features.append(torch.cat(parts).unflatten(0, (count, shots)))
+            partner = targets.gather(1, order[..., None].expand_as(targets))
+            labels.append(mix_labels(targets, partner, weight))
+        return torch.cat(features, 1), torch.cat(labels, 1)
+
+    def mix_part(self, member, m: int, part: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+        """Features of one batch of mixes by pool model m."""
+        s, size = self.s, member.image_size
+        x_a, x_b = (self.resized(self.images.images[index[part]], size) for index in (first, second))
+        eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
+        local = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
+        with autocast(s.precision, self.device):
+            mixed = diffusion_mixes(
+                member, x_a, x_b, weight[part].to(self.device), eps,
+                level=s.mix_level, steps=s.mix_steps, local_labels=local,
+            )  # fmt: skip
+        if size != self.size:
+            mixed = torch.nn.functional.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.features(mixed.float())
+
+    def resized(self, images: Tensor, size: int) -> Tensor:
+        """uint8 images as floats on the device, at a pool model's size."""
+        pictures = to_float(images.to(self.device))
+        if size == self.size:
+            return pictures
+        return torch.nn.functional.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+
+    def results(self, mixed: Tensor, plain: Tensor, seconds: float) -> dict:
+        """What results.json holds; accuracies in percent."""
+        s = self.s
+        accuracy_, ci95 = mean_confidence_interval(mixed)
+        without, without_ci95 = mean_confidence_interval(plain)
+        difference, difference_ci95 = paired_difference(mixed, plain)
+        return {
+            "dataset": s.dataset,
+            "split": s.test_split,
+            "way": s.way,
+            "shot": s.shot,
+            "query": s.nTestNovel // s.way,
+            "episodes": s.episodes,
+            "seed": s.seed,
+            "accuracy": accuracy_,
+            "ci95": ci95,
+            "accuracy_without_mix": without,
+            "ci95_without_mix": without_ci95,
+            "paired_difference": difference,
+            "paired_ci95": difference_ci95,
+            "seconds": seconds,
+            "mix_steps": s.mix_steps if self.pool else 0,
+            "pool_models": len(self.pool) if self.pool else 0,
+            "precision": s.precision,
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "by_episode": mixed.tolist(),
+            "by_episode_without_mix": plain.tolist(),
+        }
+
+
+def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
+    """The meta-model of a run in eval mode, and the size of the images that it was trained on."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint; make it with python main.py, or name one with --resume")
+    state = checkpoint.load(path, device)
+    wanted = ("model", "model_statistics", "num_classes", "image_size", "settings")
+    if not isinstance(state, dict) or any(name not in state for name in wanted):
+        raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
+    settings = state["settings"]
+    model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"]).to(device)
+    checkpoint.load_state(model, state["model"], path)
+    load_statistics(model, state["model_statistics"])
+    return model.eval(), state["image_size"]
+
+
+def main() -> None:
+    """Parse, test, write results.json, say what came out."""
+    settings = parse(description="Meta-test with diffusion mixes.")
+    results = Testing(settings).run()
+    path = settings.run_folder / "results.json"
+    write_json(path, results)
+    print(
+        f"{results['way']}-way {results['shot']}-shot on {results['split']}: {results['accuracy']:.2f} +- "
+        f"{results['ci95']:.2f} % with mixes, {results['accuracy_without_mix']:.2f} +- "
+        f"{results['ci95_without_mix']:.2f} % without, {results['paired_difference']:+.2f} +- "
+        f"{results['paired_ci95']:.2f} paired, {results['episodes']} episodes, {results['seconds']:.0f} s; {path}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

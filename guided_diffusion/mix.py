@@ -1,0 +1,55 @@
+"""Diffusion mixes: two images blended at a noise level and denoised by a pool model."""
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.guidance import sample
+from guided_diffusion.pool import PoolModel
+
+
+def mix_timesteps(level: int, steps: int, total: int) -> list[int]:
+    """The `steps` timesteps, evenly spaced from 0 to `level` - 1, that denoise an image at noise level `level`.
+
+    Raises ValueError unless 1 <= steps <= level <= total.
+    """
+    if not 1 <= steps <= level <= total:
+        raise ValueError(
+            f"got {steps} mix steps from level {level} of {total}; expected 1 <= steps <= level <= {total}"
+        )
+    if steps == 1:
+        return [level - 1]
+    return [round(i * (level - 1) / (steps - 1)) for i in range(steps)]
+
+
+def diffusion_mixes(
+    model: PoolModel,
+    x_a: Tensor,
+    x_b: Tensor,
+    weight: Tensor,
+    noise: Tensor,
+    *,
+    level: int = 200,
+    steps: int = 10,
+    local_labels: Tensor | None = None,
+) -> Tensor:
+    """Blend pairs of images at noise level t = `level` and denoise them.
+
+    x_t = sqrt(abar_t) (w x_a + (1 - w) x_b) + sqrt(1 - abar_t) eps: both images take the *same* noise, so that the
+    blend has the noise level that the denoiser expects (two independent ones would have less).
+
+    x_a, x_b: (N, 3, H, W) float in [-1, 1]; weight: (N,) in [0, 1], the share of x_a, which is also its share of
+    the label (`mix_labels`); noise: (N, 3, H, W) standard normal.
+    level, steps: as for `mix_timesteps`; local_labels: (N,) for a class-conditional network.
+    Returns (N, 3, H, W) float in [-1, 1].
+    """
+    diffusion = model.diffusion(mix_timesteps(level, steps, model.flags["diffusion_steps"]))
+    share = weight.view(-1, 1, 1, 1)
+    start = torch.full((len(x_a),), diffusion.num_timesteps - 1, device=x_a.device, dtype=torch.int64)
+    x_t = diffusion.q_sample(share * x_a + (1 - share) * x_b, start, noise)
+    return sample(model.network, diffusion, x_t, local_labels=local_labels)
+
+
+def mix_labels(targets_a: Tensor, targets_b: Tensor, weight: Tensor) -> Tensor:
+    """Soft labels of mixes: w y_a + (1 - w) y_b, for targets (..., way) and weights (...)."""
+    share = weight[..., None]
+    return share * targets_a + (1 - share) * targets_b

@@ -1,0 +1,188 @@
+"""The pool: a folder of pre-trained diffusion models, the only source of data that there is."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guided_diffusion.respace import SpacedDiffusion, respaced
+from guided_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_model,
+    infer_model_flags,
+    model_and_diffusion_defaults,
+)
+from guided_diffusion.unet import UNetModel
+from utils import checkpoint
+
+_DIFFUSION_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps")
+
+
+def subset_path(pool: str | os.PathLike, m: int) -> Path:
+    """Where model m (from 1) of a pool lies: <pool>/subset{m}/ckpt/model.pt."""
+    return Path(pool) / f"subset{m}" / "ckpt" / "model.pt"
+
+
+@dataclass(frozen=True)
+class PoolModel:
+    """One loaded model of the pool.
+
+    Attributes:
+        network: the U-Net in eval mode, without gradients.
+        flags: every flag of `create_model_and_diffusion` that it was made with.
+        num_classes: how many classes it was trained on, None where its checkpoint does not tell.
+        path: the file.
+    """
+
+    network: UNetModel
+    flags: dict[str, Any]
+    num_classes: int | None
+    path: Path
+
+    @property
+    def image_size(self) -> int:
+        """Side of its images, in pixels."""
+        return self.flags["image_size"]
+
+    @property
+    def class_cond(self) -> bool:
+        """Whether it takes local labels y."""
+        return self.flags["class_cond"]
+
+    def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
+        """Its process, visiting the timesteps `kept`: "ddim25" and the like, or a list; "" keeps all."""
+        chosen = {name: self.flags[name] for name in _DIFFUSION_FLAGS}
+        spec = kept if isinstance(kept, str) else ""
+        process = create_gaussian_diffusion(steps=self.flags["diffusion_steps"], timestep_respacing=spec, **chosen)
+        return process if isinstance(kept, str) else respaced(process, kept)
+
+
+class Pool:
+    """The models of a folder, in the order of their numbers; each is read when it is asked for.
+
+    Our own checkpoints carry their flags. Of a bare state dict (a public checkpoint) what the tensors tell is read
+    off them, and the rest, such as heads, noise schedule and image size, comes from `flags`.
+    """
+
+    def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
+        """path: a folder with subset{1..M}/ckpt/model.pt, or one checkpoint file (then M = 1).
+
+        Raises ValueError where there is neither, or where the numbers have a gap.
+        """
+        self.path, self._flags = Path(path), dict(flags or {})
+        if self.path.is_file():
+            self.files = [self.path]
+            return
+        found = {}
+        for file in self.path.glob("subset*/ckpt/model.pt"):
+            number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
+            if number:
+                found[int(number[1])] = file
+        if not found:
+            raise ValueError(
+                f"{self.path}: got no diffusion models, expected subset1/ckpt/model.pt and so on; make a pool with "
+                f"python guided_diffusion/image_train.py --data_dir DATA/meta_train --pool {self.path}"
+            )
+        gaps = sorted(set(range(1, max(found) + 1)) - set(found))
+        if gaps:
+            raise ValueError(
+                f"{self.path}: got subsets up to {max(found)} but not {', '.join(map(str, gaps))}; "
+                "the same image_train.py --pool command again makes those that are missing"
+            )
+        self.files = [found[m] for m in sorted(found)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int, device: torch.device | str = "cpu") -> PoolModel:
+        """Read model `index` (from 0) onto `device`, strictly.
+
+        Raises CheckpointError for a file that is damaged, of another kind, or does not fit its flags.
+        """
+        path = self.files[index]
+        payload = checkpoint.load(path)
+        weights, flags, num_classes = self._describe(payload, path)
+        names = ("learn_sigma", *(name for name in model_and_diffusion_defaults() if name not in _NOT_OF_NETWORK))
+        network = create_model(**{name: flags[name] for name in names})
+        weights = {
+            k: w.float() if isinstance(w, torch.Tensor) and w.is_floating_point() else w for k, w in weights.items()
+        }
+        checkpoint.load_state(network, weights, path)
+        return PoolModel(network.to(device).eval().requires_grad_(False), flags, num_classes, path)
+
+    def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:
+        """Pseudo classes of each model, in order.
+
+        num_classes: of the whole pool; 0 takes what each checkpoint says that it was trained on.
+        per_model: classes a model, the last one having what is left; 0 shares them out evenly.
+        Raises ValueError where the pool is of another size than that needs, or where a checkpoint does not tell.
+        """
+        if num_classes:
+            least, more = divmod(num_classes, len(self))
+            counts = [least + (m < more) for m in range(len(self))]
+            if per_model:
+                counts = [min(per_model, num_classes - per_model * m) for m in range(len(self))]
+            if min(counts) < 1 or sum(counts) != num_classes:
+                share = per_model or 1
+                raise ValueError(
+                    f"{self.path}: got {len(self)} models for {num_classes} pseudo classes, {share} or more a model, "
+                    f"expected {-(-num_classes // share)} models; give another --pool or --num-classes"
+                )
+            return counts
+        counts = [self._describe(checkpoint.load(path), path)[2] for path in self.files]
+        if None in counts:
+            path = self.files[counts.index(None)]
+            raise ValueError(f"{path}: does not tell how many classes it was trained on; give --num-classes")
+        return counts
+
+    def check(self, classes: Sequence[int], steps: int) -> None:
+        """Read every model once, so that what is wrong with one is said before hours of drawing from others.
+
+        classes: pseudo classes of each model; steps: of DDIM. Raises ValueError where one does not load, or cannot do
+        that, or is conditional on fewer classes.
+        """
+        for m, count in enumerate(classes):
+            model = self.load(m)
+            try:
+                model.diffusion(f"ddim{steps}")
+            except ValueError as error:
+                raise ValueError(f"{model.path}: cannot take {steps} DDIM steps ({error})") from None
+            if model.class_cond and count > model.flags["num_classes"]:
+                raise ValueError(
+                    f"{model.path}: is conditional on {model.flags['num_classes']} classes, got {count} pseudo classes "
+                    "for it; give fewer --num-classes"
+                )
+
+    def _describe(self, payload: Any, path: Path) -> tuple[Mapping, dict[str, Any], int | None]:
+        """Weights, flags and number of classes of a checkpoint of ours or of a bare state dict."""
+        if not isinstance(payload, Mapping):
+            raise checkpoint.CheckpointError(f"{path}: got {type(payload).__name__}, expected a state dict")
+        if "model" in payload and "flags" in payload:
+            if not isinstance(payload["model"], Mapping) or not isinstance(payload["flags"], Mapping):
+                raise checkpoint.CheckpointError(f"{path}: holds no weights with their flags; make the model again")
+            return payload["model"], {**model_and_diffusion_defaults(), **payload["flags"]}, payload.get("num_classes")
+        flags = {**model_and_diffusion_defaults(), **self._flags}
+        try:
+            flags.update(infer_model_flags(payload, flags["image_size"]))
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{path}: {error}") from None
+        return payload, flags, flags["num_classes"] if flags["class_cond"] else None
+
+
+_NOT_OF_NETWORK = frozenset(
+    (
+        "learn_sigma",
+        "diffusion_steps",
+        "noise_schedule",
+        "timestep_respacing",
+        "use_kl",
+        "predict_xstart",
+        "rescale_timesteps",
+        "rescale_learned_sigmas",
+        "loss_weighting",
+    )
+)

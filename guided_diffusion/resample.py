@@ -1,0 +1,102 @@
+"""Which timesteps a training batch visits, and the weights that keep its loss unbiased (IDDPM, sec. 3.3)."""
+
+from typing import Any
+
+import torch
+
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+
+
+def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "ScheduleSampler":
+    """The sampler `name`, "uniform" or "loss-second-moment", over the timesteps of `diffusion`."""
+    if name == "uniform":
+        return UniformSampler(diffusion.num_timesteps)
+    if name == "loss-second-moment":
+        return LossSecondMomentResampler(diffusion.num_timesteps)
+    raise ValueError(f"unknown schedule_sampler {name!r}; expected uniform or loss-second-moment")
+
+
+class ScheduleSampler:
+    """Draws timesteps t with probability p(t) and weighs their losses by 1 / (T p(t))."""
+
+    def __init__(self, num_timesteps: int):
+        self.num_timesteps = num_timesteps
+
+    def probabilities(self) -> torch.Tensor:
+        """p(t), (T,) float64 on the CPU, summing to 1."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps (N,) int64 in [0, T) and loss weights (N,) float32, on `device`.
+
+        A generator of the CPU draws the same timesteps for every device.
+        """
+        p = self.probabilities()
+        if generator is not None:
+            p = p.to(generator.device)
+        t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
+        weights = 1.0 / (self.num_timesteps * p[t])
+        return t.to(device), weights.to(device=device, dtype=torch.float32)
+
+    def update_with_local_losses(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Learn from the unweighted losses (N,) seen at timesteps (N,); uniform sampling ignores them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be saved to resume with the same probabilities: a dict of CPU tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned; ValueError if it is another sampler's or another T's."""
+        if state:
+            raise ValueError(f"sampler state has {sorted(state)}; expected none: was the schedule_sampler changed?")
+
+
+class UniformSampler(ScheduleSampler):
+    """p(t) = 1 / T."""
+
+    def probabilities(self) -> torch.Tensor:
+        return torch.full((self.num_timesteps,), 1.0 / self.num_timesteps, dtype=torch.float64)
+
+
+class LossSecondMomentResampler(ScheduleSampler):
+    """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
+
+    Uniform until every t has `history_per_term` losses; then `uniform_prob` of the mass stays uniform, so
+    that no timestep is forgotten. One process only: losses of other processes are not gathered.
+    """
+
+    def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
+        super().__init__(num_timesteps)
+        self.uniform_prob = uniform_prob
+        self.history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64)
+        self.seen = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    def probabilities(self) -> torch.Tensor:
+        terms = self.history.square().mean(dim=1).sqrt()
+        uniform = torch.full_like(terms, 1.0 / self.num_timesteps)
+        if bool((self.seen < self.history.shape[1]).any()) or not bool(terms.sum() > 0):
+            return uniform
+        return (1.0 - self.uniform_prob) * terms / terms.sum() + self.uniform_prob * uniform
+
+    def update_with_local_losses(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        length = self.history.shape[1]
+        for t, loss in zip(timesteps.tolist(), losses.detach().tolist(), strict=True):
+            self.history[t, int(self.seen[t]) % length] = loss  # overwrites the oldest
+            self.seen[t] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.clone(), "seen": self.seen.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        shape = tuple(state["history"].shape) if set(state) == {"history", "seen"} else None
+        if shape != tuple(self.history.shape):
+            raise ValueError(
+                f"sampler state has history of shape {shape}; expected {tuple(self.history.shape)}: "
+                "were schedule_sampler or diffusion_steps changed?"
+            )
+        self.history, self.seen = state["history"].clone(), state["seen"].clone()

@@ -1,0 +1,101 @@
+"""Drawing the images of a round from every model of the pool, guided or not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from guided_diffusion.dist_util import autocast
+from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
+from guided_diffusion.pool import Pool, PoolModel
+from utils.images import to_uint8
+from utils.seeding import noise
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How to draw a round's images.
+
+    Attributes:
+        classes: pseudo classes of each pool model, in order; class c belongs to one model and stays with it.
+        per_class: images a class.
+        steps: of DDIM.
+        size: side in pixels of what comes out; models of another size are resampled.
+        seed, stream: image i of a model starts from noise that depends on these, the model and i alone, so that it
+            does not change with the batch.
+        batch: images that pass the networks at once.
+        scale: s in s * grad log p(c | x_t, t).
+        guide_on: "x_t" or "x_0", as in `guidance.sample`.
+        precision: of the diffusion models: auto, float32 or bf16.
+    """
+
+    classes: Sequence[int]
+    per_class: int
+    steps: int
+    size: int
+    seed: int
+    stream: int | str
+    batch: int = 250
+    scale: float = 1.0
+    guide_on: str = "x_t"
+    precision: str = "auto"
+
+    def first_class(self, m: int) -> int:
+        """The first pseudo class of pool model m (from 0)."""
+        return sum(self.classes[:m])
+
+
+def synthesise(
+    pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw the images of all classes, model by model.
+
+    log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), to guide by; None draws without guidance.
+    Returns images (N, 3, size, size) uint8; the global class asked for of each (N,) int64, N = C * per_class, class
+    after class; and with guidance which of them `log_probability` gives that class at t = 0 (N,) bool, else None.
+    """
+    images, classes, hits = [], [], []
+    with tqdm(total=sum(plan.classes) * plan.per_class, desc="synthesis", unit="image", leave=False) as bar:
+        for m, count in enumerate(plan.classes):
+            model = pool.load(m, device)
+            local = torch.arange(count).repeat_interleave(plan.per_class)
+            for index in torch.arange(len(local)).split(plan.batch):
+                wanted = (plan.first_class(m) + local[index]).to(device)
+                drawn = _draw(model, m, plan, index, local[index].to(device), wanted, log_probability)
+                if log_probability is not None:
+                    with torch.no_grad():
+                        guess = log_probability(drawn, torch.zeros(len(drawn), device=device)).argmax(1)
+                    hits.append((guess == wanted).cpu())
+                images.append(to_uint8(_resized(drawn, plan.size)).cpu())
+                classes.append(wanted.cpu())
+                bar.update(len(index))
+    return torch.cat(images), torch.cat(classes), torch.cat(hits) if hits else None
+
+
+def _draw(
+    model: PoolModel, m: int, plan: Synthesis, index: Tensor, local: Tensor, wanted: Tensor,
+    log_probability: LogProbability | None,
+) -> Tensor:  # fmt: skip
+    """Images number `index` of model m: float (N, 3, H, W) in [-1, 1] at the model's own size."""
+    size = model.image_size
+    x_t = noise((3, size, size), index.tolist(), plan.seed, "synthesis", plan.stream, m).to(wanted.device)
+    cond_fn = classifier_guidance(log_probability, wanted, plan.scale) if log_probability is not None else None
+    with autocast(plan.precision, wanted.device):
+        drawn = sample(
+            model.network,
+            model.diffusion(f"ddim{plan.steps}"),
+            x_t,
+            cond_fn=cond_fn,
+            guide_on=plan.guide_on,
+            local_labels=local if model.class_cond else None,
+        )
+    return drawn.float()
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,315 @@
+"""The U-Net of DDPM with the improvements of IDDPM (arXiv 2102.09672) and ADM (arXiv 2105.05233).
+
+Names, shapes and order of the state dict are those of the public guided-diffusion checkpoints.
+"""
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from guided_diffusion.nn import PointwiseConv, normalization, timestep_embedding, zero_module
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _halve(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(x, kernel_size=2)
+
+
+class Upsample(nn.Module):
+    """(N, C, H, W) -> (N, C, 2H, 2W): nearest neighbour, then a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(_double(x))
+
+
+class Downsample(nn.Module):
+    """(N, C, H, W) -> (N, C, H/2, W/2): a 3x3 convolution of stride 2 if `use_conv`, else average pooling."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the time embedding; `resample` is None, "up" or "down".
+
+    x: (N, in_channels, H, W), emb: (N, emb_channels) -> (N, out_channels, H', W'), H' = H, 2H or H/2.
+    With `use_scale_shift_norm` the embedding scales and shifts the second norm (ADM, sec. 3), else it is added.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        dropout: float = 0.0,
+        use_scale_shift_norm: bool = False,
+        use_checkpoint: bool = False,
+        resample: str | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.resample = {None: None, "up": _double, "down": _halve}[resample]
+        self.in_layers = nn.Sequential(
+            normalization(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        emb_out = self.emb_layers(emb)[:, :, None, None]  # (N, out or 2 * out, 1, 1)
+        norm, *rest = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + emb_out)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention between all positions of a feature map, with a residual: (N, C, H, W) -> the same.
+
+    The 3C outputs of `qkv` are read as (heads, qkv, C / heads), the order of the first public
+    checkpoints, or with `new_order` as (qkv, heads, C / heads).
+    """
+
+    def __init__(self, channels: int, num_heads: int, *, new_order: bool = False, use_checkpoint: bool = False):
+        super().__init__()
+        if num_heads < 1 or channels % num_heads:
+            raise ValueError(
+                f"attention over {channels} channels cannot have {num_heads} heads; "
+                "choose num_heads or num_head_channels that divide the channels"
+            )
+        self.num_heads = num_heads
+        self.new_order = new_order
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = PointwiseConv(channels, 3 * channels)
+        self.proj_out = zero_module(PointwiseConv(channels, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, T, C)
+        qkv = self.qkv(tokens)  # (N, T, 3C)
+        if self.new_order:
+            qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            qkv = qkv.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        q, k, v = qkv  # each (N, heads, T, C / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (N, T, C)
+        return x + self.proj_out(mixed).transpose(1, 2).unflatten(2, (height, width))
+
+
+class Stage(nn.Sequential):
+    """Layers in sequence, of which the residual blocks also get the time embedding."""
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """The noise-predicting U-Net.
+
+    image_size: pixels a side at training (H and W must be divisible by 2 ** (levels - 1)).
+    model_channels: width that `channel_mult` multiplies, one factor a level, finest first.
+    attention_resolutions: downsampling factors (1, 2, 4, ...) whose blocks are followed by attention.
+    num_classes: None for an unconditional network.
+    num_head_channels: channels a head; -1 takes `num_heads` heads everywhere.
+    num_heads_upsample: heads of the decoder; -1 means `num_heads`.
+    conv_resample: learned down- and upsampling; resblock_updown: residual blocks do it (ADM, sec. 3).
+    use_checkpoint: recompute activations in the backward pass: less memory, more time.
+    use_fp16: run under float16 autocast, weights untouched. `model.to(torch.bfloat16)` runs the whole
+    network in that type instead: activations follow the weights, the output has the type of the input.
+    Raises ValueError for settings that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__()
+        widths = _level_widths(image_size, model_channels, channel_mult, num_res_blocks)
+        attention_resolutions = set(attention_resolutions)
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.use_fp16 = use_fp16
+        emb_channels = 4 * model_channels
+        encoder_heads, decoder_heads = num_heads, num_heads if num_heads_upsample == -1 else num_heads_upsample
+
+        def res(n_in: int, n_out: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(
+                n_in,
+                n_out,
+                emb_channels,
+                dropout=dropout,
+                use_scale_shift_norm=use_scale_shift_norm,
+                use_checkpoint=use_checkpoint,
+                resample=resample,
+            )
+
+        def attend(channels: int, heads: int) -> AttentionBlock:
+            if num_head_channels != -1:
+                if num_head_channels < 1 or channels % num_head_channels:
+                    raise ValueError(
+                        f"num_head_channels {num_head_channels} does not divide the {channels} channels of an "
+                        "attention block; choose a divisor, or -1 to use num_heads"
+                    )
+                heads = channels // num_head_channels
+            return AttentionBlock(channels, heads, new_order=use_new_attention_order, use_checkpoint=use_checkpoint)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        channels = widths[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips = [channels]  # widths of the encoder's outputs, which the decoder takes from the end
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res(channels, width)]
+                channels = width
+                if 2**level in attention_resolutions:
+                    layers.append(attend(channels, encoder_heads))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(channels)
+            if level + 1 < len(widths):
+                down = res(channels, channels, "down") if resblock_updown else Downsample(channels, conv_resample)
+                self.input_blocks.append(Stage(down))
+                skips.append(channels)
+
+        self.middle_block = Stage(res(channels, channels), attend(channels, encoder_heads), res(channels, channels))
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for block in range(num_res_blocks + 1):
+                layers = [res(channels + skips.pop(), width)]
+                channels = width
+                if 2**level in attention_resolutions:
+                    layers.append(attend(channels, decoder_heads))
+                if level > 0 and block == num_res_blocks:
+                    up = res(channels, channels, "up") if resblock_updown else Upsample(channels, conv_resample)
+                    layers.append(up)
+                self.output_blocks.append(Stage(*layers))
+
+        self.out = nn.Sequential(
+            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """Predict from noised images.
+
+        x: (N, in_channels, H, W) images x_t; timesteps: (N,); y: (N,) int64 labels in [0, num_classes)
+        for a conditional network, None for an unconditional one.
+        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError for a label too many or too
+        few, and for images whose sides the network cannot halve.
+        """
+        if (y is None) != (self.num_classes is None):
+            kind = "unconditional, but labels y were given" if y is not None else "conditional, but got no labels y"
+            raise ValueError(f"the network is {kind}; pass y exactly when class_cond is set")
+        if x.shape[2] % self.downsampling or x.shape[3] % self.downsampling:
+            raise ValueError(
+                f"images of {x.shape[2]}x{x.shape[3]} pixels given; this network needs multiples of {self.downsampling}"
+            )
+        dtype = self.time_embed[0].weight.dtype
+        with torch.autocast(x.device.type, torch.float16) if self.use_fp16 else nullcontext():
+            emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+            if y is not None:
+                emb = emb + self.label_emb(y)
+            h = x.to(dtype)
+            skips = []
+            for stage in self.input_blocks:
+                h = stage(h, emb)
+                skips.append(h)
+            h = self.middle_block(h, emb)
+            for stage in self.output_blocks:
+                h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            return self.out(h).to(x.dtype)
+
+
+def _level_widths(image_size: int, channels: int, channel_mult: Sequence[float], num_res_blocks: int) -> list[int]:
+    """Width of each level, after a check that the settings fit the image size."""
+    if num_res_blocks < 1:
+        raise ValueError(f"num_res_blocks is {num_res_blocks}; expected at least 1")
+    if not channel_mult:
+        raise ValueError("channel_mult is empty; give one factor a level, as in 1,2,2")
+    if image_size % 2 ** (len(channel_mult) - 1):
+        raise ValueError(
+            f"channel_mult has {len(channel_mult)} levels, which halve images of {image_size} pixels "
+            f"{len(channel_mult) - 1} times; use fewer levels or a multiple of {2 ** (len(channel_mult) - 1)} pixels"
+        )
+    exact = [factor * channels for factor in channel_mult]
+    widths = [round(width) for width in exact]
+    if any(width < 1 or abs(width - wanted) > 1e-6 for width, wanted in zip(widths, exact, strict=True)):
+        raise ValueError(
+            f"channel_mult {tuple(channel_mult)} times num_channels {channels} is not a whole positive number of "
+            "channels at every level; change one of them"
+        )
+    return widths

@@ -1,0 +1,297 @@
+"""Meta-training from a pool of diffusion models: settings -> parts -> rounds.
+
+    python main.py                                  # glyphs, with the pool that ships
+    python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --nExemplars 1
+
+A round synthesises a pseudo dataset, then trains on it, epoch by epoch, the meta-model and the class-learner that
+will steer the next round. The weights that are best on meta_val are kept. The same command again goes on where it
+stopped.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import SCENARIOS, Settings, check_same, parse
+from datasets.augment import AugmentSettings, augment
+from datasets.episodes import EpisodeSampler
+from datasets.folder import LabelledImages
+from datasets.pseudo import PseudoDataset
+from datasets.sources import load_real
+from guided_diffusion.dist_util import pick_device
+from guided_diffusion.pool import Pool
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.synthesis import Synthesis, synthesise
+from models import learners
+from models.class_learner import ClassLearner, load_statistics, statistics
+from models.clusters import balanced_clusters
+from models.meta_model import MetaModel, prototype_scores
+from utils import checkpoint
+from utils.cli import run
+from utils.images import to_float
+from utils.metrics import accuracy, mean_confidence_interval
+from utils.plots import curves
+from utils.run_log import RunLog
+from utils.seeding import generator
+
+MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "max_epoch"}
+
+
+class Training:
+    """One run: its settings, parts and state."""
+
+    def __init__(self, settings: Settings):
+        self.s = settings
+        self.device = pick_device(settings.device_name)
+        needs_pool = settings.source in ("guided", "unguided") or settings.pool_path.exists()
+        self.pool = Pool(settings.pool_path, settings.bare_checkpoint_flags()) if needs_pool else None
+        self.size = size = settings.height or (self.pool.load(0).image_size if self.pool else settings.image_size)
+        self.validation = load_real(settings.dataset, settings.data_path, "meta_val", size)
+        queries = settings.nTestNovel // settings.way
+        sampler = EpisodeSampler(self.validation.labels, settings.way, settings.shot, queries)
+        self.val_episodes = sampler.sample_indexed(0, settings.epoch_size, settings.seed, "validation")
+        self.per_model = []
+        if settings.source in ("guided", "unguided"):
+            share = SCENARIOS[settings.dataset].per_model
+            self.per_model = self.pool.share_classes(settings.num_classes, share)
+        self.real = self.real_images() if settings.source == "real" else None
+        self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or settings.num_classes or 1
+        self.check()
+        rng = generator(settings.seed, "weights")
+        self.model = MetaModel(
+            self.num_classes, settings.scale_cls, settings.backbone, drop_rate=settings.drop_rate, generator=rng
+        ).to(self.device)
+        self.learner = ClassLearner(self.num_classes, self.model.feature_dim, generator=rng).to(self.device)
+        self.model_optimizer, self.learner_optimizer = (
+            learners.make_optimizer(settings.optim, module, settings.weight_decay)
+            for module in (self.model, self.learner)
+        )
+        self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
+        self.augmentation = AugmentSettings(flip=settings.flip)
+        self.epoch, self.best = settings.start_epoch, -1.0
+        restored = self.restore()
+        self.log = RunLog(settings.run_folder)  # last: what is refused above leaves no folder behind
+        if restored:
+            self.log.line(f"going on from {restored} at epoch {self.epoch}")
+
+    # ---- parts
+
+    def real_images(self) -> LabelledImages:
+        """The labelled base images that only the real-data reference may see."""
+        s = self.s
+        return load_real(s.dataset, s.data_path, "meta_train", self.size, s.samples_per_class)
+
+    def check(self) -> None:
+        """Refuse at once what would stop the run later."""
+        s = self.s
+        if self.size < 16:
+            raise ValueError(f"got images of {self.size} pixels, the meta-model needs 16; give --height 32 --width 32")
+        by_model = s.source == "unguided" or (s.source == "guided" and s.first_labels == "clusters")
+        labels = len(self.per_model) if by_model else self.num_classes
+        if labels < s.way and s.source != "none":
+            raise ValueError(
+                f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; "
+                "give a larger pool, more --num-classes, or a lower --nKnovel"
+            )
+        needed = s.shot + s.train_nTestNovel // s.way
+        if s.source in ("guided", "unguided") and s.samples_per_class < needed:
+            raise ValueError(f"got --samples-per-class {s.samples_per_class}, an episode needs {needed}; ask for more")
+        if self.per_model:
+            self.pool.check(self.per_model, s.sample_steps)
+        if self.real:
+            EpisodeSampler(self.real.labels, s.way, s.shot, s.train_nTestNovel // s.way)
+
+    # ---- synthesis
+
+    def pseudo_dataset(self, round_index: int) -> PseudoDataset:
+        """The images to train on in a round: read if they are there, else made and kept."""
+        if self.real:
+            return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
+        folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
+        if (folder / "manifest.json").exists():
+            return PseudoDataset.load(folder)
+        dataset, hits = self.synthesise(round_index)
+        dataset.sheet(folder / "sheet.png", 16)
+        dataset.save(folder, {"round": round_index, "source": self.s.source, "hit_rate": hits})
+        if hits is not None:
+            self.log.line(f"round {round_index}: guided hit rate {100 * hits:.1f} %")
+        return dataset
+
+    def synthesise(self, round_index: int) -> tuple[PseudoDataset, float | None]:
+        """Draw a round's images. Returns them and the share that the class-learner gives the class asked for.
+
+        With first_labels "clusters", round 0 is drawn without guidance and labelled by the models, and round 1 is
+        the same images, labelled by balanced clusters within each model.
+        """
+        s = self.s
+        clusters = s.first_labels == "clusters" and s.source == "guided"
+        if clusters and round_index == 1:
+            return self.clustered(PseudoDataset.load(self.log.folder / "pseudo" / "round00")), None
+        guided = s.source == "guided" and not (clusters and round_index == 0)
+        plan = Synthesis(
+            classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
+            stream=round_index, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on,
+            precision=s.precision,
+        )  # fmt: skip
+        function = learners.log_probability(self.model, self.learner) if guided else None
+        images, labels, hits = synthesise(self.pool, plan, self.device, function)
+        if not guided:
+            first = torch.tensor([plan.first_class(m) for m, n in enumerate(self.per_model) for _ in range(n)])
+            labels = first[labels]  # the first class of the model stands for all of its classes
+        return PseudoDataset(images, labels, self.num_classes), float(hits.float().mean()) if guided else None
+
+    def clustered(self, dataset: PseudoDataset) -> PseudoDataset:
+        """The same images, each model's shared out over its classes by balanced clusters of their features."""
+        features = self.features(dataset.images)
+        labels = dataset.labels.clone()
+        for m, count in enumerate(self.per_model):
+            own = dataset.labels == sum(self.per_model[:m])
+            found = balanced_clusters(features[own], count, generator(self.s.seed, "clusters", m))
+            labels[own] = sum(self.per_model[:m]) + found.cpu()
+        return PseudoDataset(dataset.images, labels, self.num_classes)
+
+    # ---- learning
+
+    def train_epoch(self, data: PseudoDataset) -> dict[str, object]:
+        """One epoch of the meta-model, then, where there will be guidance, one of the class-learner."""
+        s = self.s
+        rate = s.lr * learners.learning_rate_factor(self.epoch / s.max_epoch)
+        for optimizer, factor in ((self.model_optimizer, 1.0), (self.learner_optimizer, 0.1)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+        rng = generator(s.seed, "epoch", self.epoch, device=self.device)
+        self.model.base.generator = rng  # of DropBlock
+        sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
+
+        def changed(pictures: Tensor) -> Tensor:
+            return augment(pictures.to(self.device), rng, self.augmentation)
+
+        entries = learners.train_meta_model(
+            self.model, self.model_optimizer, data.images, data.labels,
+            sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", self.epoch)),
+            batch=s.train_batch, dense_weight=s.dense_weight, augment=changed,
+        )  # fmt: skip
+        entries["lr"] = rate
+        learners.check_finite(entries["loss"], self.epoch, rate)
+        if s.source != "guided":
+            return entries
+        entries |= learners.train_class_learner(
+            self.model, self.learner, self.learner_optimizer, data.images, data.labels,
+            steps=-(-s.train_epoch_size // s.train_batch),
+            batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
+            levels=self.process.num_timesteps, kl_weight=s.kl_weight, augment=changed, rng=rng,
+            add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
+        )  # fmt: skip
+        learners.check_finite(entries["class_learner_loss"], self.epoch, rate)
+        return entries
+
+    # ---- validation and state
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features (N, D) of uint8 images, in eval mode, on the CPU."""
+        self.model.eval()
+        return torch.cat([self.model.pooled(to_float(part.to(self.device))).cpu() for part in images.split(500)])
+
+    def validate(self) -> tuple[float, float]:
+        """Accuracy in percent and its 95 % half-width on the validation episodes, features computed once."""
+        features, e = self.features(self.validation.images), self.val_episodes
+        scores = prototype_scores(
+            features[e.support], e.support_labels, features[e.query], self.s.way, self.s.scale_cls
+        )
+        return mean_confidence_interval(accuracy(scores, e.query_labels))
+
+    def save(self, name: str, **extra) -> None:
+        """Save the weights with all that is needed to use them; `extra` to go on from them."""
+        checkpoint.save(
+            self.log.folder / name,
+            {
+                "model": self.model.state_dict(),
+                "model_statistics": statistics(self.model),
+                "class_learner": self.learner.state_dict(),
+                "class_learner_statistics": statistics(self.learner),
+                "num_classes": self.num_classes,
+                "image_size": self.size,
+                "settings": self.s.as_dict(),
+                "epoch": self.epoch,
+                "val_accuracy": self.best,
+                **extra,
+            },
+        )
+
+    def save_state(self) -> None:
+        """Save last.pt, which the same command goes on from."""
+        optimizers = [self.model_optimizer.state_dict(), self.learner_optimizer.state_dict()]
+        self.save("last.pt", optimizers=optimizers)
+
+    def restore(self) -> Path | None:
+        """Go on from last.pt of this folder, which is returned, or start from the weights of --resume."""
+        last = self.s.run_folder / "last.pt"
+        path = last if last.exists() else Path(self.s.resume) if self.s.resume else None
+        config = self.s.run_folder / "config.json"
+        if path != last and config.exists():  # of a run killed in its first epoch, whose pseudo images are there
+            check_same(config, json.loads(config.read_text()), self.resolved(), MAY_CHANGE - {"resume"})
+        if path is None:
+            return None
+        state = checkpoint.load(path, self.device)
+        if not isinstance(state, dict) or "class_learner_statistics" not in state:
+            raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
+        if path == last:
+            check_same(last, state["settings"], self.s.as_dict(), MAY_CHANGE)
+        checkpoint.load_state(self.model, state["model"], path)
+        checkpoint.load_state(self.learner, state["class_learner"], path)
+        load_statistics(self.model, state["model_statistics"])
+        load_statistics(self.learner, state["class_learner_statistics"])
+        if path != last:
+            return None
+        self.epoch, self.best = state["epoch"], state["val_accuracy"]
+        for optimizer, saved in zip((self.model_optimizer, self.learner_optimizer), state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return last
+
+    def resolved(self) -> dict[str, object]:
+        """The settings with what the pool said, for config.json."""
+        return {**self.s.as_dict(), "num_classes": self.num_classes, "image_size": self.size}
+
+    def train(self) -> None:
+        """All rounds and epochs, from where the folder stands."""
+        s = self.s
+        self.log.settings(self.resolved())
+        while self.epoch < s.max_epoch and s.source != "none":
+            started, round_index = time.perf_counter(), self.epoch // s.refresh_every
+            data = self.pseudo_dataset(round_index)
+            made = time.perf_counter()
+            entries = {"epoch": self.epoch + 1, "round": round_index, **self.train_epoch(data)}
+            self.epoch += 1
+            entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
+            self.after_epoch(entries)
+        if s.source == "none":
+            self.after_epoch({"epoch": 0, "round": 0})
+        curves(self.log.metrics_path, self.log.folder / "curves.png")
+        self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder / 'best_model.pt'}")
+
+    def after_epoch(self, entries: dict) -> None:
+        """Validate, keep the best, log, save."""
+        text = f"epoch {entries['epoch']} round {entries['round']} loss {entries.get('loss', float('nan')):.3f}"
+        if self.epoch % self.s.validate_every == 0 or self.epoch == self.s.max_epoch:
+            mean, half = self.validate()
+            entries |= {"val_accuracy": mean, "val_ci95": half}
+            text += f" meta_val {mean:.2f} +- {half:.2f}"
+            if mean > self.best:
+                self.best = mean
+                self.save("best_model.pt")
+        self.log.record(entries)
+        self.log.line(text)
+        self.save_state()
+
+
+def main() -> None:
+    """Parse and train."""
+    Training(parse(description="Meta-train without data, from a pool of diffusion models.")).train()
+
+
+if __name__ == "__main__":
+    run(main)

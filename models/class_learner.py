@@ -1,0 +1,162 @@
+"""The class-learner h: a small head, conditioned on the diffusion time, from image features to class logits."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MAX_PERIOD = 10000.0
+_STATISTICS = ("running_mean", "running_var", "updates")
+_WINDOW = 10  # batches that the running statistics look back, once that many were seen
+
+
+class InductiveBatchNorm(nn.Module):
+    """Batch norm over (N, C) whose running statistics are not in the state dict.
+
+    Train mode uses the batch's statistics. Eval mode uses the running ones, so what an image gets does not
+    depend on its batch. Published checkpoints have only `weight` and `bias`; the statistics travel beside
+    the state dict by `statistics` and `load_statistics`. Before any update they are mean 0, variance 1.
+
+    The first 10 batches are averaged equally, later ones with momentum 0.1, so that a few batches
+    already give usable statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    updates: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels), persistent=False)
+        self.register_buffer("running_var", torch.ones(channels), persistent=False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if len(x) < 2:
+            raise ValueError("got a batch of 1 in train mode, expected at least 2: call eval() or use more images")
+        self._update(x)
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+    @torch.no_grad()
+    def _update(self, x: Tensor) -> None:
+        var, mean = torch.var_mean(x, dim=0)
+        self.updates += 1
+        rate = 1 / self.updates.clamp(max=_WINDOW).to(x.dtype)
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(var, rate)
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Running statistics of every `InductiveBatchNorm` in a module, copied, to keep beside its state dict.
+
+    Returns:
+        Names like "classifier.batchnorm.running_mean" with `running_mean`, `running_var` (C,) float32 and
+        `updates` () int64, the number of batches seen: 0 means that eval mode has nothing to go by yet.
+    """
+    return {name: buffer.detach().clone() for name, buffer in _buffers(module).items()}
+
+
+def load_statistics(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Put back what `statistics` collected.
+
+    Raises:
+        ValueError: names or shapes differ from the module's; the module is then unchanged.
+    """
+    buffers = _buffers(module)
+    odd = sorted(buffers.keys() ^ values.keys())
+    if odd:
+        side = "lack" if odd[0] in buffers else "have the unknown"
+        raise ValueError(f"the statistics {side} '{odd[0]}': load those that were saved with this model")
+    for name, buffer in buffers.items():
+        if values[name].shape != buffer.shape:
+            got, expected = tuple(values[name].shape), tuple(buffer.shape)
+            raise ValueError(f"statistics '{name}' have shape {got}, expected {expected}: use the same classes")
+    for name, buffer in buffers.items():
+        buffer.copy_(values[name])
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    norms = ((path, norm) for path, norm in module.named_modules() if isinstance(norm, InductiveBatchNorm))
+    return {f"{path}.{name}".lstrip("."): getattr(norm, name) for path, norm in norms for name in _STATISTICS}
+
+
+def time_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of time (Ho et al. 2020, arXiv 2006.11239): cosines, then sines.
+
+    Args:
+        t: (N,), diffusion steps, int or float.
+        dim: even width; frequency i is 10000 ** (-i / (dim / 2)).
+
+    Returns:
+        (N, dim), float32, in [-1, 1].
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(_MAX_PERIOD) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ClassLearner(nn.Module):
+    """Logits = linear2(SiLU(norm(linear1(v + e(t))))) with the time embedding e passed through a small MLP.
+
+    Without t there is no e: that is the head of clean images, and the base-class head of the meta-model.
+    It computes in float32 also under autocast.
+
+    Args:
+        num_classes: C, classes.
+        feature_dim: D, width of the features.
+        generator: CPU generator of the initial weights (uniform in +-1 / sqrt(fan in)); torch's global one if None.
+
+    Raises:
+        ValueError: num_classes is under 1.
+    """
+
+    def __init__(self, num_classes: int, feature_dim: int = 64, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, expected at least 1: count the classes of the pool")
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.linear1 = nn.Linear(feature_dim, num_classes)
+        self.batchnorm = InductiveBatchNorm(num_classes)
+        self.linear2 = nn.Linear(num_classes, num_classes)
+        self.time_embed = nn.Sequential(
+            nn.Linear(2 * num_classes, feature_dim), nn.SiLU(), nn.Linear(feature_dim, feature_dim)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+
+    def forward(self, features: Tensor, t: Tensor | None = None) -> Tensor:
+        """Class logits.
+
+        Args:
+            features: (N, D), pooled and L2-normalised features of the images.
+            t: (N,), the diffusion step of each image, int or float; None for clean images.
+
+        Returns:
+            (N, C), float32.
+
+        Raises:
+            ValueError: wrong shapes, or one image alone in train mode.
+        """
+        if features.ndim != 2 or features.shape[1] != self.feature_dim:
+            got = tuple(features.shape)
+            raise ValueError(
+                f"features have shape {got}, expected (N, {self.feature_dim}): pool the feature maps first"
+            )
+        if t is not None and t.shape != features.shape[:1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}, expected ({len(features)},): give each image its step")
+        with torch.autocast(features.device.type, enabled=False):
+            h = features.float()
+            if t is not None:
+                h = h + self.time_embed(time_embedding(t, 2 * self.num_classes))
+            return self.linear2(F.silu(self.batchnorm(self.linear1(h))))

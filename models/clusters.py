@@ -1,0 +1,48 @@
+"""Balanced clusters of features: a first labelling of images that have none."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def balanced_clusters(
+    features: Tensor, count: int, generator: torch.Generator, *, rounds: int = 30, temperature: float = 0.05
+) -> Tensor:
+    """Assign each row of features (N, D) to one of `count` clusters of nearly equal size: (N,) int64.
+
+    Spherical k-means whose assignments are balanced by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371), on
+    features with their mean taken away. The best of five starts, by total cosine, is kept.
+    Raises ValueError for fewer rows than clusters.
+    """
+    if len(features) < count:
+        raise ValueError(f"got {len(features)} images for {count} clusters; draw more --samples-per-class")
+    points = F.normalize(features - features.mean(0), dim=1)
+    best, best_fit = None, -float("inf")
+    for _ in range(5):
+        centres = points[_spread_start(points, count, generator)]
+        for _ in range(rounds):
+            shares = _sinkhorn(points @ centres.T / temperature)
+            centres = F.normalize(shares.T @ points, dim=1)
+        labels = shares.argmax(1)
+        fit = float((points * centres[labels]).sum())
+        if fit > best_fit:
+            best, best_fit = labels, fit
+    return best
+
+
+def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of first centres far from one another (k-means++)."""
+    chosen = torch.randint(len(points), (1,), generator=generator)
+    while len(chosen) < count:
+        distance = (1 - points @ points[chosen].T).amin(1).clamp_min(0) + 1e-12
+        chosen = torch.cat([chosen, torch.multinomial(distance.cpu(), 1, generator=generator)])
+    return chosen
+
+
+def _sinkhorn(scores: Tensor, iterations: int = 20) -> Tensor:
+    """Soft assignments (N, K) with equal weight for every column and every row, from scores (N, K)."""
+    log_shares = scores
+    for _ in range(iterations):
+        log_shares = log_shares - log_shares.logsumexp(0, keepdim=True)
+        log_shares = log_shares - log_shares.logsumexp(1, keepdim=True)
+    return log_shares.exp()

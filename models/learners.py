@@ -1,0 +1,164 @@
+"""What the two learners do: their losses, an epoch of each, and p(c | x_t, t) for guidance."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.class_learner import ClassLearner
+from models.meta_model import MetaModel, dense_cross_entropy
+
+
+def meta_loss(
+    model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
+    *, way: int, dense_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
+
+    images: (E, S + Q, 3, H, W), support first; support_labels (E, S) and query_labels (E, Q) in [0, way);
+    query_classes: (E, Q) in [0, C). Returns the loss () and the share of queries that g gets right ().
+    """
+    shots = support_labels.shape[1]
+    logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
+    classes = query_classes.flatten()
+    loss = F.cross_entropy(logits, classes) + dense_weight * dense_cross_entropy(scores, query_labels)
+    return loss, (logits.detach().argmax(1) == classes).float().mean()
+
+
+def class_learner_loss(
+    model: MetaModel, learner: ClassLearner, clean: Tensor, noised: Tensor, t: Tensor, classes: Tensor,
+    *, kl_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cross-entropy of h(f(x_t), t) with c + kl_weight * KL(softmax g(f(x_0)) || softmax h(f(x_t), t)).
+
+    clean, noised: (N, 3, H, W) in [-1, 1] and at noise level t (N,); classes: (N,). f and g are frozen: `model` must
+    be in eval mode. Returns the loss () and which images h gets right (N,) bool.
+    """
+    with torch.no_grad():
+        features = model.embed(torch.cat([clean, noised]))
+        taught = F.softmax(model.classifier(features[: len(clean)]), dim=1)
+    logits = learner(features[len(clean) :], t)
+    loss = F.cross_entropy(logits, classes)
+    if kl_weight:
+        loss = loss + kl_weight * F.kl_div(F.log_softmax(logits, dim=1), taught, reduction="batchmean")
+    return loss, logits.detach().argmax(1) == classes
+
+
+def log_probability(model: MetaModel, learner: ClassLearner) -> Callable[[Tensor, Tensor], Tensor]:
+    """log p(c | x_t, t) = log softmax h(f(x_t), t), a function (x (N, 3, H, W), t (N,)) -> (N, C) for guidance.
+
+    Both networks are put into eval mode: an image's row then depends on no other image of the batch.
+    """
+    model.eval()
+    learner.eval()
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return F.log_softmax(learner(model.embed(x), t), dim=1)
+
+    return function
+
+
+def train_meta_model(
+    model: MetaModel,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    episodes,
+    *,
+    batch: int,
+    dense_weight: float,
+    augment: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """One epoch of the meta-model.
+
+    images: (N, 3, H, W) uint8 and labels (N,) of the pseudo dataset; episodes: indices into it, as tensors support
+    (E, S), query (E, Q), support_labels, query_labels, and classes (E, way).
+    batch: episodes a step; augment: uint8 images -> float images in [-1, 1] on the model's device.
+    Returns the mean `loss` and the `base_accuracy` of g in percent.
+    """
+    model.train()
+    device, way = next(model.parameters()).device, episodes.classes.shape[1]
+    index = torch.cat([episodes.support, episodes.query], 1)  # (E, S + Q)
+    seen = []
+    for part in torch.arange(len(index)).split(batch):
+        loss, right = meta_loss(
+            model,
+            augment(images[index[part].flatten()]).unflatten(0, index[part].shape),
+            episodes.support_labels[part].to(device),
+            episodes.query_labels[part].to(device),
+            labels[episodes.query[part]].to(device),
+            way=way,
+            dense_weight=dense_weight,
+        )
+        _step(optimizer, loss)
+        seen.append(torch.stack([loss.detach(), right]))
+    loss, right = torch.stack(seen).mean(0).tolist()
+    return {"loss": loss, "base_accuracy": 100 * right}
+
+
+def train_class_learner(
+    model: MetaModel,
+    learner: ClassLearner,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    levels: int,
+    kl_weight: float,
+    augment: Callable[[Tensor], Tensor],
+    add_noise: Callable[[Tensor, Tensor], Tensor],
+    rng: torch.Generator,
+) -> dict[str, object]:
+    """One epoch of the class-learner on noised images, t uniform in [0, levels).
+
+    images, labels, augment: as for `train_meta_model`; steps of `batch` images; add_noise: (x_0, t) -> x_t.
+    Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent in each quarter of the noise levels.
+    """
+    model.eval()
+    learner.train()
+    losses, right, quarter = [], [], []
+    for _ in range(steps):
+        index = torch.randint(len(images), (batch,), generator=rng, device=rng.device).cpu()
+        clean = augment(images[index])
+        t = torch.randint(levels, (batch,), generator=rng, device=rng.device)
+        loss, hit = class_learner_loss(
+            model, learner, clean, add_noise(clean, t), t, labels[index].to(clean.device), kl_weight=kl_weight
+        )
+        _step(optimizer, loss)
+        losses.append(loss.detach())
+        right.append(hit)
+        quarter.append(4 * t // levels)
+    hits, quarters = torch.cat(right).float().cpu(), torch.cat(quarter).cpu()
+    by_level = [100 * float(hits[quarters == q].mean()) for q in range(4)]
+    return {"class_learner_loss": float(torch.stack(losses).mean()), "class_learner_accuracy": by_level}
+
+
+def make_optimizer(name: str, module: torch.nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimiser of a learner, "sgd" (Nesterov momentum 0.9) or "adamw"; each epoch sets its rate."""
+    if name == "adamw":
+        return torch.optim.AdamW(module.parameters(), weight_decay=weight_decay)
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+
+
+def learning_rate_factor(progress: float) -> float:
+    """The published steps at epochs 60, 70 and 80 of 90, for any number of epochs; progress in [0, 1)."""
+    return next((factor for start, factor in ((80, 0.0024), (70, 0.012), (60, 0.06)) if progress >= start / 90), 1.0)
+
+
+def check_finite(loss: float, epoch: int, rate: float) -> None:
+    """Stop before the numbers of a diverged epoch overwrite good ones.
+
+    loss: the mean of epoch number `epoch` (from 0) at `rate`. Raises ValueError where it is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"got loss {loss} in epoch {epoch + 1} at rate {rate}; lower --lr: last.pt is still good")
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()

@@ -1,0 +1,99 @@
+"""Settings: what flags give, what scenarios change, what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from config import SCENARIOS, Settings, check_same, flag_of, parse
+from tests.conftest import ROOT
+
+
+def read(text):
+    return parse(text.split(), description="test")
+
+
+def test_paper_command_parses():
+    s = read("--dataset co_miniimagenet --save-dir ckpt/co_miniimagenet/1-shot -g 0 --nExemplars 1")
+    assert (s.dataset, str(s.run_folder), s.device_name) == (
+        "co_miniimagenet", "ckpt/co_miniimagenet/1-shot", "cuda:0",
+    )  # fmt: skip
+    assert (s.shot, s.num_classes, s.samples_per_class, s.max_epoch) == (1, 64, 600, 90)
+
+
+def test_every_flag_of_the_paper_is_known():
+    s = read(
+        "-d custom -j 2 --height 84 --width 84 --optim sgd --lr 0.05 --weight-decay 5e-4 --max-epoch 9 --start-epoch 1 "
+        "--train-batch 4 --test-batch 4 --scale_cls 7 --save-dir X --resume Y -g 1 --nKnovel 5 --nExemplars 5 "
+        "--train_nTestNovel 30 --train_epoch_size 12 --nTestNovel 75 --epoch_size 6 --phase val --seed 3"
+    )
+    assert (s.height, s.lr, s.shot, s.test_split, s.train_epoch_size, s.epoch_size) == (84, 0.05, 5, "meta_val", 12, 6)
+
+
+def test_new_flags_in_both_spellings():
+    assert read("--samples-per-class 7") == read("--samples_per_class 7")
+    assert read("--mix False").mix is False and read("--flip yes").flip is True
+    s = read("--data-root D --pool P --refresh-every 3 --backbone resnet12 --device cpu --precision bf16")
+    assert (str(s.data_path), str(s.pool_path), s.refresh_every, s.device_name) == ("D", "P", 3, "cpu")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenarios(name):
+    s = read(f"-d {name}")
+    classes = {"glyphs": 0, "custom": 0, "cifar_mini": 104}.get(name, 64 if name.startswith("co") else 52)
+    assert s.num_classes == classes
+    assert str(s.pool_path) == ("ckpt/glyphs" if name == "glyphs" else f"ckpt/pools/{name}")
+    assert str(s.data_path) == "data/" + name.removeprefix("co_").removeprefix("un_")
+    assert json.loads(json.dumps(s.as_dict())) == s.as_dict()
+
+
+def test_given_flags_win_over_the_scenario():
+    assert read("").samples_per_class == 100 and read("--samples-per-class 600").samples_per_class == 600
+    assert read("-d un_cifarfs --num-classes 12").num_classes == 12
+
+
+@pytest.mark.parametrize("field", [f for f in fields(Settings) if f.metadata["low"] is not None], ids=lambda f: f.name)
+def test_ranges(field):
+    low = field.metadata["low"]
+    with pytest.raises(ValueError, match=flag_of(field)):
+        Settings(**{field.name: low - 1})
+    if isinstance(field.default, float):
+        with pytest.raises(ValueError, match=flag_of(field)):
+            Settings(**{field.name: float("nan")})
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("--dataset nope", "glyphs, co_miniimagenet"),
+        ("--frobnicate 1", "unrecognized arguments: --frobnicate"),
+        ("--lr fast", "--lr"),
+        ("--mix maybe", "True or False"),
+        ("--nTestNovel 76", "multiple of the 5 classes"),
+        ("--train_nTestNovel 31", "such as 30"),
+        ("--width 64", "square"),
+        ("--height 64 --width 84", "square"),
+        ("--mix-steps 20 --mix-level 10", "at most --mix-level"),
+        ("--start-epoch 12", "less than --max-epoch, 12"),
+        ("--source stolen", "guided"),
+        ("--split meta_train", "meta_val"),
+    ],
+)
+def test_refused(text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        read(text)
+    assert "\n" not in str(error.value)
+
+
+def test_check_same_names_the_first_difference():
+    check_same("f", {"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"})
+    with pytest.raises(ValueError, match="f: was made with b 2, got 3"):
+        check_same("f", {"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a"})
+
+
+def test_help_lists_every_field():
+    out = subprocess.run([sys.executable, "-c", "import config; config.parse(['--help'], description='x')"],
+                         cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert all(flag_of(f) in out for f in fields(Settings))

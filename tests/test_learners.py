@@ -1,0 +1,138 @@
+"""The two learners: losses, epochs, and p(c | x_t, t)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datasets.episodes import EpisodeSampler
+from guided_diffusion.script_util import create_gaussian_diffusion
+from models.class_learner import ClassLearner
+from models.learners import (
+    check_finite,
+    class_learner_loss,
+    learning_rate_factor,
+    log_probability,
+    make_optimizer,
+    meta_loss,
+    train_class_learner,
+    train_meta_model,
+)
+from models.meta_model import MetaModel
+from utils.images import to_float
+
+CLASSES = 6
+
+
+@pytest.fixture
+def parts():
+    rng = torch.Generator().manual_seed(0)
+    return MetaModel(CLASSES, generator=rng), ClassLearner(CLASSES, 64, generator=rng), rng
+
+
+def coloured(rng, per_class=8):
+    """Six classes of uint8 images that differ in colour."""
+    colours = torch.tensor([[a, b, c] for a, b, c in torch.cartesian_prod(*[torch.tensor([40, 210])] * 3)])[1:7]
+    labels = torch.arange(CLASSES).repeat_interleave(per_class)
+    images = colours[labels][:, :, None, None] + torch.randint(-30, 30, (len(labels), 3, 16, 16), generator=rng)
+    return images.clamp(0, 255).to(torch.uint8), labels
+
+
+def test_meta_loss_by_its_formula(parts):
+    model, _, rng = parts
+    images = torch.rand(2, 5 + 10, 3, 16, 16, generator=rng) * 2 - 1
+    support = torch.arange(5).repeat(2, 1)
+    query = torch.arange(5).repeat_interleave(2).repeat(2, 1)
+    classes = torch.randint(CLASSES, (2, 10), generator=rng)
+    loss, right = meta_loss(model, images, support, query, classes, way=5, dense_weight=0.5)
+    logits, scores = model(images[:, :5], support, images[:, 5:], 5)  # batch statistics: the same again
+    base = -F.log_softmax(logits, 1)[torch.arange(20), classes.flatten()].mean()
+    dense = -F.log_softmax(scores, 1)[torch.arange(20), query.flatten()].mean()
+    torch.testing.assert_close(loss, base + 0.5 * dense)
+    assert float(right) == float((logits.argmax(1) == classes.flatten()).float().mean())
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0, 3.0])
+def test_class_learner_loss_by_its_formula(parts, kl_weight):
+    model, learner, rng = parts
+    model.eval()
+    clean, noised = (torch.rand(8, 3, 16, 16, generator=rng) * 2 - 1 for _ in range(2))
+    t, classes = torch.randint(1000, (8,), generator=rng), torch.randint(CLASSES, (8,), generator=rng)
+    loss, right = class_learner_loss(model, learner, clean, noised, t, classes, kl_weight=kl_weight)
+    with torch.no_grad():
+        g, h = model.classifier(model.embed(clean)).softmax(1), learner(model.embed(noised), t).log_softmax(1)
+    expected = -h[torch.arange(8), classes].mean() + kl_weight * (g * (g.log() - h)).sum(1).mean()
+    torch.testing.assert_close(loss.detach(), expected)
+    assert torch.equal(right, h.argmax(1) == classes)
+    loss.backward()
+    assert all(p.grad is None for p in model.parameters())  # f and g are frozen
+    assert all(p.grad is not None for p in learner.parameters())
+
+
+def test_log_probability_is_normalised_and_in_eval_mode(parts):
+    model, learner, rng = parts
+    model.train(), learner.train()
+    function = log_probability(model, learner)
+    x, t = torch.randn(5, 3, 16, 16, generator=rng), torch.tensor([0, 10, 100, 500, 999])
+    out = function(x, t)
+    torch.testing.assert_close(out.exp().sum(1), torch.ones(5))
+    torch.testing.assert_close(function(x[3:4], t[3:4]), out[3:4], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(function(x, t + 1), out)
+
+
+def test_both_learn_colours(parts):
+    model, learner, rng = parts
+    images, labels = coloured(rng)
+    sampler = EpisodeSampler(labels, 5, 1, 2)
+    process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
+    optimizers = [make_optimizer("sgd", module, 5e-4) for module in (model, learner)]
+    first = None
+    for epoch in range(4):
+        out = train_meta_model(
+            model, optimizers[0], images, labels, sampler.sample(12, rng), batch=4, dense_weight=0.5, augment=to_float
+        )
+        out |= train_class_learner(
+            model, learner, optimizers[1], images, labels, steps=12, batch=24, levels=1000, kl_weight=1.0,
+            augment=to_float, add_noise=lambda x, t: process.q_sample(x, t, generator=rng), rng=rng,
+        )  # fmt: skip
+        first = first or out
+    assert out["loss"] < first["loss"] - 0.3 and out["base_accuracy"] > 80
+    assert out["class_learner_loss"] < first["class_learner_loss"]
+    low, *_, high = out["class_learner_accuracy"]
+    assert len(out["class_learner_accuracy"]) == 4 and low > 60 and low > high  # noise hides the class
+
+
+def test_class_learner_epoch_leaves_the_meta_model_alone(parts):
+    model, learner, rng = parts
+    images, labels = coloured(rng)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    train_class_learner(
+        model, learner, make_optimizer("adamw", learner, 0.0), images, labels, steps=2, batch=8, levels=1000,
+        kl_weight=1.0, augment=to_float, add_noise=lambda x, t: x, rng=rng,
+    )  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_learning_rate_is_that_published():
+    factors = [learning_rate_factor(epoch / 90) for epoch in range(90)]
+    rates = [0.1 * factor for factor in factors]
+    assert rates[:60] == [0.1] * 60
+    assert rates[60:70] == pytest.approx([0.006] * 10) and rates[70:80] == pytest.approx([0.0012] * 10)
+    assert rates[80:] == pytest.approx([0.00024] * 10)
+    assert [learning_rate_factor(epoch / 12) for epoch in (7, 8, 10, 11)] == [1.0, 0.06, 0.012, 0.0024]
+
+
+def test_optimizers():
+    module = torch.nn.Linear(2, 2)
+    sgd = make_optimizer("sgd", module, 5e-4).param_groups[0]
+    assert (sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (0.9, True, 5e-4)
+    assert isinstance(make_optimizer("adamw", module, 0.1), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_diverged(loss):
+    check_finite(3.0, 0, 0.1)
+    with pytest.raises(ValueError, match="epoch 3 at rate 0.1.*last.pt is still good"):
+        check_finite(loss, 2, 0.1)

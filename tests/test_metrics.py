@@ -1,0 +1,57 @@
+"""Accuracies and intervals against known numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils.metrics import accuracy, mean_confidence_interval, paired_difference, student_t_quantile
+
+
+@pytest.mark.parametrize(
+    ("df", "level", "quantile"),
+    [
+        (1, 0.95, 12.7062), (2, 0.95, 4.30265), (3, 0.95, 3.18245), (4, 0.95, 2.77645), (10, 0.95, 2.22814),
+        (30, 0.95, 2.04227), (599, 0.95, 1.96393), (5, 0.99, 4.03214), (100_000, 0.95, 1.95999),
+    ],
+)  # fmt: skip
+def test_student_t_quantile(df, level, quantile):
+    assert student_t_quantile(df, level) == pytest.approx(quantile, rel=3e-6)
+
+
+def test_interval_golden(goldens):
+    with np.load(goldens / "meta_models.npz") as arrays:
+        result = mean_confidence_interval(arrays["confidence/accuracies"])
+        np.testing.assert_allclose(result, arrays["confidence/mean_halfwidth"], rtol=1e-9)
+
+
+def test_interval_by_hand():
+    mean, half_width = mean_confidence_interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert mean_confidence_interval(torch.tensor([1.0, 2.0, 3.0])) == (mean, half_width)
+
+
+def test_one_value_has_no_interval():
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_confidence_interval([1.0])
+
+
+def test_paired_difference_drops_what_the_pairs_share():
+    rng = np.random.default_rng(0)
+    difficulty = 20 * rng.standard_normal(50)
+    a, b = difficulty + 1 + 0.1 * rng.standard_normal(50), difficulty
+    mean, half_width = paired_difference(a, b)
+    assert mean == pytest.approx((a - b).mean())
+    assert half_width < 0.05 < mean_confidence_interval(a)[1]
+    assert paired_difference(b, a) == pytest.approx((-mean, half_width))
+    with pytest.raises(ValueError, match="50 and 49"):
+        paired_difference(a, b[1:])
+
+
+def test_accuracy_is_percent_an_episode():
+    logits = torch.eye(4).repeat(2, 1, 1)  # each query i says i
+    labels = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]])
+    assert accuracy(logits, labels).tolist() == [100.0, 75.0]
+    assert accuracy(logits[0], labels[1]).item() == 75.0
+    with pytest.raises(ValueError, match="one label a query"):
+        accuracy(logits, labels[0])

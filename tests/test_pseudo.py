@@ -1,0 +1,83 @@
+"""The pseudo dataset keeps its classes from round to round."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.pseudo import PseudoDataset, read_manifest
+
+
+def dataset(classes=13, per_class=2, size=4):
+    labels = torch.arange(classes).repeat(per_class)
+    images = labels.to(torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous()  # pixels say the class
+    return PseudoDataset(images, labels, classes)
+
+
+def test_class_c_stays_class_c(tmp_path):
+    """With more than ten classes: sorted folder names would put class10 second."""
+    first = dataset()
+    for name in ("round10", "round02"):
+        first.save(tmp_path / name, {"round": 2})
+        loaded = PseudoDataset.load(tmp_path / name)
+        assert loaded.num_classes == 13
+        assert torch.equal(loaded.images[:, 0, 0, 0].long(), loaded.labels)
+        assert torch.equal(loaded.images, first.images) and torch.equal(loaded.labels, first.labels)
+    manifest = read_manifest(tmp_path / "round02")
+    assert [entry["index"] for entry in manifest["class_to_index"]] == list(range(13))
+    assert manifest["class_to_index"][10] == {"class": "class10", "index": 10, "images": 2}
+    assert (manifest["round"], manifest["num_classes"], manifest["num_images"]) == (2, 13, 26)
+
+
+def test_manifest_is_written_last(tmp_path, monkeypatch):
+    dataset().save(tmp_path, {})
+    real, calls = np.save, []
+
+    def fail_on_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        return real(*arguments)
+
+    monkeypatch.setattr(np, "save", fail_on_second)
+    with pytest.raises(OSError, match="disk full"):
+        dataset(12).save(tmp_path, {})
+    assert not (tmp_path / "manifest.json").exists()
+    with pytest.raises(ValueError, match="no complete pseudo dataset"):
+        PseudoDataset.load(tmp_path)
+
+
+def test_damage_is_found(tmp_path):
+    dataset().save(tmp_path, {})
+    content = (tmp_path / "images.npy").read_bytes()
+    (tmp_path / "images.npy").write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        PseudoDataset.load(tmp_path)
+    dataset().save(tmp_path, {})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "num_images": 3}))
+    with pytest.raises(ValueError, match="holds 26 images, its manifest says 3"):
+        PseudoDataset.load(tmp_path)
+
+
+def test_what_is_no_dataset_is_refused(tmp_path):
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="labels from 0 to 1"):
+        PseudoDataset(images, labels, 1)
+    with pytest.raises(ValueError, match="uint8"):
+        PseudoDataset(images.float(), labels, 2)
+    with pytest.raises(ValueError, match="one an image"):
+        PseudoDataset(images, labels[:1], 2)
+    with pytest.raises(ValueError, match="num_classes"):
+        PseudoDataset(images, labels, 2).save(tmp_path, {"num_classes": 5})
+
+
+def test_sheet_has_a_row_a_class(tmp_path):
+    few = dataset(3, 2)
+    few.sheet(tmp_path / "sheet.png", 3)
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+    for c in range(3):
+        row = pixels[2 + 18 * c : 6 + 18 * c]
+        assert (row[:, 2:6] == c).all() and (row[:, 8:12] == c).all() and (row[:, 14:18] == 255).all()

@@ -1,0 +1,78 @@
+"""Drawing a round's images."""
+
+import pytest
+import torch
+
+from guided_diffusion.pool import Pool
+from guided_diffusion.synthesis import Synthesis, synthesise
+from models.class_learner import ClassLearner
+from models.learners import log_probability
+from models.meta_model import MetaModel
+
+CPU = torch.device("cpu")
+
+
+def plan(**changes):
+    return Synthesis(**{**dict(classes=[4] * 5, per_class=2, steps=3, size=16, seed=1, stream=0), **changes})
+
+
+def guide(classes=20):
+    rng = torch.Generator().manual_seed(5)
+    return log_probability(
+        MetaModel(classes, generator=rng), ClassLearner(classes, 64, generator=rng)
+    )
+
+
+def levels(a, b):
+    return int((a.int() - b.int()).abs().max())
+
+
+@pytest.mark.parametrize("guide_on", ["x_t", "x_0"])
+def test_images_do_not_depend_on_the_batch(toy_pool, guide_on):
+    pool, log_p = Pool(toy_pool), guide()
+    small, labels, hits = synthesise(pool, plan(batch=3, guide_on=guide_on), CPU, log_p)
+    large, labels_7, hits_7 = synthesise(pool, plan(batch=7, guide_on=guide_on), CPU, log_p)
+    assert levels(small, large) <= 1 and torch.equal(labels, labels_7)
+    assert hits.shape == (40,) and hits.dtype == torch.bool and (hits != hits_7).sum() <= 1
+    assert small.dtype == torch.uint8 and small.shape == (40, 3, 16, 16)
+    assert torch.equal(labels, torch.arange(20).repeat_interleave(2))
+
+
+def test_seed_stream_and_model_matter(toy_pool):
+    pool = Pool(toy_pool)
+    first, _, hits = synthesise(pool, plan(), CPU)
+    assert hits is None
+    assert torch.equal(first, synthesise(pool, plan(), CPU)[0])
+    assert levels(first, synthesise(pool, plan(seed=2), CPU)[0]) > 20
+    assert levels(first, synthesise(pool, plan(stream=1), CPU)[0]) > 20
+    assert levels(first[:8], first[8:16]) > 20  # models of equal weights, other noise
+
+
+def test_guidance_changes_images_and_zero_scale_does_not(toy_pool):
+    pool, log_p = Pool(toy_pool), guide()
+    plain = synthesise(pool, plan(), CPU)[0]
+    assert levels(plain, synthesise(pool, plan(scale=0.0), CPU, log_p)[0]) <= 1
+    assert levels(plain, synthesise(pool, plan(scale=5000.0), CPU, log_p)[0]) > 20
+
+
+def test_every_model_draws_its_own_classes(paint_pool):
+    images, labels, _ = synthesise(Pool(paint_pool), plan(classes=[4, 1, 4, 3, 2]), CPU)
+    assert plan(classes=[4, 1, 4, 3, 2]).first_class(3) == 9
+    owner = torch.tensor([0] * 4 + [1] + [2] * 4 + [3] * 3 + [4] * 2)[labels]
+    grey = images.float().mean((1, 2, 3)) / 127.5 - 1
+    torch.testing.assert_close(grey, -0.8 + 0.4 * owner.float(), atol=0.01, rtol=0)
+
+
+def test_models_of_other_sizes_come_out_at_one_size(make_pool, tmp_path):
+    make_pool(tmp_path, [2, 2], lambda network, m: None)
+    make_pool(tmp_path / "large", [2], image_size=32)
+    (tmp_path / "large" / "subset1").rename(tmp_path / "subset3")
+    images, labels, _ = synthesise(Pool(tmp_path), plan(classes=[2, 2, 2], size=24), CPU)
+    assert images.shape == (12, 3, 24, 24) and labels.tolist() == [c for c in range(6) for _ in range(2)]
+
+
+def test_bf16_is_close_to_float32(toy_pool):
+    pool, log_p = Pool(toy_pool), guide()
+    exact, half = (synthesise(pool, plan(precision=p), CPU, log_p)[0].float() for p in ("float32", "bf16"))
+    assert float((exact - half).abs().mean()) < 12
+    assert float((exact - half).abs().max()) > 0

@@ -1,0 +1,101 @@
+"""Accuracies and their 95 % intervals."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Share of queries whose highest score is that of their label.
+
+    Args:
+        logits: (..., queries, way) scores; the leading axes, if any, are episodes.
+        labels: (..., queries) integers from 0 to way - 1.
+
+    Returns:
+        (...) float64 accuracies in percent, one an episode.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
+            "expected (..., queries, way) and (..., queries): give one label a query"
+        )
+    return 100.0 * (logits.argmax(-1) == labels).double().mean(-1)
+
+
+def mean_confidence_interval(values: Sequence[float] | np.ndarray | torch.Tensor) -> tuple[float, float]:
+    """Mean of `values` and half the width of its 95 % Student-t interval.
+
+    The half-width is t(0.975; n - 1) * s / sqrt(n), with s the sample standard deviation.
+
+    Args:
+        values: n >= 2 numbers, such as the accuracies of n episodes.
+
+    Returns:
+        (mean, half_width) in the unit of `values`.
+
+    Raises:
+        ValueError: fewer than two values, as one value has no spread.
+    """
+    numbers = _flat(values)
+    if len(numbers) < 2:
+        raise ValueError(f"got {len(numbers)} value(s), an interval needs at least 2; run more episodes")
+    half_width = student_t_quantile(len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers))
+    return float(numbers.mean()), float(half_width)
+
+
+def paired_difference(
+    a: Sequence[float] | np.ndarray | torch.Tensor, b: Sequence[float] | np.ndarray | torch.Tensor
+) -> tuple[float, float]:
+    """Mean of a - b over the same episodes and half the width of its 95 % interval.
+
+    Args:
+        a, b: n >= 2 numbers each; a[i] and b[i] come from the same episode.
+
+    Returns:
+        (mean, half_width) in the unit of the values, of a - b.
+
+    Raises:
+        ValueError: the lengths differ, or there are fewer than two pairs.
+    """
+    left, right = _flat(a), _flat(b)
+    if len(left) != len(right):
+        raise ValueError(f"got {len(left)} and {len(right)} values, expected pairs; score both on the same episodes")
+    return mean_confidence_interval(left - right)
+
+
+def student_t_quantile(df: int, level: float = 0.95) -> float:
+    """Two-sided Student-t quantile: the t with P(-t < T < t) = level, for `df` >= 1 degrees of freedom.
+
+    Bisection on the exact finite series of Abramowitz & Stegun 26.7.3 and 26.7.4 in theta = atan(t / sqrt(df)).
+    """
+    odd = df % 2
+    steps = np.arange(1 + odd, df - 1, 2, dtype=np.float64)
+    # 1, 2/3, 2*4/(3*5), ... for odd df; 1, 1/2, 1*3/(2*4), ... for even df; they multiply powers of cos^2
+    coefficients = np.cumprod(np.concatenate([np.ones(1), steps / (steps + 1)]))
+    powers = np.arange(len(coefficients))
+
+    def probability(theta: float) -> float:
+        series = math.sin(theta) * float(coefficients @ math.cos(theta) ** (2.0 * powers))
+        if not odd:
+            return series
+        return 2 / math.pi * (theta + (math.cos(theta) * series if df > 1 else 0.0))
+
+    low, high = 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        if probability(middle) < level:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(df) * math.tan(low)
+
+
+def _flat(values: Sequence[float] | np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    return np.asarray(values, dtype=np.float64).reshape(-1)

@@ -1,0 +1,96 @@
+"""Pictures of a run: contact sheets of images, curves of training."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from utils.atomic import atomic_file
+
+_GAP = 2  # pixels between images
+_TEXT = 12  # pixels of height for a label
+
+
+def contact_sheet(
+    images: torch.Tensor, columns: int, path: str | os.PathLike, labels: Sequence[object] | None = None
+) -> None:
+    """Write images in rows as one PNG at `path`, whole or not at all.
+
+    Args:
+        images: (N, 3, H, W) uint8, RGB, filled in row by row.
+        columns: images a row.
+        path: the PNG to write.
+        labels: N texts or numbers to write below the images; "" writes nothing.
+
+    Raises:
+        ValueError: images of another shape or type, no columns, or labels of another number.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"got {images.dtype} images {tuple(images.shape)}, expected uint8 (N, 3, H, W)")
+    if columns < 1:
+        raise ValueError(f"got {columns} columns, expected at least 1")
+    count, _, height, width = images.shape
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"got {len(labels)} labels for {count} images; give one an image, or none")
+    cell_height = height + _GAP + (_TEXT if labels is not None else 0)
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, max(rows, 1) * cell_height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        left = _GAP + index % columns * (width + _GAP)
+        top = _GAP + index // columns * cell_height
+        sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (left, top))
+        if labels is not None:
+            draw.text((left, top + height), str(labels[index]), fill="black")
+    with atomic_file(path) as file:
+        sheet.save(file, format="PNG")
+
+
+def curves(
+    metrics_path: str | os.PathLike, path: str | os.PathLike, *, loss: str = "loss", accuracy: str = "val_accuracy"
+) -> None:
+    """Plot training loss and validation accuracy by epoch as a PNG, with a line where a round starts.
+
+    Args:
+        metrics_path: a metrics.jsonl whose lines have "epoch" and any of "round", `loss` and `accuracy`.
+            Of an epoch that is there twice, as after a resume, the later line counts.
+        path: the PNG to write.
+        loss, accuracy: the names of the two entries; accuracies in percent.
+    """
+    from matplotlib.figure import Figure  # here, as it is slow to import; Figure draws by Agg, without a display
+
+    by_epoch = {entry["epoch"]: entry for entry in _read_lines(Path(metrics_path))}
+    entries = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, name, title in zip(axes, (loss, accuracy), ("training loss", "validation accuracy (%)"), strict=True):
+        points = [(entry["epoch"], entry[name]) for entry in entries if entry.get(name) is not None]
+        axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
+        for epoch in _round_starts(entries):
+            axis.axvline(epoch, color="grey", linestyle=":", linewidth=0.8)
+        axis.set(xlabel="epoch", title=title)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _round_starts(entries: list[dict]) -> list[int]:
+    known = [entry for entry in entries if entry.get("round") is not None]
+    return [
+        entry["epoch"] for index, entry in enumerate(known) if index == 0 or entry["round"] != known[index - 1]["round"]
+    ]
+
+
+def _read_lines(path: Path) -> list[dict]:
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # half a line of a killed run
+        if isinstance(entry, dict) and "epoch" in entry:
+            entries.append(entry)
+    return entries

@@ -1,0 +1,83 @@
+"""What a run writes about itself: log_train.txt, metrics.jsonl and config.json in its folder."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.atomic import atomic_file
+
+
+class RunLog:
+    """The log of one run folder, which is made where missing. Opening it again appends."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        """Open the log of `folder`. Raises ValueError where `folder` is a file."""
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"{folder}: got a file, expected a folder for the run; choose another folder") from error
+        _end_last_line(self.metrics_path)
+
+    @property
+    def metrics_path(self) -> Path:
+        """The file of `record`: one JSON object a line."""
+        return self.folder / "metrics.jsonl"
+
+    def line(self, text: str) -> None:
+        """Print `text`, above any progress bar, and append it to log_train.txt."""
+        tqdm.write(text)
+        self._append("log_train.txt", text)
+
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Append `entries` as one line to metrics.jsonl; it is on its way to the disk when this returns."""
+        self._append(self.metrics_path.name, json.dumps(plain(entries)))
+
+    def settings(self, entries: Mapping[str, Any]) -> None:
+        """Write `entries` as config.json, whole or not at all."""
+        write_json(self.folder / "config.json", entries)
+
+    def _append(self, name: str, text: str) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON at `path`, whole or not at all; values as for `plain`."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(plain(value), indent=2) + "\n").encode())
+
+
+def plain(value: Any) -> Any:
+    """Turn `value` into what JSON knows.
+
+    Tensors and arrays become numbers or lists, paths become strings, and numbers that are not finite
+    become None, as JSON has no NaN. Raises TypeError for anything else.
+    """
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(f"got a {type(value).__name__}, which JSON cannot hold")
+
+
+def _end_last_line(path: Path) -> None:
+    # A run killed while it wrote leaves half a line, which must not swallow the next one.
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
