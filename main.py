@@ -159,7 +159,7 @@ class Training:
         """One epoch of the meta-model, then, where there will be guidance, one of the class-learner."""
         s = self.s
         rate = s.lr * learners.learning_rate_factor(self.epoch / s.max_epoch)
-        for optimizer, factor in ((self.model_optimizer, 1.0), (self.learner_optimizer, 0.1)):
+        for optimizer, factor in ((self.model_optimizer, 1.0), (self.learner_optimizer, s.learner_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         rng = generator(s.seed, "epoch", self.epoch, device=self.device)

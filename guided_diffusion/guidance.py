@@ -62,7 +62,7 @@ def sample(
             abar = diffusion.at("alphas_cumprod", t, x)
             if guide_on == "x_0":
                 strength = ((1 - abar) / abar).clamp(max=GREATEST_STEP)
-                shift = strength * cond_fn(x_0, diffusion.model_timesteps(t))
+                shift = strength * cond_fn(x_0, torch.zeros_like(t))  # a clean image, as far as the classifier knows
             else:
                 shift = (1 - abar) / abar.sqrt() * cond_fn(x, diffusion.model_timesteps(t))
             x_0 = (x_0 + shift).clamp(-1, 1)

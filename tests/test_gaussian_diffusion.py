@@ -84,8 +84,10 @@ def test_golden_training_losses(uncond64, batch, golden):
     with torch.no_grad():
         terms = diffusion.training_losses(model, x_start, t, noise=noise)
     assert set(terms) == {"loss", "mse", "vb"}
-    for key, value in terms.items():  # the bound at t = 999 is 1047, where float32 steps by 1.2e-4
-        np.testing.assert_allclose(value.numpy(), golden[f"training_losses/{key}"], rtol=5e-7, atol=1e-4)
+    # The bound at t = 999 is 1047, where float32 steps by 1.2e-4: float64 gives 1047.12520, the golden is the float32
+    # below it and the nearer one is above, so rtol lets one step pass.
+    for key, value in terms.items():
+        np.testing.assert_allclose(value.numpy(), golden[f"training_losses/{key}"], rtol=1.2e-7, atol=1e-4)
 
 
 def test_golden_ddim(uncond64, arr, golden):
@@ -95,12 +97,15 @@ def test_golden_ddim(uncond64, arr, golden):
 
 
 def test_golden_guided_ddim(uncond64, arr, golden):
-    """Guidance leaves x_0 unclipped, so rounding grows over the 25 steps: x_T times (1 + 6e-8) moves the result by
-    6e-4, and float64 ends 1.4e-3 from the golden."""
+    """Not to 1e-4: guidance leaves x_0 unclipped, so rounding grows over the 25 steps.
+
+    In float64, noise of 4.5e-7 on the network's output (its float32 rounding) moves single pixels by 3e-4 to 4e-4;
+    in float32, other threads or convolutions do by 4e-4 to 6e-4. Float64 ends 1.4e-3 (mean 7e-5) from the golden.
+    """
     model, _, spaced = uncond64
     sample = spaced.ddim_sample_loop(model, (2, 3, 64, 64), noise=arr(4, 2, 3, 64, 64), cond_fn=guidance)
     error = np.abs(sample.numpy() - golden["ddim25/guided"])
-    assert error.max() < 3e-3 and error.mean() < 1e-4
+    assert error.max() < 2e-3 and error.mean() < 8e-5
 
 
 # ---- schedules and tables
