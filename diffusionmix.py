@@ -84,19 +84,20 @@ class Testing:
         s, e = self.s, self.episodes
         count, shots = e.support.shape
         features, labels = [], []
-        for m in tqdm(range(len(self.pool)), desc="mixes", unit="model", leave=False):
-            member = self.pool.load(m, self.device)
-            rngs = [numpy_generator(s.seed, "mix", m, i) for i in range(count)]
-            order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])  # (E, S)
-            weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs]).float()
-            first, second = e.support, e.support.gather(1, order)
-            parts = [
-                self.mix_part(member, m, part, first.flatten(), second.flatten(), weight.flatten())
-                for part in torch.arange(count * shots).split(s.sample_batch)
-            ]
-            features.append(torch.cat(parts).unflatten(0, (count, shots)))
-            partner = targets.gather(1, order[..., None].expand_as(targets))
-            labels.append(mix_labels(targets, partner, weight))
+        with tqdm(range(len(self.pool)), desc="mixes", unit="model", leave=False) as models:
+            for m in models:
+                member = self.pool.load(m, self.device)
+                rngs = [numpy_generator(s.seed, "mix", m, i) for i in range(count)]
+                order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])  # (E, S)
+                weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs]).float()
+                first, second = e.support, e.support.gather(1, order)
+                parts = [
+                    self.mix_part(member, m, part, first.flatten(), second.flatten(), weight.flatten())
+                    for part in torch.arange(count * shots).split(s.sample_batch)
+                ]
+                features.append(torch.cat(parts).unflatten(0, (count, shots)))
+                partner = targets.gather(1, order[..., None].expand_as(targets))
+                labels.append(mix_labels(targets, partner, weight))
         return torch.cat(features, 1), torch.cat(labels, 1)
 
     def mix_part(self, member, m: int, part: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:

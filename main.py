@@ -39,6 +39,8 @@ from utils.seeding import generator
 
 MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "max_epoch"}
 
+FIRST_STEPS = 8  # epochs' worth of steps that the class-learner takes on its first labels, the clusters
+
 
 class Training:
     """One run: its settings, parts and state."""
@@ -121,16 +123,9 @@ class Training:
         return dataset
 
     def synthesise(self, round_index: int) -> tuple[PseudoDataset, float | None]:
-        """Draw a round's images. Returns them and the share that the class-learner gives the class asked for.
-
-        With first_labels "clusters", round 0 is drawn without guidance and labelled by the models, and round 1 is
-        the same images, labelled by balanced clusters within each model.
-        """
+        """Draw a round's images. Returns them and the share that the class-learner gives the class asked for."""
         s = self.s
-        clusters = s.first_labels == "clusters" and s.source == "guided"
-        if clusters and round_index == 1:
-            return self.clustered(PseudoDataset.load(self.log.folder / "pseudo" / "round00")), None
-        guided = s.source == "guided" and not (clusters and round_index == 0)
+        guided = s.source == "guided" and not self.by_model(round_index)
         plan = Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
             stream=round_index, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on,
@@ -143,9 +138,14 @@ class Training:
             labels = first[labels]  # the first class of the model stands for all of its classes
         return PseudoDataset(images, labels, self.num_classes), float(hits.float().mean()) if guided else None
 
+    def by_model(self, round_index: int) -> bool:
+        """Whether a round's images are drawn without guidance and labelled by their model only."""
+        s = self.s
+        return s.source == "unguided" or (s.source == "guided" and s.first_labels == "clusters" and round_index == 0)
+
     def clustered(self, dataset: PseudoDataset) -> PseudoDataset:
         """The same images, each model's shared out over its classes by balanced clusters of their features."""
-        features = self.features(dataset.images)
+        features = self.features(dataset.images, maps=True)
         labels = dataset.labels.clone()
         for m, count in enumerate(self.per_model):
             own = dataset.labels == sum(self.per_model[:m])
@@ -169,20 +169,27 @@ class Training:
         def changed(pictures: Tensor) -> Tensor:
             return augment(pictures.to(self.device), rng, self.augmentation)
 
+        by_model = self.by_model(self.epoch // s.refresh_every)
+        owner = torch.arange(len(self.per_model)).repeat_interleave(torch.tensor(self.per_model, dtype=torch.int64))
         entries = learners.train_meta_model(
             self.model, self.model_optimizer, data.images, data.labels,
             sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", self.epoch)),
             batch=s.train_batch, dense_weight=s.dense_weight, augment=changed,
+            owner=owner.to(self.device) if self.per_model else None,
+            within_weight=0.0 if by_model else s.within_weight,
         )  # fmt: skip
         entries["lr"] = rate
         learners.check_finite(entries["loss"], self.epoch, rate)
-        if s.source != "guided":
+        last_of_round = (self.epoch + 1) % s.refresh_every == 0
+        if s.source != "guided" or (by_model and not last_of_round):
             return entries
+        steps, kl_weight = -(-s.train_epoch_size // s.train_batch), s.kl_weight
+        if by_model:  # the first labels; g does not know them yet, so there is nothing to learn from it
+            data, steps, kl_weight = self.clustered(data), FIRST_STEPS * steps, 0.0
         entries |= learners.train_class_learner(
             self.model, self.learner, self.learner_optimizer, data.images, data.labels,
-            steps=-(-s.train_epoch_size // s.train_batch),
-            batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
-            levels=self.process.num_timesteps, kl_weight=s.kl_weight, augment=changed, rng=rng,
+            steps=steps, batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
+            levels=self.process.num_timesteps, kl_weight=kl_weight, augment=changed, rng=rng,
             add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
         )  # fmt: skip
         learners.check_finite(entries["class_learner_loss"], self.epoch, rate)
@@ -191,10 +198,11 @@ class Training:
     # ---- validation and state
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Pooled features (N, D) of uint8 images, in eval mode, on the CPU."""
+    def features(self, images: Tensor, maps: bool = False) -> Tensor:
+        """Pooled features (N, D) of uint8 images, or their flattened maps, in eval mode, on the CPU."""
         self.model.eval()
-        return torch.cat([self.model.pooled(to_float(part.to(self.device))).cpu() for part in images.split(500)])
+        look = (lambda x: self.model.base(x).flatten(1)) if maps else self.model.pooled
+        return torch.cat([look(to_float(part.to(self.device))).cpu() for part in images.split(500)])
 
     def validate(self) -> tuple[float, float]:
         """Accuracy in percent and its 95 % half-width on the validation episodes, features computed once."""

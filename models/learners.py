@@ -13,18 +13,30 @@ from models.meta_model import MetaModel, dense_cross_entropy
 
 def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
-    *, way: int, dense_weight: float,
+    *, way: int, dense_weight: float, owner: Tensor | None = None, within_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
 
     images: (E, S + Q, 3, H, W), support first; support_labels (E, S) and query_labels (E, Q) in [0, way);
     query_classes: (E, Q) in [0, C). Returns the loss () and the share of queries that g gets right ().
+
+    owner: (C,) the pool model of each class; with it the cross-entropy -log p(c) = -log p(m) - log p(c | m) has its
+    second term times `within_weight`: which model drew an image is known, which of its classes it is was guessed.
+    At weight 0 only the model counts.
     """
     shots = support_labels.shape[1]
     logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
     classes = query_classes.flatten()
-    loss = F.cross_entropy(logits, classes) + dense_weight * dense_cross_entropy(scores, query_labels)
-    return loss, (logits.detach().argmax(1) == classes).float().mean()
+    loss = F.cross_entropy(logits, classes)
+    guess = logits.detach().argmax(1)
+    if owner is not None and within_weight != 1.0:
+        own = owner[None, :] == owner[classes][:, None]  # (E * Q, C)
+        of_model = logits.logsumexp(1) - logits.masked_fill(~own, -torch.inf).logsumexp(1)  # -log p(m)
+        loss = within_weight * loss + (1 - within_weight) * of_model.mean()
+        if within_weight == 0:
+            guess, classes = owner[guess], owner[classes]
+    loss = loss + dense_weight * dense_cross_entropy(scores, query_labels)
+    return loss, (guess == classes).float().mean()
 
 
 def class_learner_loss(
@@ -70,12 +82,15 @@ def train_meta_model(
     batch: int,
     dense_weight: float,
     augment: Callable[[Tensor], Tensor],
+    owner: Tensor | None = None,
+    within_weight: float = 1.0,
 ) -> dict[str, float]:
     """One epoch of the meta-model.
 
     images: (N, 3, H, W) uint8 and labels (N,) of the pseudo dataset; episodes: indices into it, as tensors support
     (E, S), query (E, Q), support_labels, query_labels, and classes (E, way).
-    batch: episodes a step; augment: uint8 images -> float images in [-1, 1] on the model's device.
+    batch: episodes a step; augment: uint8 images -> float images in [-1, 1] on the model's device;
+    owner, within_weight: as for `meta_loss`.
     Returns the mean `loss` and the `base_accuracy` of g in percent.
     """
     model.train()
@@ -91,6 +106,8 @@ def train_meta_model(
             labels[episodes.query[part]].to(device),
             way=way,
             dense_weight=dense_weight,
+            owner=owner,
+            within_weight=within_weight,
         )
         _step(optimizer, loss)
         seen.append(torch.stack([loss.detach(), right]))

@@ -42,9 +42,7 @@ def test_one_model(call, folder, tmp_path):
 
 
 def test_same_seed_same_weights(call, folder, tmp_path):
-    first, second, other = (
-        train(call, folder, tmp_path / str(i), "--seed", seed) for i, seed in enumerate((4, 4, 5))
-    )
+    first, second, other = (train(call, folder, tmp_path / str(i), "--seed", seed) for i, seed in enumerate((4, 4, 5)))
     assert same(first["model"], second["model"]) and not same(first["model"], other["model"])
 
 
@@ -80,9 +78,9 @@ def test_other_flags_do_not_go_on(call, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainLoop, "finish", lambda loop: loop.save())
     call(image_train, "--data_dir", folder, "--save_dir", tmp_path / "out", *FLAGS)
     status, _, err = call(
-        image_train, "--data_dir", folder, "--save_dir", tmp_path / "out", *FLAGS, "--noise_schedule", "linear",
+        image_train, "--data_dir", folder, "--save_dir", tmp_path / "out", *FLAGS, "--rescale_timesteps", "True",
     )  # fmt: skip
-    assert status == 2 and "state.pt: was made with other noise_schedule" in err
+    assert status == 2 and "state.pt: was made with other rescale_timesteps" in err
 
 
 def test_pool(call, folder, tmp_path):

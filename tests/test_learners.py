@@ -88,7 +88,7 @@ def test_both_learn_colours(parts):
     process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
     optimizers = [make_optimizer("sgd", module, 5e-4) for module in (model, learner)]
     first = None
-    for epoch in range(4):
+    for _ in range(4):
         out = train_meta_model(
             model, optimizers[0], images, labels, sampler.sample(12, rng), batch=4, dense_weight=0.5, augment=to_float
         )

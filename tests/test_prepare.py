@@ -8,9 +8,7 @@ from datasets.glyphs import make_split
 
 
 def test_glyphs_on_disk_are_the_glyphs(call, tmp_path):
-    status, out, _ = call(
-        prepare, "glyphs", "--out", tmp_path, "--per-class", 3, "--splits", "meta_val"
-    )
+    status, out, _ = call(prepare, "glyphs", "--out", tmp_path, "--per-class", 3, "--splits", "meta_val")
     assert status == 0 and "10 classes of 3 images" in out
     drawn, read = make_split("meta_val", 3), load_split(tmp_path, "meta_val", 32)
     assert torch.equal(drawn.images, read.images) and torch.equal(drawn.labels, read.labels)

@@ -18,9 +18,7 @@ def plan(**changes):
 
 def guide(classes=20):
     rng = torch.Generator().manual_seed(5)
-    return log_probability(
-        MetaModel(classes, generator=rng), ClassLearner(classes, 64, generator=rng)
-    )
+    return log_probability(MetaModel(classes, generator=rng), ClassLearner(classes, 64, generator=rng))
 
 
 def levels(a, b):

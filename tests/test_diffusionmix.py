@@ -1,0 +1,147 @@
+"""Meta-testing end to end, tiny."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import diffusionmix
+import main
+from tests.conftest import TINY
+from utils.images import to_float
+from utils.metrics import mean_confidence_interval, paired_difference
+
+KEYS = (
+    "dataset way shot query episodes seed accuracy ci95 accuracy_without_mix ci95_without_mix paired_difference "
+    "paired_ci95 seconds mix_steps pool_models precision device torch"
+).split()
+QUICK = "--episodes 4 --nTestNovel 10 --mix-steps 2 --head-steps 5 --device cpu --sample-batch 7".split()
+
+pytestmark = pytest.mark.usefixtures("few_glyphs")
+
+
+@pytest.fixture(scope="module")
+def trained(toy_pool, tmp_path_factory):
+    """A run folder whose meta-model has random weights. For copying only."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
+        flags = ("--source", "none", "--save-dir", folder, "--pool", toy_pool, "--data-root", folder.parent / "none")
+        patch.setattr("sys.argv", ["main.py", *TINY, *map(str, flags)])
+        main.main()
+    return folder
+
+
+@pytest.fixture
+def test_run(call, toy_pool, trained, tmp_path):
+    """Run diffusionmix.py in a copy of the run folder; returns results.json and what was printed."""
+
+    def go(*flags, pool=toy_pool):
+        folder = tmp_path / "run"
+        if not folder.exists():
+            shutil.copytree(trained, folder)
+        shared = ("--save-dir", folder, "--pool", pool, "--data-root", tmp_path / "none", *QUICK)
+        status, out, err = call(diffusionmix, *shared, *flags)
+        assert status == 0, err
+        return json.loads((folder / "results.json").read_text()), out
+
+    return go
+
+
+def test_results(test_run):
+    results, out = test_run()
+    assert set(KEYS) <= results.keys()
+    expected = dict(
+        dataset="glyphs", split="meta_test", way=5, shot=1, query=2, episodes=4, seed=1, mix_steps=2, pool_models=5,
+        device="cpu", precision="auto", torch=torch.__version__,
+    )  # fmt: skip
+    assert {name: results[name] for name in expected} == expected
+    mixed, plain = results["by_episode"], results["by_episode_without_mix"]
+    assert len(mixed) == len(plain) == 4 and all(0 <= value <= 100 for value in mixed + plain)
+    assert (results["accuracy"], results["ci95"]) == pytest.approx(mean_confidence_interval(mixed))
+    assert (results["accuracy_without_mix"], results["ci95_without_mix"]) == pytest.approx(
+        mean_confidence_interval(plain)
+    )
+    pair = (results["paired_difference"], results["paired_ci95"])
+    assert pair == pytest.approx(paired_difference(mixed, plain))
+    assert f"5-way 1-shot on meta_test: {results['accuracy']:.2f} +- {results['ci95']:.2f} % with mixes" in out
+    again, _ = test_run()
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
+
+
+def test_another_batch_gives_the_same_accuracies(test_run):
+    first, _ = test_run("--nExemplars", 2, "--seed", 3)
+    second, _ = test_run("--nExemplars", 2, "--seed", 3, "--sample-batch", 40)
+    assert first["by_episode"] == second["by_episode"] and first["shot"] == 2
+    other, _ = test_run("--nExemplars", 2, "--seed", 4)
+    assert other["by_episode_without_mix"] != first["by_episode_without_mix"]
+
+
+def test_without_mixes(test_run):
+    with_mixes, _ = test_run()
+    results, _ = test_run("--mix", "False", pool="no/such/pool")
+    assert (results["pool_models"], results["mix_steps"], results["paired_difference"]) == (0, 0, 0.0)
+    assert results["by_episode"] == results["by_episode_without_mix"] == with_mixes["by_episode_without_mix"]
+
+
+@pytest.mark.parametrize("flags", [("--split", "meta_val"), ("--phase", "val")])
+def test_validation_classes(test_run, flags, monkeypatch):
+    asked, load = [], diffusionmix.load_real
+    monkeypatch.setattr(diffusionmix, "load_real", lambda *a: asked.append(a[2]) or load(*a))
+    results, _ = test_run(*flags, "--mix", "False")
+    assert results["split"] == "meta_val" and asked == ["meta_val"]
+
+
+@pytest.mark.parametrize("init", ["zeros", "random", "prototypes"])
+def test_head_settings(test_run, init):
+    results, _ = test_run("--head-init", init, "--head-scale", 5, "--mix", "False")
+    assert 0 <= results["accuracy"] <= 100
+
+
+def test_partners_and_labels_of_mixes_agree(trained, toy_pool, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, x_a, x_b, weight, noise, *, level, steps, local_labels):
+        seen.append((x_a, x_b, weight, noise))
+        return x_a
+
+    monkeypatch.setattr(diffusionmix, "diffusion_mixes", spy)
+    flags = ("--save-dir", trained, "--pool", toy_pool, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
+    testing = diffusionmix.Testing(diffusionmix.parse([str(flag) for flag in flags], description="test"))
+    e = testing.episodes
+    targets = torch.nn.functional.one_hot(e.support_labels, 5).float()
+    features, labels = testing.mixes(targets)
+    assert features.shape == (4, 5 * 10, 64) and labels.shape == (4, 5 * 10, 5)
+    torch.testing.assert_close(labels.sum(-1), torch.ones(4, 50))
+    x_a, x_b, weight, noise = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    support = to_float(testing.images.images)[e.support]  # (E, S, 3, H, W)
+    shape = (5, 4, 10)  # models, episodes, support
+    a, b = x_a.unflatten(0, shape), x_b.unflatten(0, shape)
+    assert torch.equal(a, support.expand_as(a))
+    match = (b[:, :, :, None] == support[None, :, None]).flatten(4).all(-1)  # (M, E, S, S): which image b is
+    assert bool((match.sum(-1) == 1).all()) and bool((match.sum(-2) == 1).all())  # a permutation
+    partner = match.float() @ targets
+    w = weight.view(*shape, 1)
+    expected = w * targets + (1 - w) * partner
+    torch.testing.assert_close(labels, expected.transpose(0, 1).flatten(1, 2))
+    assert len({tuple(row.tolist()) for row in noise.flatten(1)[:, :4]}) == len(noise)  # every mix its own
+    assert 0 <= float(weight.min()) < 0.1 and 0.9 < float(weight.max()) <= 1
+
+
+def test_pools_of_other_sizes_and_kinds(test_run, make_pool, tmp_path):
+    make_pool(tmp_path / "mixed", [3], class_cond=True)
+    make_pool(tmp_path / "large", [2], image_size=32, channel_mult="1,1,1")
+    (tmp_path / "large" / "subset1").rename(tmp_path / "mixed" / "subset2")
+    results, _ = test_run(pool=tmp_path / "mixed")
+    assert results["pool_models"] == 2
+
+
+def test_mixes_towards_the_pool_change_the_heads(test_run, paint_pool):
+    results, _ = test_run("--head-steps", 50, "--mix-level", 900, "--head-scale", 20, pool=paint_pool)
+    assert results["by_episode"] != results["by_episode_without_mix"]
+
+
+def test_resume_names_the_checkpoint(test_run, trained):
+    results, _ = test_run("--resume", trained / "last.pt", "--mix", "False")
+    assert results["by_episode"] == test_run("--mix", "False")[0]["by_episode"]

@@ -1,0 +1,173 @@
+"""Meta-training end to end, tiny."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import main
+from datasets.pseudo import PseudoDataset
+from models import learners
+from tests.conftest import TINY, same
+from utils import checkpoint
+
+pytestmark = pytest.mark.usefixtures("few_glyphs")
+
+
+@pytest.fixture
+def train(call, toy_pool, tmp_path):
+    """train(folder, *flags): run main.py on few glyphs with the toy pool; returns its output."""
+
+    def go(folder, *flags, pool=toy_pool, status=0):
+        arguments = ("--save-dir", folder, "--pool", pool, "--data-root", tmp_path / "none", *TINY, *flags)
+        got, out, err = call(main, *arguments)
+        assert got == status, err
+        return out if status == 0 else err
+
+    return go
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+ALWAYS = {"config.json", "log_train.txt", "metrics.jsonl", "last.pt", "best_model.pt", "curves.png"}
+SOURCES = {
+    "guided": (),
+    "unguided": ("--source", "unguided"),
+    "real": ("--source", "real"),
+    "none": ("--source", "none"),
+    "clusters": ("--first-labels", "clusters"),
+    "x_0": ("--guide-on", "x_0", "--optim", "adamw", "--lr", "0.001"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_run_folder(train, tmp_path, monkeypatch, source):
+    folder = tmp_path / "run"
+    out = train(folder, *SOURCES[source])
+    draws = source not in ("real", "none")
+    assert {path.name for path in folder.iterdir()} == ALWAYS | ({"pseudo"} if draws else set())
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["num_classes"] == {"real": 40, "none": 1}.get(source, 20) and settings["image_size"] == 16
+    lines = metrics(folder)
+    assert [line["epoch"] for line in lines] == ([0] if source == "none" else [1, 2])
+    assert all({"val_accuracy", "val_ci95"} <= line.keys() for line in lines)
+    assert ("class_learner_loss" in lines[0]) == (source in ("guided", "clusters", "x_0"))
+    best = checkpoint.load(folder / "best_model.pt")
+    assert best["val_accuracy"] == max(line["val_accuracy"] for line in lines)
+    assert "optimizers" not in best and f"best on meta_val {best['val_accuracy']:.2f} %" in out
+    if draws:
+        for r in range(2):
+            names = {path.name for path in (folder / "pseudo" / f"round{r:02d}").iterdir()}
+            assert names == {"images.npy", "labels.npy", "manifest.json", "sheet.png"}
+        data = PseudoDataset.load(folder / "pseudo" / "round01")
+        assert data.images.shape == (80, 3, 16, 16) and data.num_classes == 20
+        every = torch.arange(20).repeat_interleave(4)
+        if source == "unguided":
+            assert torch.equal(data.labels, every // 4 * 4)
+        elif source != "clusters":
+            assert torch.equal(data.labels, every)
+    monkeypatch.setattr(learners, "train_meta_model", None)  # the same command again trains no more
+    monkeypatch.setattr(main, "synthesise", None)
+    weights = checkpoint.load(folder / "last.pt")
+    assert "going on from" in train(folder, *SOURCES[source])
+    assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
+
+
+def test_clusters_label_the_images_of_round_0(train, tmp_path):
+    train(tmp_path / "run", "--first-labels", "clusters", "--samples-per-class", 6)
+    first, second = (PseudoDataset.load(tmp_path / "run" / "pseudo" / f"round{r:02d}") for r in range(2))
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, torch.arange(20).repeat_interleave(6) // 4 * 4)
+    assert torch.equal(second.labels // 4, first.labels // 4)  # each model's images stay with its classes
+    assert len(second.labels.unique()) == 20
+
+
+@pytest.mark.parametrize("refresh, where", [(1, "train_class_learner"), (2, "train_meta_model")])
+def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, refresh, where):
+    flags = ("--refresh-every", refresh)
+    train(tmp_path / "whole", *flags)
+    real, calls = getattr(learners, where), []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learners, where, killed)
+        train(tmp_path / "cut", *flags, status=130)
+    assert checkpoint.load(tmp_path / "cut" / "last.pt")["epoch"] == 1
+    torch.manual_seed(99)
+    assert "at epoch 1" in train(tmp_path / "cut", *flags)
+    for name in ("last.pt", "best_model.pt"):
+        whole, cut = (checkpoint.load(tmp_path / folder / name) for folder in ("whole", "cut"))
+        for state in (whole, cut):
+            del state["settings"]["save_dir"]
+        assert same(whole, cut)
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "cut"), strict=True):
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in other.items() if "seconds" not in k
+        }
+
+
+def test_same_seed_same_run(train, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, "--seed", seed, "--max-epoch", 1)
+        states.append(checkpoint.load(tmp_path / name / "last.pt")["model"])
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(learners, "train_meta_model", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(folder)  # killed after the images of round 0, before any checkpoint
+    assert (folder / "pseudo" / "round00" / "manifest.json").exists() and not (folder / "last.pt").exists()
+    assert "config.json: was made with seed 1, got 2" in train(folder, "--seed", 2, status=2)
+    train(folder, "--max-epoch", 1)
+    assert "last.pt: was made with seed 1, got 2" in train(folder, "--seed", 2, status=2)
+    assert "going on" in train(folder, "--max-epoch", 2, "--sample-batch", 3)
+
+
+def test_resume_starts_from_weights(train, tmp_path):
+    train(tmp_path / "a", "--max-epoch", 1)
+    train(tmp_path / "b", "--resume", tmp_path / "a" / "last.pt", "--source", "none", "--num-classes", 20)
+    first, second = (checkpoint.load(tmp_path / name / "last.pt") for name in "ab")
+    assert all(same(first[part], second[part]) for part in ("model", "model_statistics", "class_learner"))
+
+
+def test_rates_follow_the_schedule(train, tmp_path):
+    train(tmp_path / "run", "--source", "real", "--max-epoch", 3, "--lr", 0.01)
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([0.01, 0.01, 0.0006])
+
+
+def test_diverged_epoch_is_not_saved(train, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    train(folder, "--max-epoch", 1)
+    before = (folder / "last.pt").read_bytes()
+    monkeypatch.setattr(learners, "train_class_learner", lambda *a, **k: {"class_learner_loss": float("nan")})
+    assert "got loss nan in epoch 2" in train(folder, "--max-epoch", 2, status=2)
+    assert (folder / "last.pt").read_bytes() == before
+
+
+def test_dropblock_goes_on_bit_for_bit(train, tmp_path):
+    flags = ("--source", "real", "--backbone", "resnet12", "--drop-rate", 0.3, "--train_epoch_size", 1)
+    flags += ("--samples-per-class", 3, "--max-epoch", 1, "--epoch_size", 2)
+    states = []
+    for name in "ab":
+        torch.manual_seed(ord(name))  # nothing may depend on it
+        train(tmp_path / name, *flags)
+        states.append(checkpoint.load(tmp_path / name / "last.pt")["model"])
+        shutil.rmtree(tmp_path / name)
+    assert same(*states)
+
+
+def test_images_larger_than_those_of_the_pool(train, tmp_path):
+    train(tmp_path / "run", "--height", 24, "--width", 24, "--max-epoch", 1)
+    assert PseudoDataset.load(tmp_path / "run" / "pseudo" / "round00").images.shape == (80, 3, 24, 24)
