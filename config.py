@@ -49,6 +49,7 @@ class Settings:
                                 "unguided images (needs a first round on the models' own labels)",
                                 choices=("random", "clusters"), group="synthesis")  # fmt: skip
     refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
+    replay: int = setting(0, "earlier rounds whose images are trained on too", low=0, group="synthesis")
     sample_batch: int = setting(250, "images in a batch of the diffusion models", low=1, group="synthesis")
 
     # pools whose checkpoints do not tell (public ones)

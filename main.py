@@ -27,7 +27,7 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.class_learner import ClassLearner, load_statistics, statistics
-from models.clusters import balanced_clusters
+from models.clusters import cluster_classes
 from models.meta_model import MetaModel, prototype_scores
 from utils import checkpoint
 from utils.cli import run
@@ -59,7 +59,9 @@ class Training:
         if settings.source in ("guided", "unguided"):
             share = SCENARIOS[settings.dataset].per_model
             self.per_model = self.pool.share_classes(settings.num_classes, share)
-        self.real = self.real_images() if settings.source == "real" else None
+        self.real: LabelledImages | None = None  # only the reference may see labelled base images
+        if settings.source == "real":
+            self.real = load_real(settings.dataset, settings.data_path, "meta_train", size, settings.samples_per_class)
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or settings.num_classes or 1
         self.check()
         rng = generator(settings.seed, "weights")
@@ -80,11 +82,6 @@ class Training:
             self.log.line(f"going on from {restored} at epoch {self.epoch}")
 
     # ---- parts
-
-    def real_images(self) -> LabelledImages:
-        """The labelled base images that only the real-data reference may see."""
-        s = self.s
-        return load_real(s.dataset, s.data_path, "meta_train", self.size, s.samples_per_class)
 
     def check(self) -> None:
         """Refuse at once what would stop the run later."""
@@ -138,20 +135,25 @@ class Training:
             labels = first[labels]  # the first class of the model stands for all of its classes
         return PseudoDataset(images, labels, self.num_classes), float(hits.float().mean()) if guided else None
 
+    def earlier(self, round_index: int) -> list[PseudoDataset]:
+        """The images of earlier rounds that are trained on too; those labelled by their model count as clustered."""
+        if self.real:
+            return []
+        rounds = range(max(0, round_index - self.s.replay), round_index)
+        clusters = self.s.source == "guided" and self.by_model(0)
+        names = ["clusters" if clusters and r == 0 else f"round{r:02d}" for r in rounds]
+        return [PseudoDataset.load(self.log.folder / "pseudo" / name) for name in names]
+
     def by_model(self, round_index: int) -> bool:
         """Whether a round's images are drawn without guidance and labelled by their model only."""
         s = self.s
         return s.source == "unguided" or (s.source == "guided" and s.first_labels == "clusters" and round_index == 0)
 
-    def clustered(self, dataset: PseudoDataset) -> PseudoDataset:
-        """The same images, each model's shared out over its classes by balanced clusters of their features."""
-        features = self.features(dataset.images, maps=True)
-        labels = dataset.labels.clone()
-        for m, count in enumerate(self.per_model):
-            own = dataset.labels == sum(self.per_model[:m])
-            found = balanced_clusters(features[own], count, generator(self.s.seed, "clusters", m))
-            labels[own] = sum(self.per_model[:m]) + found.cpu()
-        return PseudoDataset(dataset.images, labels, self.num_classes)
+    def clustered(self, data: PseudoDataset) -> PseudoDataset:
+        """The same images, each model's shared out over its classes by balanced clusters of their feature maps."""
+        rng = generator(self.s.seed, "clusters")
+        labels = cluster_classes(self.features(data.images, maps=True), data.labels, self.per_model, rng)
+        return PseudoDataset(data.images, labels, self.num_classes)
 
     # ---- learning
 
@@ -176,23 +178,21 @@ class Training:
             sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", self.epoch)),
             batch=s.train_batch, dense_weight=s.dense_weight, augment=changed,
             owner=owner.to(self.device) if self.per_model else None,
-            within_weight=0.0 if by_model else s.within_weight,
+            within_weight=1.0 if by_model else s.within_weight,
         )  # fmt: skip
         entries["lr"] = rate
-        learners.check_finite(entries["loss"], self.epoch, rate)
-        last_of_round = (self.epoch + 1) % s.refresh_every == 0
-        if s.source != "guided" or (by_model and not last_of_round):
+        if s.source != "guided" or (by_model and (self.epoch + 1) % s.refresh_every):
             return entries
         steps, kl_weight = -(-s.train_epoch_size // s.train_batch), s.kl_weight
         if by_model:  # the first labels; g does not know them yet, so there is nothing to learn from it
             data, steps, kl_weight = self.clustered(data), FIRST_STEPS * steps, 0.0
+            data.save(self.log.folder / "pseudo" / "clusters", {"round": 0})
         entries |= learners.train_class_learner(
             self.model, self.learner, self.learner_optimizer, data.images, data.labels,
             steps=steps, batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
             levels=self.process.num_timesteps, kl_weight=kl_weight, augment=changed, rng=rng,
             add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
         )  # fmt: skip
-        learners.check_finite(entries["class_learner_loss"], self.epoch, rate)
         return entries
 
     # ---- validation and state
@@ -230,11 +230,6 @@ class Training:
             },
         )
 
-    def save_state(self) -> None:
-        """Save last.pt, which the same command goes on from."""
-        optimizers = [self.model_optimizer.state_dict(), self.learner_optimizer.state_dict()]
-        self.save("last.pt", optimizers=optimizers)
-
     def restore(self) -> Path | None:
         """Go on from last.pt of this folder, which is returned, or start from the weights of --resume."""
         last = self.s.run_folder / "last.pt"
@@ -270,9 +265,11 @@ class Training:
         self.log.settings(self.resolved())
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
-            data = self.pseudo_dataset(round_index)
+            data = self.pseudo_dataset(round_index).joined(self.earlier(round_index))
             made = time.perf_counter()
             entries = {"epoch": self.epoch + 1, "round": round_index, **self.train_epoch(data)}
+            for name in ("loss", "class_learner_loss"):
+                learners.check_finite(entries.get(name, 0.0), self.epoch, entries["lr"])
             self.epoch += 1
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
             self.after_epoch(entries)
@@ -293,7 +290,7 @@ class Training:
                 self.save("best_model.pt")
         self.log.record(entries)
         self.log.line(text)
-        self.save_state()
+        self.save("last.pt", optimizers=[self.model_optimizer.state_dict(), self.learner_optimizer.state_dict()])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -90,6 +90,14 @@ class PseudoDataset:
                 "delete the folder to make it again"
             )
         return dataset
+
+    def joined(self, others: Sequence["PseudoDataset"]) -> "PseudoDataset":
+        """This dataset and others with the same classes, as one: class c stays class c."""
+        if not others:
+            return self
+        parts = [self, *others]
+        images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
+        return PseudoDataset(images, labels, self.num_classes)
 
     def sheet(self, path: str | os.PathLike, per_class: int) -> None:
         """Write a PNG with a row a class: its number below the first of its first `per_class` images."""

@@ -1,5 +1,7 @@
 """Balanced clusters of features: a first labelling of images that have none."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,18 @@ def balanced_clusters(
         if fit > best_fit:
             best, best_fit = labels, fit
     return best
+
+
+def cluster_classes(features: Tensor, first: Tensor, counts: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Share out each model's images over its classes: (N,) int64.
+
+    features: (N, D); first: (N,) the first class of the model that drew each image; counts: classes of each model.
+    """
+    labels = first.clone()
+    for m, count in enumerate(counts):
+        own = first == sum(counts[:m])
+        labels[own] += balanced_clusters(features[own], count, generator)
+    return labels
 
 
 def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -132,7 +132,8 @@ CASES = [
 
 def last_lines(err):
     """What stays on a terminal: text after the last carriage return of each line."""
-    return [line.rsplit("\r", 1)[-1] for line in err.splitlines() if line.rsplit("\r", 1)[-1].strip()]
+    lines = [line.rsplit("\r", 1)[-1] for line in err.split("\n")]
+    return [line for line in lines if line.strip()]
 
 
 @pytest.mark.parametrize("module, fixed, flags, words", CASES, ids=lambda v: v if isinstance(v, str) else None)
@@ -142,7 +143,9 @@ def test_one_line_status_2_and_nothing_written(module, fixed, flags, words, call
         os.rename("made/last.pt", "run.pt")
     before = sorted(place.iterdir())
     status, _, err = call(module, *fixed, *flags.split())
-    (line,) = last_lines(err)
+    lines = last_lines(err)
+    assert len(lines) == 1, lines
+    line = lines[0]
     assert status == 2 and line.startswith("error: ") and words in line
     assert sorted(place.iterdir()) == before  # no folder is left behind
     assert str(ROOT) not in line

@@ -103,8 +103,9 @@ def test_samples_move_towards_the_class_asked_for(guide_on):
     cond_fn = classifier_guidance(log_p, labels, 4.0)
     guided = sample(network, diffusion, noise, cond_fn=cond_fn, guide_on=guide_on)
     moved = guided.mean((1, 2, 3)) - plain
-    assert float(moved[labels == 1].min()) > 0.01 and float(moved[labels == 0].max()) < -0.01
+    assert float(moved[labels == 1].min()) > 0.005 and float(moved[labels == 0].max()) < -0.005
     assert float(guided.abs().max()) <= 1
-    assert [int(t[0]) for _, t in seen] == list(range(960, -1, -40))  # the timesteps of the long process
+    times = [int(t[0]) for _, t in seen]  # those of the long process, or of a clean image
+    assert times == (list(range(960, -1, -40)) if guide_on == "x_t" else [0] * 25)
     first = seen[0][0]
     assert torch.equal(first, noise) if guide_on == "x_t" else float(first.abs().max()) <= 1

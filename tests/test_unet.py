@@ -129,7 +129,7 @@ def test_scale_shift_norm_formula():
     torch.testing.assert_close(block(x, emb), expected)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(16, 16), (24, 8), (32, 32), (96, 32), (128, 32)])
+@pytest.mark.parametrize(("channels", "groups"), [(16, 4), (24, 6), (6, 1), (32, 32), (96, 32), (128, 32)])
 def test_group_norm_groups(channels, groups):
     assert normalization(channels).num_groups == groups
 
