@@ -180,8 +180,9 @@ class Scenario:
 
 
 _GLYPHS = dict(
-    samples_per_class=100, sample_steps=12, train_epoch_size=100, train_batch=4, max_epoch=12, refresh_every=4,
-    epoch_size=200, flip=False, image_size=32,
+    image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200,
+    first_labels="clusters", guide_on="x_0", guidance_scale=20.0, learner_rate=1.0, replay=3,
+    train_epoch_size=100, train_batch=4, max_epoch=12, refresh_every=4, epoch_size=200, mix_steps=3,
 )  # fmt: skip
 SCENARIOS = {
     "glyphs": Scenario("glyphs", 0, _GLYPHS),

@@ -10,6 +10,7 @@ stopped.
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from utils.seeding import generator
 
 MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "max_epoch"}
 
+CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
 FIRST_STEPS = 8  # epochs' worth of steps that the class-learner takes on its first labels, the clusters
 
 
@@ -128,6 +130,9 @@ class Training:
             stream=round_index, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on,
             precision=s.precision,
         )  # fmt: skip
+        if guided and round_index == 0:
+            calibration = replace(plan, per_class=CALIBRATION, stream="calibration")
+            learners.calibrate(self.model, self.learner, synthesise(self.pool, calibration, self.device)[0])
         function = learners.log_probability(self.model, self.learner) if guided else None
         images, labels, hits = synthesise(self.pool, plan, self.device, function)
         if not guided:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.class_learner import ClassLearner
 from models.meta_model import MetaModel, dense_cross_entropy
+from utils.images import to_float
 
 
 def meta_loss(
@@ -70,6 +71,24 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> Callable[[Tensor
         return F.log_softmax(learner(model.embed(x), t), dim=1)
 
     return function
+
+
+@torch.no_grad()
+def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
+    """Give networks that were never trained the running statistics of images (N, 3, H, W) uint8.
+
+    Without, a random network in eval mode is normalised by nothing: its outputs hardly vary from image to image, and
+    neither does a gradient of theirs steer. Published code normalises by the batch, which tells on its other images.
+    """
+    device = next(model.parameters()).device
+    clean = to_float(images).to(device)
+    t = torch.zeros(len(clean), device=device)  # one t, as in guidance: e(t) of many would drown the images
+    model.train()
+    learner.train()
+    for _ in range(10):
+        features = model.embed(clean)
+        model.classifier(features)
+        learner(features, t)
 
 
 def train_meta_model(
