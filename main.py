@@ -19,7 +19,6 @@ from torch import Tensor
 from config import SCENARIOS, Settings, check_same, parse
 from datasets.augment import AugmentSettings, augment
 from datasets.episodes import EpisodeSampler
-from datasets.folder import LabelledImages
 from datasets.pseudo import PseudoDataset
 from datasets.sources import load_real
 from guided_diffusion.dist_util import pick_device
@@ -32,7 +31,6 @@ from models.clusters import cluster_classes
 from models.meta_model import MetaModel, prototype_scores
 from utils import checkpoint
 from utils.cli import run
-from utils.images import to_float
 from utils.metrics import accuracy, mean_confidence_interval
 from utils.plots import curves
 from utils.run_log import RunLog
@@ -48,38 +46,33 @@ class Training:
     """One run: its settings, parts and state."""
 
     def __init__(self, settings: Settings):
-        self.s = settings
-        self.device = pick_device(settings.device_name)
-        needs_pool = settings.source in ("guided", "unguided") or settings.pool_path.exists()
-        self.pool = Pool(settings.pool_path, settings.bare_checkpoint_flags()) if needs_pool else None
-        self.size = size = settings.height or (self.pool.load(0).image_size if self.pool else settings.image_size)
-        self.validation = load_real(settings.dataset, settings.data_path, "meta_val", size)
-        queries = settings.nTestNovel // settings.way
-        sampler = EpisodeSampler(self.validation.labels, settings.way, settings.shot, queries)
-        self.val_episodes = sampler.sample_indexed(0, settings.epoch_size, settings.seed, "validation")
+        s = self.s = settings
+        self.device = pick_device(s.device_name)
+        needs_pool = s.source in ("guided", "unguided") or s.pool_path.exists()
+        self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if needs_pool else None
+        self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
+        self.validation = load_real(s.dataset, s.data_path, "meta_val", size)
+        sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
+        self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.per_model = []
-        if settings.source in ("guided", "unguided"):
-            share = SCENARIOS[settings.dataset].per_model
-            self.per_model = self.pool.share_classes(settings.num_classes, share)
-        self.real: LabelledImages | None = None  # only the reference may see labelled base images
-        if settings.source == "real":
-            self.real = load_real(settings.dataset, settings.data_path, "meta_train", size, settings.samples_per_class)
-        self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or settings.num_classes or 1
+        if s.source in ("guided", "unguided"):
+            self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
+        labelled = s.source == "real"  # only the reference may see labelled base images
+        self.real = load_real(s.dataset, s.data_path, "meta_train", size, s.samples_per_class) if labelled else None
+        self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         self.check()
-        rng = generator(settings.seed, "weights")
-        self.model = MetaModel(
-            self.num_classes, settings.scale_cls, settings.backbone, drop_rate=settings.drop_rate, generator=rng
-        ).to(self.device)
+        rng = generator(s.seed, "weights")
+        model = MetaModel(self.num_classes, s.scale_cls, s.backbone, drop_rate=s.drop_rate, generator=rng)
+        self.model = model.to(self.device)
         self.learner = ClassLearner(self.num_classes, self.model.feature_dim, generator=rng).to(self.device)
         self.model_optimizer, self.learner_optimizer = (
-            learners.make_optimizer(settings.optim, module, settings.weight_decay)
-            for module in (self.model, self.learner)
+            learners.make_optimizer(s.optim, module, s.weight_decay) for module in (self.model, self.learner)
         )
         self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
-        self.augmentation = AugmentSettings(flip=settings.flip)
-        self.epoch, self.best = settings.start_epoch, -1.0
+        self.augmentation = AugmentSettings(flip=s.flip)
+        self.epoch, self.best = s.start_epoch, -1.0
         restored = self.restore()
-        self.log = RunLog(settings.run_folder)  # last: what is refused above leaves no folder behind
+        self.log = RunLog(s.run_folder)  # last: what is refused above leaves no folder behind
         if restored:
             self.log.line(f"going on from {restored} at epoch {self.epoch}")
 
@@ -125,15 +118,8 @@ class Training:
         """Draw a round's images. Returns them and the share that the class-learner gives the class asked for."""
         s = self.s
         guided = s.source == "guided" and not self.by_model(round_index)
-        plan = Synthesis(
-            classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
-            stream=round_index, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on,
-            precision=s.precision,
-        )  # fmt: skip
-        if guided and round_index == 0:
-            calibration = replace(plan, per_class=CALIBRATION, stream="calibration")
-            learners.calibrate(self.model, self.learner, synthesise(self.pool, calibration, self.device)[0])
         function = learners.log_probability(self.model, self.learner) if guided else None
+        plan = self.plan(round_index)
         images, labels, hits = synthesise(self.pool, plan, self.device, function)
         if not guided:
             first = torch.tensor([plan.first_class(m) for m, n in enumerate(self.per_model) for _ in range(n)])
@@ -149,6 +135,14 @@ class Training:
         names = ["clusters" if clusters and r == 0 else f"round{r:02d}" for r in rounds]
         return [PseudoDataset.load(self.log.folder / "pseudo" / name) for name in names]
 
+    def plan(self, stream: int | str) -> Synthesis:
+        """How this run draws images."""
+        s = self.s
+        return Synthesis(
+            classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
+            stream=stream, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on, precision=s.precision,
+        )  # fmt: skip
+
     def by_model(self, round_index: int) -> bool:
         """Whether a round's images are drawn without guidance and labelled by their model only."""
         s = self.s
@@ -157,7 +151,8 @@ class Training:
     def clustered(self, data: PseudoDataset) -> PseudoDataset:
         """The same images, each model's shared out over its classes by balanced clusters of their feature maps."""
         rng = generator(self.s.seed, "clusters")
-        labels = cluster_classes(self.features(data.images, maps=True), data.labels, self.per_model, rng)
+        maps = learners.features(self.model, data.images, maps=True)
+        labels = cluster_classes(maps, data.labels, self.per_model, rng)
         return PseudoDataset(data.images, labels, self.num_classes)
 
     # ---- learning
@@ -202,19 +197,11 @@ class Training:
 
     # ---- validation and state
 
-    @torch.no_grad()
-    def features(self, images: Tensor, maps: bool = False) -> Tensor:
-        """Pooled features (N, D) of uint8 images, or their flattened maps, in eval mode, on the CPU."""
-        self.model.eval()
-        look = (lambda x: self.model.base(x).flatten(1)) if maps else self.model.pooled
-        return torch.cat([look(to_float(part.to(self.device))).cpu() for part in images.split(500)])
-
     def validate(self) -> tuple[float, float]:
         """Accuracy in percent and its 95 % half-width on the validation episodes, features computed once."""
-        features, e = self.features(self.validation.images), self.val_episodes
-        scores = prototype_scores(
-            features[e.support], e.support_labels, features[e.query], self.s.way, self.s.scale_cls
-        )
+        features, e = learners.features(self.model, self.validation.images), self.val_episodes
+        support, query = features[e.support], features[e.query]
+        scores = prototype_scores(support, e.support_labels, query, self.s.way, self.s.scale_cls)
         return mean_confidence_interval(accuracy(scores, e.query_labels))
 
     def save(self, name: str, **extra) -> None:
@@ -268,6 +255,9 @@ class Training:
         """All rounds and epochs, from where the folder stands."""
         s = self.s
         self.log.settings(self.resolved())
+        if self.epoch == 0 and s.source == "guided" and not self.by_model(0) and not s.resume:
+            few = replace(self.plan("calibration"), per_class=CALIBRATION)
+            learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
             data = self.pseudo_dataset(round_index).joined(self.earlier(round_index))

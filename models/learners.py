@@ -74,6 +74,15 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> Callable[[Tensor
 
 
 @torch.no_grad()
+def features(model: MetaModel, images: Tensor, maps: bool = False) -> Tensor:
+    """Pooled features (N, D) of images (N, 3, H, W) uint8, or their flattened maps, in eval mode, on the CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    look = (lambda x: model.base(x).flatten(1)) if maps else model.pooled
+    return torch.cat([look(to_float(part.to(device))).cpu() for part in images.split(500)])
+
+
+@torch.no_grad()
 def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
     """Give networks that were never trained the running statistics of images (N, 3, H, W) uint8.
 

@@ -50,7 +50,10 @@ def test_scenarios(name):
 
 
 def test_given_flags_win_over_the_scenario():
-    assert read("").samples_per_class == 100 and read("--samples-per-class 600").samples_per_class == 600
+    assert (
+        read("").samples_per_class == SCENARIOS["glyphs"].defaults["samples_per_class"]
+        and read("--samples-per-class 600").samples_per_class == 600
+    )
     assert read("-d un_cifarfs --num-classes 12").num_classes == 12
 
 

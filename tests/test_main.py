@@ -78,16 +78,22 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
 
 def test_clusters_label_the_images_of_round_0(train, tmp_path):
     train(tmp_path / "run", "--first-labels", "clusters", "--samples-per-class", 6)
-    first, second = (PseudoDataset.load(tmp_path / "run" / "pseudo" / f"round{r:02d}") for r in range(2))
+    first, second = (PseudoDataset.load(tmp_path / "run" / "pseudo" / name) for name in ("round00", "clusters"))
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.labels, torch.arange(20).repeat_interleave(6) // 4 * 4)
     assert torch.equal(second.labels // 4, first.labels // 4)  # each model's images stay with its classes
     assert len(second.labels.unique()) == 20
 
 
-@pytest.mark.parametrize("refresh, where", [(1, "train_class_learner"), (2, "train_meta_model")])
-def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, refresh, where):
-    flags = ("--refresh-every", refresh)
+@pytest.mark.parametrize(
+    "where, flags",
+    [
+        ("train_class_learner", ()),
+        ("train_meta_model", ("--refresh-every", 2)),
+        ("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2)),
+    ],
+)
+def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, flags):
     train(tmp_path / "whole", *flags)
     real, calls = getattr(learners, where), []
 

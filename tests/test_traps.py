@@ -193,6 +193,7 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
         return class_learner_loss(model, learner, images, noised, t, *args, **kwargs)
 
     def spy_pooled(model, images):
+        assert not model.training  # trap 5: no statistics of the validation images
         validated.append(images)
         return pooled(model, images)
 
@@ -230,7 +231,12 @@ def test_every_network_of_testing_sees_minus_one_to_one(command, custom, monkeyp
         mixed.append(torch.cat([x_a, x_b]))
         return mixes(model, x_a, x_b, *args, **kwargs)
 
-    monkeypatch.setattr(Conv4, "forward", lambda net, images: seen.append(images) or forward(net, images))
+    def spy_conv4(network, images):
+        assert not network.training  # trap 5: no statistics of the test images
+        seen.append(images)
+        return forward(network, images)
+
+    monkeypatch.setattr(Conv4, "forward", spy_conv4)
     monkeypatch.setattr(diffusionmix, "diffusion_mixes", spy_mix)
     command(diffusionmix, root)
     assert extremes(seen[0]) == (-1.0, 1.0)  # the real images: black is -1, white is 1, nothing is taken away
