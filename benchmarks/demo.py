@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.table import ROOT, as_text, run_rows
 
 FOLDER = Path("ckpt/runs/demo")
-TRAIN = "--samples-per-class 32 --sample-steps 8 --max-epoch 6 --refresh-every 1 --train_epoch_size 80".split()
+TRAIN = "--samples-per-class 32 --sample-steps 8 --max-epoch 6 --refresh-every 2 --train_epoch_size 80".split()
 TEST = "--episodes 200 --mix-steps 3".split()
 
 
