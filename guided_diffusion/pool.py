@@ -11,6 +11,7 @@ import torch
 
 from guided_diffusion.respace import SpacedDiffusion, respaced
 from guided_diffusion.script_util import (
+    MODEL_FLAGS,
     create_gaussian_diffusion,
     create_model,
     infer_model_flags,
@@ -106,8 +107,7 @@ class Pool:
         path = self.files[index]
         payload = checkpoint.load(path)
         weights, flags, num_classes = self._describe(payload, path)
-        names = ("learn_sigma", *(name for name in model_and_diffusion_defaults() if name not in _NOT_OF_NETWORK))
-        network = create_model(**{name: flags[name] for name in names})
+        network = create_model(**{name: flags[name] for name in MODEL_FLAGS})
         weights = {
             k: w.float() if isinstance(w, torch.Tensor) and w.is_floating_point() else w for k, w in weights.items()
         }
@@ -171,18 +171,3 @@ class Pool:
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{path}: {error}") from None
         return payload, flags, flags["num_classes"] if flags["class_cond"] else None
-
-
-_NOT_OF_NETWORK = frozenset(
-    (
-        "learn_sigma",
-        "diffusion_steps",
-        "noise_schedule",
-        "timestep_respacing",
-        "use_kl",
-        "predict_xstart",
-        "rescale_timesteps",
-        "rescale_learned_sigmas",
-        "loss_weighting",
-    )
-)

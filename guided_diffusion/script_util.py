@@ -60,7 +60,7 @@ _DIFFUSION_FLAGS = (
     "rescale_learned_sigmas",
     "loss_weighting",
 )
-_MODEL_FLAGS = tuple(
+MODEL_FLAGS = tuple(  # those that make the network, not the process
     name
     for name in model_and_diffusion_defaults()
     if name == "learn_sigma" or name not in (*_DIFFUSION_FLAGS, "diffusion_steps")
@@ -77,7 +77,7 @@ def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
     if unknown:
         raise ValueError(f"unknown model flags {', '.join(unknown)}; expected some of {', '.join(defaults)}")
     flags = {**defaults, **flags}
-    model = create_model(**{name: flags[name] for name in _MODEL_FLAGS})
+    model = create_model(**{name: flags[name] for name in MODEL_FLAGS})
     diffusion = create_gaussian_diffusion(
         steps=flags["diffusion_steps"], **{name: flags[name] for name in _DIFFUSION_FLAGS}
     )
