@@ -200,7 +200,7 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
     monkeypatch.setattr(learners, "meta_loss", spy_meta)
     monkeypatch.setattr(learners, "class_learner_loss", spy_learner)
     monkeypatch.setattr(main, "AugmentSettings", lambda flip: AugmentSettings.identity())
-    monkeypatch.setattr(main.Training, "features", watched_features(spy_pooled))
+    monkeypatch.setattr(learners, "features", watched_features(spy_pooled))
     command(main, custom("meta_val", "meta_train"), "--source", source, "--train_epoch_size", 20)
     assert clean and all(-1 <= low and high <= 1 for low, high in map(extremes, clean))
     if source == "real":
@@ -209,15 +209,15 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
 
 
 def watched_features(spy):
-    """`Training.features` with the model's `pooled` watched."""
-    features = main.Training.features
+    """`learners.features` with the model's `pooled` watched."""
+    features = learners.features
 
-    def watched(training, images):
-        training.model.pooled = types.MethodType(spy, training.model)
+    def watched(model, images):
+        model.pooled = types.MethodType(spy, model)
         try:
-            return features(training, images)
+            return features(model, images)
         finally:
-            del training.model.pooled
+            del model.pooled
 
     return watched
 
