@@ -6,6 +6,9 @@
 A pool takes the class folders of --data_dir in sorted order, trains one model for every --classes_per_model of them
 into <pool>/subset{m}/ckpt/model.pt, and writes <pool>/pool.json, which says what is where. The same command again
 goes on where it stopped; a subset that is done is not done again.
+
+A few images of each class are kept back (--hold_out): a line after the training, for a pool also pool.json, says how
+near the model's samples lie to its training images, against how near those held-out images lie to them.
 """
 
 import argparse
@@ -17,8 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from anywhere
 
 from guided_diffusion.dist_util import pick_device  # noqa: E402
-from guided_diffusion.image_datasets import class_folders, load_images  # noqa: E402
-from guided_diffusion.pool import subset_path  # noqa: E402
+from guided_diffusion.image_datasets import TrainingImages, class_folders, load_images  # noqa: E402
+from guided_diffusion.memorisation import measure, sentence, split  # noqa: E402
+from guided_diffusion.pool import Pool, subset_path  # noqa: E402
 from guided_diffusion.script_util import (  # noqa: E402
     add_dict_to_argparser,
     args_to_dict,
@@ -30,12 +34,16 @@ from utils.cli import OneLineParser, run  # noqa: E402
 from utils.run_log import write_json  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
+FIGURES = "memorisation"  # in pool.json, by model
+
 HELP = {
     "data_dir": "folder of images, nested as you like; for a pool or with --class_cond one folder a class",
     "save_dir": "where one model goes: model.pt, samples.png",
     "pool": "make a pool in this folder instead of one model",
     "classes_per_model": "classes that a model of the pool learns",
     "subsets": "train only these models of the pool, as 1,3,5 (several processes can share the work); empty: all",
+    "hold_out": "share of each class of 20 images or more to keep back, at most 16, to see whether the model copies; "
+    "0: none",
     "steps": "optimiser steps",
     "lr_anneal_steps": "take this many steps and lower the rate linearly to 0 over them; 0: off",
     "batch_size": "images a step",
@@ -61,6 +69,7 @@ def defaults() -> dict[str, Any]:
         "pool": "",
         "classes_per_model": 5,
         "subsets": "",
+        "hold_out": 0.05,
         "steps": 20_000,
         "lr": 1e-4,
         "weight_decay": 0.0,
@@ -91,16 +100,28 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data_dir:
         raise ValueError("got no --data_dir; give a folder of images to train on")
+    if not 0 <= args.hold_out < 1:
+        raise ValueError(f"got hold_out {args.hold_out}, expected a share from 0 to below 1, such as 0.05")
     device = pick_device(args.device)
     if args.pool:
         train_pool(args, device)
     else:
-        names = _classes(args) if args.class_cond else None
-        print(f"saved {training(args, names, Path(args.save_dir), args.seed, device).run()}")
+        train_one(args, device)
+
+
+def train_one(args: argparse.Namespace, device) -> None:
+    """Train one model on what is in --data_dir, and measure it."""
+    path = Path(args.save_dir) / MODEL_FILE
+    if path.exists():
+        raise ValueError(f"{path}: is there already; give another --save_dir or move it away")
+    names = _classes(args) if args.class_cond else None
+    data, held_out = split(load_images(args.data_dir, args.image_size, names), args.hold_out)
+    print(f"saved {training(args, data, path.parent, args.seed, device).run()}")
+    _figure(args, path, data, held_out, args.seed, device)
 
 
 def train_pool(args: argparse.Namespace, device) -> None:
-    """Train the models of a pool that are not there yet."""
+    """Train the models of a pool that are not there yet, and measure those that are not measured."""
     names = _classes(args)
     if args.classes_per_model < 1:
         raise ValueError(f"got classes_per_model {args.classes_per_model}, expected 1 or more")
@@ -110,26 +131,34 @@ def train_pool(args: argparse.Namespace, device) -> None:
         {"path": str(subset_path(".", m)), "classes": group, "num_classes": len(group)}
         for m, group in enumerate(groups, 1)
     ]
-    contents = {"image_size": args.image_size, "steps": _steps(args), "models": models}
     index = Path(args.pool) / "pool.json"
-    if index.exists() and json.loads(index.read_text()).get("models") != models:
-        raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
+    known, hold_out = _read(index), args.hold_out
+    if known:
+        if known.get("models") != models:
+            raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
+        hold_out = known.get("hold_out", 0.0)  # without an entry it is from before there was any
+        if hold_out != args.hold_out:
+            print(f"{index}: was made with --hold_out {hold_out:g}, which stays")
+    contents = {"image_size": args.image_size, "steps": _steps(args), "hold_out": hold_out, "models": models}
     for m in wanted:
-        path = subset_path(args.pool, m)
-        if path.exists():
+        path, seed, size = subset_path(args.pool, m), args.seed + m, args.image_size
+        done = path.exists()
+        if done:
             print(f"{path} is done")
-            continue
-        loop = training(args, groups[m - 1], path.parent, args.seed + m, device)
-        write_json(index, contents)  # now that flags and images are known to be good
-        print(f"saved {loop.run()}")
+            if f"subset{m}" in known.get(FIGURES, {}):
+                continue
+            size = Pool(path).load(0).image_size
+        data, held_out = split(load_images(args.data_dir, size, groups[m - 1]), hold_out)
+        if not done:
+            loop = training(args, data, path.parent, seed, device)
+            _write(index, contents, m, None)  # now that flags and images are known to be good
+            print(f"saved {loop.run()}")
+        _write(index, {**contents, **known} if done else contents, m, _figure(args, path, data, held_out, seed, device))
 
 
-def training(args: argparse.Namespace, classes: list[str] | None, folder: Path, seed: int, device) -> TrainLoop:
-    """The training of one model on the images of `classes` (None: all), ready to run."""
-    if (folder / MODEL_FILE).exists():
-        raise ValueError(f"{folder / MODEL_FILE}: is there already; give another --save_dir or move it away")
+def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed: int, device) -> TrainLoop:
+    """The training of one model on `data`, ready to run."""
     flags = args_to_dict(args, list(model_and_diffusion_defaults()))
-    data = load_images(args.data_dir, args.image_size, classes)
     if args.class_cond:
         flags["num_classes"] = len(data.class_names)
     seed_everything(seed)
@@ -156,6 +185,34 @@ def training(args: argparse.Namespace, classes: list[str] | None, folder: Path, 
     return TrainLoop(
         model=model, diffusion=diffusion, data=data, settings=settings, flags=flags, folder=folder, device=device
     )
+
+
+def _figure(args: argparse.Namespace, path: Path, data: TrainingImages, held_out, seed: int, device) -> dict[str, Any]:
+    """Measure and print how near the samples of a finished model lie to its training images."""
+    figure = measure(
+        Pool(path).load(0, device),
+        data.images,
+        held_out,
+        mirrored=args.random_flip,
+        seed=seed,
+        precision=args.precision,
+        device=device,
+    )
+    print(f"{path}: {sentence(figure)}")
+    return figure
+
+
+def _read(index: Path) -> dict[str, Any]:
+    return json.loads(index.read_text()) if index.exists() else {}
+
+
+def _write(index: Path, contents: dict[str, Any], m: int, figure: dict[str, Any] | None) -> None:
+    """Write pool.json with model m's figure, or without one; those that other processes wrote meanwhile stay.
+
+    Should two write in the same instant, a figure is lost at worst, and the same command again makes it.
+    """
+    figures = _read(index).get(FIGURES, {}) | {f"subset{m}": figure}
+    write_json(index, {**contents, FIGURES: {name: each for name, each in figures.items() if each}})
 
 
 def _classes(args: argparse.Namespace) -> list[str]:

@@ -1,0 +1,116 @@
+"""Whether a model copies: how near its samples lie to its training images, against how near unseen images lie."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from guided_diffusion.dist_util import autocast
+from guided_diffusion.guidance import sample
+from guided_diffusion.image_datasets import TrainingImages
+from guided_diffusion.pool import PoolModel
+from guided_diffusion.respace import space_timesteps
+from utils.images import to_float
+from utils.seeding import noise
+
+SAMPLES = 64  # that are drawn, and at most as many held-out images
+STEPS = 25  # of DDIM
+BATCH = 32  # samples that pass the network at once
+LEAST_IMAGES = 20  # of a class that can spare some
+MOST_HELD_OUT = 16  # images a class
+CHUNK = 2**24  # pixel values of training images that are floats at once: 64 MiB
+
+
+def split(data: TrainingImages, share: float) -> tuple[TrainingImages, Tensor]:
+    """Keep images back: (what to train on, the held-out images (H, 3, h, w) uint8, sorted by class).
+
+    share: of each class, from 0 (nothing) to below 1; 1 to MOST_HELD_OUT images of a class of LEAST_IMAGES or more.
+    Which ones depends on the pixels alone, so not on names, order or seed, and other images change little of it.
+    """
+    held_out = []
+    for label in range(len(data.class_names)) if share else ():
+        own = (data.labels == label).nonzero().flatten().tolist()
+        if len(own) >= LEAST_IMAGES:
+            count = min(max(1, round(share * len(own))), MOST_HELD_OUT)
+            held_out += sorted(own, key=lambda index: hashlib.sha256(data.images[index].numpy()).digest())[:count]
+    kept = torch.ones(len(data.images), dtype=torch.bool)
+    kept[held_out] = False
+    return TrainingImages(data.images[kept], data.labels[kept], data.class_names), data.images[held_out]
+
+
+def measure(
+    model: PoolModel, training: Tensor, held_out: Tensor, *, mirrored: bool, seed: int, precision: str,
+    device: torch.device,
+) -> dict[str, float | None]:  # fmt: skip
+    """Draw SAMPLES images from `model`, which is on `device`, and compare them as `figure` does."""
+    return figure(draw(model, seed, precision, device), held_out, training, mirrored=mirrored)
+
+
+def draw(model: PoolModel, seed: int, precision: str, device: torch.device) -> Tensor:
+    """SAMPLES unguided images by DDIM, class after class where the model is conditional: (S, 3, h, w) in [-1, 1]."""
+    size, total = model.image_size, model.flags["diffusion_steps"]
+    process = model.diffusion(sorted(space_timesteps(total, str(min(STEPS, total)))))
+    drawn = []
+    for index in torch.arange(SAMPLES).split(BATCH):
+        x_t = noise((3, size, size), index.tolist(), seed, "memorisation").to(device)
+        labels = (index % model.flags["num_classes"]).to(device) if model.class_cond else None
+        with autocast(precision, device):
+            drawn.append(sample(model.network, process, x_t, local_labels=labels).float())
+    return torch.cat(drawn)
+
+
+def figure(samples: Tensor, held_out: Tensor, training: Tensor, *, mirrored: bool = False) -> dict[str, float | None]:
+    """How near samples and held-out images lie to the training images.
+
+    samples: (S, 3, h, w) float in [-1, 1]; held_out: (H, 3, h, w) uint8, of which SAMPLES evenly spread ones are
+    looked at; training: (N, 3, h, w) uint8; mirrored: as in `nearest`.
+    Returns `samples` and `held_out`, the medians of `nearest`; `ratio`, samples / held_out: 1 for samples as new as
+    unseen images, near 0 for copies; `too_near`, the share of samples nearer than the held-out images' 5th
+    percentile, about 0.05 for samples as new as unseen images. Without held-out images the last three are None, and
+    so is the ratio where half of them are in `training`.
+    """
+    near = nearest(samples, training, mirrored=mirrored)
+    result = {"samples": round(float(near.median()), 4), "held_out": None, "ratio": None, "too_near": None}
+    if len(held_out):
+        chosen = torch.linspace(0, len(held_out) - 1, min(SAMPLES, len(held_out))).round().long()
+        unseen = nearest(to_float(held_out[chosen]).to(samples.device), training, mirrored=mirrored)
+        middle = float(unseen.median())
+        result["held_out"] = round(middle, 4)
+        result["ratio"] = round(float(near.median()) / middle, 4) if middle else None
+        result["too_near"] = round(float((near < unseen.quantile(0.05)).float().mean()), 4)
+    return result
+
+
+def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tensor:
+    """Root mean squared difference a pixel value, on [-1, 1], to the nearest training image: (Q,) float32.
+
+    images: (Q, 3, h, w) float in [-1, 1]; training: (N, 3, h, w) uint8, N >= 1, on any device.
+    mirrored: the model has learnt from mirror images too, so a mirrored copy is a copy.
+    """
+    if mirrored:
+        return torch.minimum(nearest(images, training), nearest(images.flip(-1), training))
+    flat = images.flatten(1)  # (Q, D)
+    least = torch.full((len(flat),), torch.inf, device=flat.device)
+    found = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+    rows = max(1, CHUNK // flat.shape[1])
+    for start in range(0, len(training), rows):
+        chunk = to_float(training[start : start + rows].to(flat.device)).flatten(1)  # (rows, D)
+        # |q - x|^2 less |q|^2, the same for all x
+        value, index = (chunk.square().sum(1) - 2 * flat @ chunk.T).min(1)  # (Q,)
+        found = torch.where(value < least, index + start, found)
+        least = torch.minimum(value, least)
+    # The expanded square finds the image; near 0 it has lost its digits, so the distance is taken anew.
+    chosen = to_float(training[found.to(training.device)].to(flat.device)).flatten(1)
+    return (flat - chosen).square().mean(1).sqrt()
+
+
+def sentence(figure: dict[str, float | None]) -> str:
+    """The figure in one line."""
+    text = f"its samples lie {figure['samples']:.3f} from the nearest training image"
+    if figure["held_out"] is None:
+        return f"{text}; no images were held out to compare with"
+    ratio = "none" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
+    return (
+        f"{text}, held-out images {figure['held_out']:.3f}: ratio {ratio}; "
+        f"{figure['too_near']:.0%} of them nearer than 95 % of the held-out images"
+    )
