@@ -1,15 +1,36 @@
 """Turn what there is into the folder layout `<root>/{meta_train,meta_val,meta_test}/<class>/*.png`.
 
-python -m datasets.prepare glyphs --out data/glyphs --per-class 600
+    python -m datasets.prepare glyphs --out data/glyphs --per-class 600
+    python -m datasets.prepare cifarfs                                    # downloads CIFAR-100
+    python -m datasets.prepare cifarfs --from path/to/cifar100            # cifar-100-python or class folders
+    python -m datasets.prepare miniimagenet --from path/to/miniimagenet   # csv and images, .pkl, or class folders
+    python -m datasets.prepare subsets --data-root data/cifarfs --classes_per_model 5
+
+To take up a run that was cut short, run the same command again: what is there is not made again.
 """
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from datasets import splits as published
+from datasets import unpack
 from datasets.glyphs import SPLIT_CLASSES, make_split
+from datasets.unpack import Picture, Pictures
+from utils.atomic import atomic_file
 from utils.cli import OneLineParser, run
+from utils.images import UNREADABLE, read_image
+from utils.run_log import write_json
+
+SETTINGS = "prepared.json"  # in the output folder: what its images were made from
+CIFAR_SIDE, MINI_SIDE = 32, 84  # pixels
 
 
 def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
@@ -31,17 +52,216 @@ def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
         print(f"{out / split}: {len(data.class_names)} classes of {per_class} images")
 
 
+def cifarfs(out: Path, source: Path | None) -> None:
+    """Make CIFAR-FS in `out`, 32x32: CIFAR-100's train and test images together, classes split as published.
+
+    source: the folder that is or holds cifar-100-python, or one of class folders; None downloads to <out>/download.
+    """
+    classes = published.CIFARFS
+    names = [name for split in classes.values() for name in split]
+    batches = None
+    if source is not None:
+        _require_folder(source, "give the folder that holds cifar-100-python or CIFAR-100's class folders")
+        batches = next((f for f in (source, source / "cifar-100-python") if (f / "meta").is_file()), None)
+
+    def read() -> Callable[[str], Pictures]:
+        if source is not None and batches is None:
+            found = unpack.class_folders(source, names)
+        else:
+            found = unpack.cifar_batches(batches or unpack.download_cifar100(out / "download"), names)
+        return lambda split: found
+
+    kind = "class folders" if source is not None and batches is None else "cifar-100-python"
+    convert(out, classes, {"dataset": "cifarfs", "source": kind, "size": CIFAR_SIDE}, read)
+
+
+def miniimagenet(out: Path, source: Path, size: int) -> None:
+    """Make miniImageNet in `out`, each image its central square at `size` pixels, classes split as published.
+
+    source: a folder with the three mini-imagenet-cache-*.pkl, or with train.csv, val.csv, test.csv and the images they
+    list, or with class folders (directly, in images, or in train, val and test), looked for in this order.
+    """
+    if size < 1:
+        raise ValueError(f"got --size {size}, expected 1 or more pixels")
+    _require_folder(source, "give the folder with miniImageNet's images or pickles")
+    classes = published.MINIIMAGENET
+    names = [name for split in classes.values() for name in split]
+    caches, lists = [unpack.cache_name(split) for split in classes], [unpack.csv_name(split) for split in classes]
+    if any((source / name).exists() for name in caches):
+        kind = "pkl"
+        unpack.require_files(source, caches)
+    elif any((source / name).exists() for name in lists):
+        kind = "csv"
+        unpack.require_files(source, lists)
+    else:
+        kind = "class folders"
+
+    def read() -> Callable[[str], Pictures]:
+        if kind == "pkl":  # one at a time, as the largest takes 0.8 GB of memory
+            return lambda split: unpack.mini_cache(source, split, classes[split])
+        found = unpack.csv_lists(source, classes) if kind == "csv" else unpack.class_folders(source, names)
+        return lambda split: found
+
+    convert(out, classes, {"dataset": "miniimagenet", "source": kind, "size": size}, read)
+
+
+def convert(
+    out: Path,
+    classes: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+    read: Callable[[], Callable[[str], Pictures]],
+) -> None:
+    """Write <out>/<split>/<class>/00000.png and so on for all `classes` (split -> names), and say what is there.
+
+    settings: what the images are made from; kept in <out>/prepared.json, so that no folder mixes two sources.
+        Its `size` is the side of the images in pixels.
+    read: called when a class is not complete yet; checks the source and returns a function that gives a split's
+        pictures.
+    Raises ValueError where `out` holds anything else, or as `read` does.
+    """
+    _check_out(out, classes, settings)
+    todo = {split: [n for n in names if not _is_complete(out / split / n)] for split, names in classes.items()}
+    if any(todo.values()):
+        pictures = read()
+        for split in filter(todo.get, todo):
+            _write_split(out, split, todo[split], pictures, settings)
+    for split, names in classes.items():
+        print(f"{out / split}: {len(names)} classes of {published.PER_CLASS} images, {len(todo[split])} written now")
+
+
+def _write_split(
+    out: Path,
+    split: str,
+    names: Sequence[str],
+    pictures: Callable[[str], Pictures],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write the classes `names` of one split; a function of its own so that its arrays are freed before the next."""
+    found = pictures(split)
+    write_json(out / SETTINGS, settings)  # only now that the source is known to be good
+    with ThreadPoolExecutor() as threads:
+        for name in tqdm(names, desc=split, unit="class", leave=False):
+            paths = [out / split / name / file for file in _file_names()]
+            list(threads.map(partial(_write, size=settings["size"]), paths, found[name]))
+
+
+def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
+    """Print, and write to `out` as JSON, the classes of <data_root>/meta_train that each model of a pool learns.
+
+    The same split as `guided_diffusion/image_train.py --pool` makes: the class folders in sorted order,
+    `classes_per_model` to a model, the rest to the last. Raises ValueError where there are none.
+    """
+    if classes_per_model < 1:
+        raise ValueError(f"got --classes_per_model {classes_per_model}, expected 1 or more")
+    folder = data_root / "meta_train"
+    _require_folder(folder, "make it with python -m datasets.prepare cifarfs, miniimagenet or glyphs")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder}: got no class folders, expected one folder of images a class")
+    groups = [names[i : i + classes_per_model] for i in range(0, len(names), classes_per_model)]
+    models = [
+        {"path": f"subset{m}/ckpt/model.pt", "classes": group, "num_classes": len(group)}
+        for m, group in enumerate(groups, 1)
+    ]
+    for m, group in enumerate(groups, 1):
+        print(f"subset{m}: {', '.join(group)}")
+    write_json(out, {"classes_per_model": classes_per_model, "models": models})
+    print(f"{out}: {len(groups)} models of {len(names)} classes")
+
+
+def _write(path: Path, picture: Picture, size: int) -> None:
+    """Write one picture as PNG of `size` pixels a side, unless it is there."""
+    if path.exists():
+        return
+    if isinstance(picture, Path):
+        try:
+            pixels = read_image(picture, size).transpose(1, 2, 0)
+        except UNREADABLE as error:
+            raise ValueError(f"{picture}: is no readable image ({error}); put an intact one in its place") from error
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+    else:
+        image = Image.fromarray(np.ascontiguousarray(picture))
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+    with atomic_file(path) as file:
+        image.save(file, "png")
+
+
+def _file_names() -> list[str]:
+    return [f"{index:05d}.png" for index in range(published.PER_CLASS)]
+
+
+def _is_complete(folder: Path) -> bool:
+    return folder.is_dir() and set(_file_names()) <= {path.name for path in folder.iterdir()}
+
+
+def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where `out` holds images that are not of `classes` or were made by other settings."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
+    made_from = out / SETTINGS
+    if made_from.exists() and (got := json.loads(made_from.read_text())) != settings:
+        raise ValueError(f"{made_from}: the images there are of {got}, now asked for {settings}; give another --out")
+    known = set(_file_names())
+    for split, names in classes.items():
+        there = _visible(out / split)
+        strange = sorted(there - set(names)) + sorted(
+            f"{name}/{file}" for name in there & set(names) for file in _visible(out / split / name) - known
+        )
+        if strange:
+            raise ValueError(
+                f"{out / split}: got {unpack.few(strange)}, expected only the {len(names)} classes with images "
+                f"{min(known)} to {max(known)}; move what is strange away or give another --out"
+            )
+
+
+def _visible(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+
+
+def _require_folder(folder: Path, advice: str) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; {advice}")
+
+
 def main() -> None:
     """Parse and do."""
     parser = OneLineParser(description="Prepare image folders.")
     what = parser.add_subparsers(dest="what", required=True)
+
     flags = what.add_parser("glyphs", help="the set that the program draws")
     flags.add_argument("--out", type=Path, default=Path("data/glyphs"), help="root folder (default data/glyphs)")
     flags.add_argument("--per-class", type=int, default=600, help="images a class (default 600)")
     flags.add_argument("--splits", nargs="+", default=list(SPLIT_CLASSES), choices=list(SPLIT_CLASSES))
     flags.add_argument("--seed", type=int, default=0)
+    flags.set_defaults(do=lambda args: glyphs(args.out, args.per_class, args.splits, args.seed))
+
+    flags = what.add_parser("cifarfs", help="CIFAR-FS, from CIFAR-100")
+    flags.add_argument("--out", type=Path, default=Path("data/cifarfs"), help="root folder (default data/cifarfs)")
+    flags.add_argument(
+        "--from", dest="source", type=Path, metavar="DIR", help="a copy on disk; without it, it is downloaded"
+    )
+    flags.set_defaults(do=lambda args: cifarfs(args.out, args.source))
+
+    flags = what.add_parser("miniimagenet", help="miniImageNet, from a copy on disk")
+    flags.add_argument(
+        "--out", type=Path, default=Path("data/miniimagenet"), help="root folder (default data/miniimagenet)"
+    )
+    flags.add_argument(
+        "--from", dest="source", type=Path, metavar="DIR", required=True, help="csv and images, .pkl, or class folders"
+    )
+    flags.add_argument("--size", type=int, default=MINI_SIDE, help="pixels a side (default 84, what the .pkl have)")
+    flags.set_defaults(do=lambda args: miniimagenet(args.out, args.source, args.size))
+
+    flags = what.add_parser("subsets", help="which classes each model of a pool learns")
+    flags.add_argument("--data-root", type=Path, required=True, help="root folder, with meta_train")
+    flags.add_argument("--classes_per_model", type=int, default=5, help="classes a model (default 5)")
+    flags.add_argument("--out", type=Path, help="the JSON file (default <data-root>/subsets.json)")
+    flags.set_defaults(
+        do=lambda args: subsets(args.data_root, args.classes_per_model, args.out or args.data_root / "subsets.json")
+    )
     args = parser.parse_args()
-    glyphs(args.out, args.per_class, args.splits, args.seed)
+    args.do(args)
 
 
 if __name__ == "__main__":
