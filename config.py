@@ -46,8 +46,13 @@ class Settings:
     guide_on: str = setting("x_t", "what the class-learner looks at: the noisy image, or the x_0 predicted from it",
                             choices=("x_t", "x_0"), group="synthesis")  # fmt: skip
     first_labels: str = setting("random", "labels of round 1: guided by a random head, or balanced clusters of "
-                                "unguided images (needs a first round on the models' own labels)",
+                                "unguided images (with a warm-up on the models' own labels)",
                                 choices=("random", "clusters"), group="synthesis")  # fmt: skip
+    warm_up: int = setting(3, "epochs on the models' own labels before their images are clustered", low=1,
+                           group="synthesis")  # fmt: skip
+    ask: str = setting("equal", "the class that an image is asked for: as many of each, one after another (the paper), "
+                       "or the likeliest of its unguided image, shared out evenly", choices=("equal", "likely"),
+                       group="synthesis")  # fmt: skip
     refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
     replay: int = setting(0, "earlier rounds whose images are trained on too", low=0, group="synthesis")
     sample_batch: int = setting(250, "images in a batch of the diffusion models", low=1, group="synthesis")
@@ -83,8 +88,6 @@ class Settings:
     start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
     dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
-    within_weight: float = setting(1.0, "weight of telling apart the pseudo classes of one model; the models "
-                                   "themselves have 1", low=0, high=1, group="learning")  # fmt: skip
     validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
     flip: bool = setting(True, "mirror training images; False where left and right differ", group="learning")
 
@@ -117,6 +120,11 @@ class Settings:
                 )
         if self.height != self.width and self.width:
             raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
+        if self.source == "guided" and self.first_labels == "clusters" and self.warm_up >= self.refresh_every:
+            raise ValueError(
+                f"got --warm-up {self.warm_up}, expected less than --refresh-every, {self.refresh_every}: "
+                "the first round ends on clusters"
+            )
         if self.start_epoch >= self.max_epoch:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
         if self.mix_steps > self.mix_level:
@@ -181,8 +189,8 @@ class Scenario:
 
 _GLYPHS = dict(
     image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200,
-    first_labels="clusters", guide_on="x_0", guidance_scale=20.0, learner_rate=1.0, replay=3,
-    train_epoch_size=100, train_batch=4, max_epoch=12, refresh_every=4, epoch_size=200, mix_steps=3,
+    first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
+    train_epoch_size=100, train_batch=4, dense_weight=0.0, max_epoch=24, refresh_every=8, epoch_size=200, mix_steps=3,
 )  # fmt: skip
 SCENARIOS = {
     "glyphs": Scenario("glyphs", 0, _GLYPHS),

@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from config import SCENARIOS, Settings, check_same, parse
@@ -27,7 +26,7 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.class_learner import ClassLearner, load_statistics, statistics
-from models.clusters import cluster_classes
+from models.clusters import cluster_classes, share_out
 from models.meta_model import MetaModel, prototype_scores
 from utils import checkpoint
 from utils.cli import run
@@ -39,7 +38,8 @@ from utils.seeding import generator
 MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "max_epoch"}
 
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
-FIRST_STEPS = 8  # epochs' worth of steps that the class-learner takes on its first labels, the clusters
+LEVEL_POWER = {"x_t": 1.0, "x_0": 3.0}  # of the noise levels that the class-learner is trained on
+FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
 
 
 class Training:
@@ -54,6 +54,7 @@ class Training:
         self.validation = load_real(s.dataset, s.data_path, "meta_val", size)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
+        self.clusters = s.source == "guided" and s.first_labels == "clusters"
         self.per_model = []
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
@@ -61,13 +62,7 @@ class Training:
         self.real = load_real(s.dataset, s.data_path, "meta_train", size, s.samples_per_class) if labelled else None
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         self.check()
-        rng = generator(s.seed, "weights")
-        model = MetaModel(self.num_classes, s.scale_cls, s.backbone, drop_rate=s.drop_rate, generator=rng)
-        self.model = model.to(self.device)
-        self.learner = ClassLearner(self.num_classes, self.model.feature_dim, generator=rng).to(self.device)
-        self.model_optimizer, self.learner_optimizer = (
-            learners.make_optimizer(s.optim, module, s.weight_decay) for module in (self.model, self.learner)
-        )
+        self.draw_weights()
         self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
         self.augmentation = AugmentSettings(flip=s.flip)
         self.epoch, self.best = s.start_epoch, -1.0
@@ -78,13 +73,21 @@ class Training:
 
     # ---- parts
 
+    def draw_weights(self) -> None:
+        """Both learners with random weights, and their optimisers."""
+        s, rng = self.s, generator(self.s.seed, "weights")
+        model = MetaModel(self.num_classes, s.scale_cls, s.backbone, drop_rate=s.drop_rate, generator=rng)
+        self.model = model.to(self.device)
+        self.learner = ClassLearner(self.num_classes, model.feature_dim, generator=rng).to(self.device)
+        self.model_optimizer = learners.make_optimizer(s.optim, self.model, s.weight_decay)
+        self.learner_optimizer = learners.make_optimizer(s.optim, self.learner, s.weight_decay)
+
     def check(self) -> None:
         """Refuse at once what would stop the run later."""
         s = self.s
         if self.size < 16:
             raise ValueError(f"got images of {self.size} pixels, the meta-model needs 16; give --height 32 --width 32")
-        by_model = s.source == "unguided" or (s.source == "guided" and s.first_labels == "clusters")
-        labels = len(self.per_model) if by_model else self.num_classes
+        labels = len(self.per_model) if s.source == "unguided" or self.clusters else self.num_classes
         if labels < s.way and s.source != "none":
             raise ValueError(
                 f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; "
@@ -101,38 +104,41 @@ class Training:
     # ---- synthesis
 
     def pseudo_dataset(self, round_index: int) -> PseudoDataset:
-        """The images to train on in a round: read if they are there, else made and kept."""
+        """The images to train on in this epoch of a round: read if they are there, else made and kept."""
         if self.real:
             return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
         folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
-        if (folder / "manifest.json").exists():
-            return PseudoDataset.load(folder)
-        dataset, hits = self.synthesise(round_index)
-        dataset.sheet(folder / "sheet.png", 16)
-        dataset.save(folder, {"round": round_index, "source": self.s.source, "hit_rate": hits})
-        if hits is not None:
-            self.log.line(f"round {round_index}: guided hit rate {100 * hits:.1f} %")
-        return dataset
+        if not (folder / "manifest.json").exists():
+            dataset, hits = self.synthesise(round_index)
+            dataset.sheet(folder / "sheet.png", 16)
+            dataset.save(folder, {"round": round_index, "source": self.s.source, "hit_rate": hits})
+            if hits is not None:
+                self.log.line(f"round {round_index}: guided hit rate {100 * hits:.1f} %")
+        data = PseudoDataset.load(folder)
+        return self.clustered(data) if self.clusters and round_index == 0 and not self.by_model() else data
 
     def synthesise(self, round_index: int) -> tuple[PseudoDataset, float | None]:
         """Draw a round's images. Returns them and the share that the class-learner gives the class asked for."""
         s = self.s
-        guided = s.source == "guided" and not self.by_model(round_index)
+        guided = s.source == "guided" and not (self.clusters and round_index == 0)
         function = learners.log_probability(self.model, self.learner) if guided else None
         plan = self.plan(round_index)
-        images, labels, hits = synthesise(self.pool, plan, self.device, function)
+        wanted = None
+        if guided and s.ask == "likely":  # what the same noise, unguided, comes closest to
+            natural, own, _ = synthesise(self.pool, plan, self.device)
+            scores = learners.clean_scores(function, natural, self.device)
+            wanted = share_out(scores, plan.first_of(own), self.per_model)
+        images, labels, hits = synthesise(self.pool, plan, self.device, function, wanted)
         if not guided:
-            first = torch.tensor([plan.first_class(m) for m, n in enumerate(self.per_model) for _ in range(n)])
-            labels = first[labels]  # the first class of the model stands for all of its classes
+            labels = plan.first_of(labels)  # stands for all classes of its model
         return PseudoDataset(images, labels, self.num_classes), float(hits.float().mean()) if guided else None
 
     def earlier(self, round_index: int) -> list[PseudoDataset]:
-        """The images of earlier rounds that are trained on too; those labelled by their model count as clustered."""
+        """The images of earlier rounds that are trained on too, those of round 0 as clustered where they were."""
         if self.real:
             return []
         rounds = range(max(0, round_index - self.s.replay), round_index)
-        clusters = self.s.source == "guided" and self.by_model(0)
-        names = ["clusters" if clusters and r == 0 else f"round{r:02d}" for r in rounds]
+        names = ["clusters" if self.clusters and r == 0 else f"round{r:02d}" for r in rounds]
         return [PseudoDataset.load(self.log.folder / "pseudo" / name) for name in names]
 
     def plan(self, stream: int | str) -> Synthesis:
@@ -143,17 +149,18 @@ class Training:
             stream=stream, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on, precision=s.precision,
         )  # fmt: skip
 
-    def by_model(self, round_index: int) -> bool:
-        """Whether a round's images are drawn without guidance and labelled by their model only."""
-        s = self.s
-        return s.source == "unguided" or (s.source == "guided" and s.first_labels == "clusters" and round_index == 0)
+    def by_model(self) -> bool:
+        """Whether this epoch's images are labelled by their model only."""
+        return self.s.source == "unguided" or (self.clusters and self.epoch < self.s.warm_up)
 
     def clustered(self, data: PseudoDataset) -> PseudoDataset:
-        """The same images, each model's shared out over its classes by balanced clusters of their feature maps."""
-        rng = generator(self.s.seed, "clusters")
-        maps = learners.features(self.model, data.images, maps=True)
-        labels = cluster_classes(maps, data.labels, self.per_model, rng)
-        return PseudoDataset(data.images, labels, self.num_classes)
+        """The images of round 0, each model's shared out over its classes by balanced clusters of feature maps."""
+        folder, rng = self.log.folder / "pseudo" / "clusters", generator(self.s.seed, "clusters")
+        if not (folder / "manifest.json").exists():
+            maps = learners.features(self.model, data.images, maps=True)
+            labels = cluster_classes(maps, data.labels, self.per_model, rng)
+            PseudoDataset(data.images, labels, self.num_classes).save(folder, {"round": 0})
+        return PseudoDataset.load(folder)
 
     # ---- learning
 
@@ -161,9 +168,8 @@ class Training:
         """One epoch of the meta-model, then, where there will be guidance, one of the class-learner."""
         s = self.s
         rate = s.lr * learners.learning_rate_factor(self.epoch / s.max_epoch)
-        for optimizer, factor in ((self.model_optimizer, 1.0), (self.learner_optimizer, s.learner_rate)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+        learners.set_rate(self.model_optimizer, rate)
+        learners.set_rate(self.learner_optimizer, rate * s.learner_rate)
         rng = generator(s.seed, "epoch", self.epoch, device=self.device)
         self.model.base.generator = rng  # of DropBlock
         sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
@@ -171,27 +177,21 @@ class Training:
         def changed(pictures: Tensor) -> Tensor:
             return augment(pictures.to(self.device), rng, self.augmentation)
 
-        by_model = self.by_model(self.epoch // s.refresh_every)
-        owner = torch.arange(len(self.per_model)).repeat_interleave(torch.tensor(self.per_model, dtype=torch.int64))
         entries = learners.train_meta_model(
             self.model, self.model_optimizer, data.images, data.labels,
             sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", self.epoch)),
             batch=s.train_batch, dense_weight=s.dense_weight, augment=changed,
-            owner=owner.to(self.device) if self.per_model else None,
-            within_weight=1.0 if by_model else s.within_weight,
         )  # fmt: skip
         entries["lr"] = rate
-        if s.source != "guided" or (by_model and (self.epoch + 1) % s.refresh_every):
+        if s.source != "guided" or self.by_model():
             return entries
-        steps, kl_weight = -(-s.train_epoch_size // s.train_batch), s.kl_weight
-        if by_model:  # the first labels; g does not know them yet, so there is nothing to learn from it
-            data, steps, kl_weight = self.clustered(data), FIRST_STEPS * steps, 0.0
-            data.save(self.log.folder / "pseudo" / "clusters", {"round": 0})
+        first = self.clusters and self.epoch + 1 == s.refresh_every  # it is new, and will steer at once
+        steps = -(-s.train_epoch_size // s.train_batch) * (FIRST_STEPS if first else 1)
         entries |= learners.train_class_learner(
             self.model, self.learner, self.learner_optimizer, data.images, data.labels,
             steps=steps, batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
-            levels=self.process.num_timesteps, kl_weight=kl_weight, augment=changed, rng=rng,
-            add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
+            levels=self.process.num_timesteps, level_power=LEVEL_POWER[s.guide_on], kl_weight=s.kl_weight,
+            augment=changed, rng=rng, add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
         )  # fmt: skip
         return entries
 
@@ -255,12 +255,14 @@ class Training:
         """All rounds and epochs, from where the folder stands."""
         s = self.s
         self.log.settings(self.resolved())
-        if self.epoch == 0 and s.source == "guided" and not self.by_model(0) and not s.resume:
+        if self.epoch == 0 and s.source == "guided" and not self.clusters and not s.resume:
             few = replace(self.plan("calibration"), per_class=CALIBRATION)
             learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
             data = self.pseudo_dataset(round_index).joined(self.earlier(round_index))
+            if self.clusters and self.epoch == s.warm_up:
+                self.draw_weights()  # those taught by the models' labels learn clusters less well than new ones
             made = time.perf_counter()
             entries = {"epoch": self.epoch + 1, "round": round_index, **self.train_epoch(data)}
             for name in ("loss", "class_learner_loss"):

@@ -1,6 +1,6 @@
 """Does guidance steer? A class-learner trained on real glyph labels guides; an independent classifier judges.
 
-    python -m benchmarks.steering --epochs 8 --scales 1 4 16
+    python -m benchmarks.steering --epochs 12 --scales 4 20
 
 Prints one JSON line a setting: the share of images that the judge gives the class asked for, among all classes and
 among those of the model that drew it, with guidance and (scale 0) without.
@@ -8,6 +8,7 @@ among those of the model that drew it, with guidance and (scale 0) without.
 
 import argparse
 import json
+import math
 
 import torch
 
@@ -40,14 +41,14 @@ def train(data, seed: int, epochs: int, with_learner: bool) -> tuple[MetaModel, 
     learner_optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, **make)
     process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
     sampler = EpisodeSampler(data.labels, 5, 1, 6)
-    settings = AugmentSettings(flip=False)
+    settings = AugmentSettings(flip=False, scale=(0.7, 1.0), erase=0.2)
     for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 if epoch < 0.6 * epochs else 0.01
+        for group in (*optimizer.param_groups, *learner_optimizer.param_groups):
+            group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         shared = dict(augment=lambda x: augment(x, rng, settings))
         out = train_meta_model(
             model, optimizer, data.images, data.labels, sampler.sample(EPISODES, rng),
-            batch=BATCH, dense_weight=0.5, **shared,
+            batch=BATCH, dense_weight=0.0, **shared,
         )  # fmt: skip
         if with_learner:
             out |= train_class_learner(
@@ -62,8 +63,8 @@ def main() -> None:
     """Train guide and judge, draw, count."""
     parser = argparse.ArgumentParser(description="Measure how well guidance steers.")
     parser.add_argument("--pool", default=str(Settings().pool_path))
-    parser.add_argument("--epochs", type=int, default=8, help="of guide and of judge")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 4.0, 16.0])
+    parser.add_argument("--epochs", type=int, default=12, help="of guide and of judge")
+    parser.add_argument("--scales", type=float, nargs="+", default=[4.0, 20.0])
     parser.add_argument("--guide-on", nargs="+", default=["x_t", "x_0"])
     parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, default=25)
@@ -74,6 +75,11 @@ def main() -> None:
     guide, learner = train(data, args.seed, args.epochs, with_learner=True)
     judge, _ = train(data, args.seed + 1000, args.epochs, with_learner=False)
     judge.eval()
+    unseen = load_real("glyphs", Settings().data_path, "meta_train", 32, 400)
+    late = torch.arange(len(unseen.labels)) % 400 >= 300  # of each class, those that neither network saw
+    with torch.no_grad():
+        right = judge.classifier(judge.embed(to_float(unseen.images[late]))).argmax(1) == unseen.labels[late]
+    print(json.dumps({"judge_on_unseen_real_images": 100 * float(right.float().mean())}), flush=True)
     pool = Pool(args.pool)
     counts = pool.share_classes()
     function = log_probability(guide, learner)

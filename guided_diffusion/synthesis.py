@@ -47,32 +47,39 @@ class Synthesis:
         """The first pseudo class of pool model m (from 0)."""
         return sum(self.classes[:m])
 
+    def first_of(self, labels: Tensor) -> Tensor:
+        """Of each pseudo class (N,), the first class of its pool model (N,)."""
+        return torch.tensor([self.first_class(m) for m, n in enumerate(self.classes) for _ in range(n)])[labels]
+
 
 def synthesise(
-    pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None,
+    wanted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Draw the images of all classes, model by model.
 
     log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), to guide by; None draws without guidance.
-    Returns images (N, 3, size, size) uint8; the global class asked for of each (N,) int64, N = C * per_class, class
-    after class; and with guidance which of them `log_probability` gives that class at t = 0 (N,) bool, else None.
+    wanted: (N,) the class to ask for in place of class after class, one of the same model's.
+    Returns images (N, 3, size, size) uint8; the global class asked for of each (N,) int64, N = C * per_class; and with
+    guidance which of them `log_probability` gives that class at t = 0 (N,) bool, else None.
     """
-    images, classes, hits = [], [], []
-    with tqdm(total=sum(plan.classes) * plan.per_class, desc="synthesis", unit="image", leave=False) as bar:
+    if wanted is None:
+        wanted = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
+    images, hits = [], []
+    with tqdm(total=len(wanted), desc="synthesis", unit="image", leave=False) as bar:
         for m, count in enumerate(plan.classes):
             model = pool.load(m, device)
-            local = torch.arange(count).repeat_interleave(plan.per_class)
-            for index in torch.arange(len(local)).split(plan.batch):
-                wanted = (plan.first_class(m) + local[index]).to(device)
-                drawn = _draw(model, m, plan, index, local[index].to(device), wanted, log_probability)
+            first = plan.first_class(m)
+            own = wanted[first * plan.per_class :][: count * plan.per_class].to(device)
+            for index in torch.arange(len(own)).split(plan.batch):
+                drawn = _draw(model, m, plan, index, own[index] - first, own[index], log_probability)
                 if log_probability is not None:
                     with torch.no_grad():
                         guess = log_probability(drawn, torch.zeros(len(drawn), device=device)).argmax(1)
-                    hits.append((guess == wanted).cpu())
+                    hits.append((guess == own[index]).cpu())
                 images.append(to_uint8(_resized(drawn, plan.size)).cpu())
-                classes.append(wanted.cpu())
                 bar.update(len(index))
-    return torch.cat(images), torch.cat(classes), torch.cat(hits) if hits else None
+    return torch.cat(images), wanted, torch.cat(hits) if hits else None
 
 
 def _draw(

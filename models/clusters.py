@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHARPNESS = 2.0  # of p(c | x) before it is balanced; 1 spreads unsure images too far from their likeliest class
+
 
 def balanced_clusters(
     features: Tensor, count: int, generator: torch.Generator, *, rounds: int = 30, temperature: float = 0.05
@@ -42,6 +44,31 @@ def cluster_classes(features: Tensor, first: Tensor, counts: Sequence[int], gene
         own = first == sum(counts[:m])
         labels[own] += balanced_clusters(features[own], count, generator)
     return labels
+
+
+def share_out(scores: Tensor, first: Tensor, counts: Sequence[int]) -> Tensor:
+    """The likeliest class of each image among those of its model, as many images to one as to another: (N,) int64.
+
+    scores: (N, C) log p(c | x); first: (N,) the first class of the model that drew each image; counts: classes of each
+    model. The shares are balanced as those of `balanced_clusters`, then given out greedily, the surest first.
+    """
+    labels = first.clone()
+    for m, count in enumerate(counts):
+        start = sum(counts[:m])
+        own = first == start
+        labels[own] += _evenly(_sinkhorn(SHARPNESS * scores[own, start : start + count]))
+    return labels
+
+
+def _evenly(shares: Tensor) -> Tensor:
+    """Give each row of shares (N, K) a column, and a column at most ceil(N / K) rows, largest shares first: (N,)."""
+    count, ways = shares.shape
+    labels, room = [-1] * count, [-(-count // ways)] * ways
+    for place in shares.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(place, ways)
+        if labels[row] < 0 and room[column]:
+            labels[row], room[column] = column, room[column] - 1
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -14,30 +14,18 @@ from utils.images import to_float
 
 def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
-    *, way: int, dense_weight: float, owner: Tensor | None = None, within_weight: float = 1.0,
+    *, way: int, dense_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
 
     images: (E, S + Q, 3, H, W), support first; support_labels (E, S) and query_labels (E, Q) in [0, way);
     query_classes: (E, Q) in [0, C). Returns the loss () and the share of queries that g gets right ().
-
-    owner: (C,) the pool model of each class; with it the cross-entropy -log p(c) = -log p(m) - log p(c | m) has its
-    second term times `within_weight`: which model drew an image is known, which of its classes it is was guessed.
-    At weight 0 only the model counts.
     """
     shots = support_labels.shape[1]
     logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
     classes = query_classes.flatten()
-    loss = F.cross_entropy(logits, classes)
-    guess = logits.detach().argmax(1)
-    if owner is not None and within_weight != 1.0:
-        own = owner[None, :] == owner[classes][:, None]  # (E * Q, C)
-        of_model = logits.logsumexp(1) - logits.masked_fill(~own, -torch.inf).logsumexp(1)  # -log p(m)
-        loss = within_weight * loss + (1 - within_weight) * of_model.mean()
-        if within_weight == 0:
-            guess, classes = owner[guess], owner[classes]
-    loss = loss + dense_weight * dense_cross_entropy(scores, query_labels)
-    return loss, (guess == classes).float().mean()
+    loss = F.cross_entropy(logits, classes) + dense_weight * dense_cross_entropy(scores, query_labels)
+    return loss, (logits.detach().argmax(1) == classes).float().mean()
 
 
 def class_learner_loss(
@@ -83,6 +71,13 @@ def features(model: MetaModel, images: Tensor, maps: bool = False) -> Tensor:
 
 
 @torch.no_grad()
+def clean_scores(log_probability: Callable[[Tensor, Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
+    """log p(c | x, t = 0) (N, C) of clean images (N, 3, H, W) uint8, on the CPU."""
+    parts = (to_float(part.to(device)) for part in images.split(500))
+    return torch.cat([log_probability(part, torch.zeros(len(part), device=device)).cpu() for part in parts])
+
+
+@torch.no_grad()
 def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
     """Give networks that were never trained the running statistics of images (N, 3, H, W) uint8.
 
@@ -110,15 +105,12 @@ def train_meta_model(
     batch: int,
     dense_weight: float,
     augment: Callable[[Tensor], Tensor],
-    owner: Tensor | None = None,
-    within_weight: float = 1.0,
 ) -> dict[str, float]:
     """One epoch of the meta-model.
 
     images: (N, 3, H, W) uint8 and labels (N,) of the pseudo dataset; episodes: indices into it, as tensors support
     (E, S), query (E, Q), support_labels, query_labels, and classes (E, way).
     batch: episodes a step; augment: uint8 images -> float images in [-1, 1] on the model's device;
-    owner, within_weight: as for `meta_loss`.
     Returns the mean `loss` and the `base_accuracy` of g in percent.
     """
     model.train()
@@ -134,8 +126,6 @@ def train_meta_model(
             labels[episodes.query[part]].to(device),
             way=way,
             dense_weight=dense_weight,
-            owner=owner,
-            within_weight=within_weight,
         )
         _step(optimizer, loss)
         seen.append(torch.stack([loss.detach(), right]))
@@ -153,13 +143,15 @@ def train_class_learner(
     steps: int,
     batch: int,
     levels: int,
+    level_power: float = 1.0,
     kl_weight: float,
     augment: Callable[[Tensor], Tensor],
     add_noise: Callable[[Tensor, Tensor], Tensor],
     rng: torch.Generator,
 ) -> dict[str, object]:
-    """One epoch of the class-learner on noised images, t uniform in [0, levels).
+    """One epoch of the class-learner on noised images, t = levels * u^level_power with u uniform in [0, 1).
 
+    level_power 1 is the paper's uniform t; a higher one favours low noise, for guidance that looks at x_0.
     images, labels, augment: as for `train_meta_model`; steps of `batch` images; add_noise: (x_0, t) -> x_t.
     Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent in each quarter of the noise levels.
     """
@@ -169,7 +161,7 @@ def train_class_learner(
     for _ in range(steps):
         index = torch.randint(len(images), (batch,), generator=rng, device=rng.device).cpu()
         clean = augment(images[index])
-        t = torch.randint(levels, (batch,), generator=rng, device=rng.device)
+        t = (levels * torch.rand(batch, generator=rng, device=rng.device) ** level_power).long().clamp_max(levels - 1)
         loss, hit = class_learner_loss(
             model, learner, clean, add_noise(clean, t), t, labels[index].to(clean.device), kl_weight=kl_weight
         )
@@ -187,6 +179,12 @@ def make_optimizer(name: str, module: torch.nn.Module, weight_decay: float) -> t
     if name == "adamw":
         return torch.optim.AdamW(module.parameters(), weight_decay=weight_decay)
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters of an optimiser the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def learning_rate_factor(progress: float) -> float:

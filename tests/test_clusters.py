@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.clusters import balanced_clusters
+from models.clusters import balanced_clusters, share_out
 
 
 def blobs(rng, sizes, spread=0.1, dim=16):
@@ -57,3 +57,19 @@ def test_edge_cases():
     assert same.shape == (6,) and 0 <= int(same.min()) <= int(same.max()) < 3
     with pytest.raises(ValueError, match="got 3 images for 4 clusters"):
         balanced_clusters(torch.randn(3, 8), 4, rng)
+
+
+def test_share_out_stays_within_the_model_and_is_even():
+    scores = torch.randn(50, 7, generator=torch.Generator().manual_seed(3)).log_softmax(1)
+    first = torch.tensor([0] * 20 + [4] * 30)  # four classes of the first model, three of the second
+    labels = share_out(scores, first, [4, 3])
+    assert torch.bincount(labels).tolist() == [5] * 4 + [10] * 3
+
+
+def test_share_out_gives_each_image_its_likeliest_class_where_that_is_even():
+    wanted = torch.cat([torch.tensor([0, 1]).repeat(10), torch.tensor([2, 3]).repeat(10)])
+    scores = torch.full((40, 4), -9.0)
+    scores[torch.arange(40), wanted] = 0.0
+    scores[:, 3] += 5.0  # a class of the second model that all images look like
+    first = torch.tensor([0] * 20 + [2] * 20)
+    assert torch.equal(share_out(scores, first, [2, 2]), wanted)

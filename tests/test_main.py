@@ -33,13 +33,15 @@ def metrics(folder):
 
 
 ALWAYS = {"config.json", "log_train.txt", "metrics.jsonl", "last.pt", "best_model.pt", "curves.png"}
+CLUSTERS = ("--warm-up", 1, "--refresh-every", 2, "--max-epoch", 4)
 SOURCES = {
     "guided": (),
     "unguided": ("--source", "unguided"),
     "real": ("--source", "real"),
     "none": ("--source", "none"),
-    "clusters": ("--first-labels", "clusters"),
+    "clusters": ("--first-labels", "clusters", *CLUSTERS),
     "x_0": ("--guide-on", "x_0", "--optim", "adamw", "--lr", "0.001"),
+    "likely": ("--guide-on", "x_0", "--ask", "likely"),
 }
 
 
@@ -52,9 +54,10 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
     settings = json.loads((folder / "config.json").read_text())
     assert settings["num_classes"] == {"real": 40, "none": 1}.get(source, 20) and settings["image_size"] == 16
     lines = metrics(folder)
-    assert [line["epoch"] for line in lines] == ([0] if source == "none" else [1, 2])
+    assert [line["epoch"] for line in lines] == {"none": [0], "clusters": [1, 2, 3, 4]}.get(source, [1, 2])
     assert all({"val_accuracy", "val_ci95"} <= line.keys() for line in lines)
-    assert ("class_learner_loss" in lines[0]) == (source in ("guided", "clusters", "x_0"))
+    assert ("class_learner_loss" in lines[0]) == (source in ("guided", "x_0", "likely"))
+    assert ("class_learner_loss" in lines[-1]) == (source in ("guided", "clusters", "x_0", "likely"))
     best = checkpoint.load(folder / "best_model.pt")
     assert best["val_accuracy"] == max(line["val_accuracy"] for line in lines)
     assert "optimizers" not in best and f"best on meta_val {best['val_accuracy']:.2f} %" in out
@@ -67,6 +70,8 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
         every = torch.arange(20).repeat_interleave(4)
         if source == "unguided":
             assert torch.equal(data.labels, every // 4 * 4)
+        elif source == "likely":
+            assert torch.equal(data.labels // 4, every // 4) and data.labels.bincount().tolist() == [4] * 20
         elif source != "clusters":
             assert torch.equal(data.labels, every)
     monkeypatch.setattr(learners, "train_meta_model", None)  # the same command again trains no more
@@ -77,7 +82,7 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
 
 
 def test_clusters_label_the_images_of_round_0(train, tmp_path):
-    train(tmp_path / "run", "--first-labels", "clusters", "--samples-per-class", 6)
+    train(tmp_path / "run", "--first-labels", "clusters", "--samples-per-class", 6, *CLUSTERS)
     first, second = (PseudoDataset.load(tmp_path / "run" / "pseudo" / name) for name in ("round00", "clusters"))
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.labels, torch.arange(20).repeat_interleave(6) // 4 * 4)
@@ -90,7 +95,7 @@ def test_clusters_label_the_images_of_round_0(train, tmp_path):
     [
         ("train_class_learner", ()),
         ("train_meta_model", ("--refresh-every", 2)),
-        ("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2)),
+        ("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2, *CLUSTERS)),
     ],
 )
 def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, flags):

@@ -53,6 +53,18 @@ def test_guidance_changes_images_and_zero_scale_does_not(toy_pool):
     assert levels(plain, synthesise(pool, plan(scale=5000.0), CPU, log_p)[0]) > 20
 
 
+def test_asked_for_classes_of_choice(toy_pool):
+    pool, log_p = Pool(toy_pool), guide()
+    usual, labels, _ = synthesise(pool, plan(scale=500.0), CPU, log_p)
+    wanted = labels.clone()
+    wanted[1] = 3  # from class 0 of the same model
+    images, asked, hits = synthesise(pool, plan(scale=500.0), CPU, log_p, wanted)
+    assert torch.equal(asked, wanted) and hits.shape == (40,)
+    assert levels(usual[1], images[1]) > 20  # another class from the same noise
+    assert levels(usual[:1], images[:1]) <= 1 and levels(usual[2:], images[2:]) <= 1
+    assert plan().first_of(torch.tensor([0, 3, 4, 19])).tolist() == [0, 0, 4, 16]
+
+
 def test_every_model_draws_its_own_classes(paint_pool):
     images, labels, _ = synthesise(Pool(paint_pool), plan(classes=[4, 1, 4, 3, 2]), CPU)
     assert plan(classes=[4, 1, 4, 3, 2]).first_class(3) == 9
