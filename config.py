@@ -24,10 +24,12 @@ class Settings:
 
     # what and where
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
-    data_root: str = setting("", "folder with meta_train, meta_val, meta_test; glyphs needs none")
+    data_root: str = setting("", "folder with meta_train, meta_val and meta_test; with commas one of each domain")
     pool: str = setting("", "folder of the pool, or one checkpoint file; default: the scenario's")
     save_dir: str = setting("", "run folder; default ckpt/runs/DATASET/N-shot")
     resume: str = setting("", "checkpoint to start from (main.py) or to test (diffusionmix.py)")
+    recipe: str = setting("paper", "paper: design of the publication; clusters: what was measured to be better; the "
+                          "scenario's unless given", choices=("paper", "clusters"))  # fmt: skip
     source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
                           choices=SOURCES)  # fmt: skip
     seed: int = setting(1, "of everything random", low=0)
@@ -153,9 +155,10 @@ class Settings:
         return Path(self.pool or ("ckpt/glyphs" if self.dataset == "glyphs" else f"ckpt/pools/{self.dataset}"))
 
     @property
-    def data_path(self) -> Path:
-        """Where the image folders are."""
-        return Path(self.data_root or f"data/{SCENARIOS[self.dataset].images}")
+    def data_paths(self) -> list[Path]:
+        """Where the image folders are, one of each domain."""
+        named = self.data_root.split(",") if self.data_root else [f"data/{d}" for d in SCENARIOS[self.dataset].images]
+        return [Path(name) for name in named]
 
     @property
     def test_split(self) -> str:
@@ -180,31 +183,38 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What `--dataset` stands for: which images test it, how its pool is split, other defaults."""
+    """What `--dataset` stands for: the domains whose images test it, how its pool is split, other defaults."""
 
-    images: str
+    images: tuple[str, ...]
     per_model: int = 0  # classes a pool model was trained on; 0: as its checkpoint says
     defaults: dict[str, Any] = field(default_factory=dict)
+    recipe: str = "paper"
 
+
+# What --recipe clusters changes in the published method; docs/decisions.md has the figures.
+_CLUSTERS = dict(
+    first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
+    dense_weight=0.0,
+)  # fmt: skip
+RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's
 
 _GLYPHS = dict(
-    image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200,
-    first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
-    train_epoch_size=100, train_batch=4, dense_weight=0.0, max_epoch=24, refresh_every=8, epoch_size=200, mix_steps=3,
+    image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
+    train_batch=4, max_epoch=24, refresh_every=8, epoch_size=200, mix_steps=3,
 )  # fmt: skip
 SCENARIOS = {
-    "glyphs": Scenario("glyphs", 0, _GLYPHS),
-    "co_miniimagenet": Scenario("miniimagenet", 5, dict(num_classes=64)),
-    "un_miniimagenet": Scenario("miniimagenet", 4, dict(num_classes=52)),
-    "co_cifarfs": Scenario("cifarfs", 5, dict(num_classes=64)),
-    "un_cifarfs": Scenario("cifarfs", 4, dict(num_classes=52)),
-    "cifar_mini": Scenario("cifar_mini", 4, dict(num_classes=104)),
-    "custom": Scenario("custom"),
+    "glyphs": Scenario(("glyphs",), 0, _GLYPHS, "clusters"),
+    "co_miniimagenet": Scenario(("miniimagenet",), 5, dict(num_classes=64)),
+    "un_miniimagenet": Scenario(("miniimagenet",), 4, dict(num_classes=52)),
+    "co_cifarfs": Scenario(("cifarfs",), 5, dict(num_classes=64)),
+    "un_cifarfs": Scenario(("cifarfs",), 4, dict(num_classes=52)),
+    "cifar_mini": Scenario(("cifarfs", "miniimagenet"), 4, dict(num_classes=104)),
+    "custom": Scenario(("custom",)),
 }
 
 
 def parse(argv: list[str] | None = None, *, description: str) -> Settings:
-    """Settings from flags: those given, then the scenario's, then the fields' defaults."""
+    """Settings from flags: those given, then the scenario's, then the recipe's, then the fields' defaults."""
     parser = _Parser(description=description)
     groups = {}
     for f in fields(Settings):
@@ -221,7 +231,9 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     dataset = given.get("dataset", "glyphs")
     if dataset not in SCENARIOS:
         raise ValueError(f"got --dataset {dataset!r}, expected one of {', '.join(SCENARIOS)}")
-    return Settings(**{**SCENARIOS[dataset].defaults, **given})
+    scenario = SCENARIOS[dataset]
+    recipe = given.setdefault("recipe", scenario.recipe)
+    return Settings(**{**RECIPES.get(recipe, {}), **scenario.defaults, **given})
 
 
 def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_change: set[str]) -> None:

@@ -36,21 +36,21 @@ MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
 
 
 class Testing:
-    """One evaluation: a trained meta-model, real images of unseen classes, and the pool for the mixes."""
+    """One evaluation: a trained meta-model, the real images of unseen classes in `root`, and the pool for the mixes."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, root: Path):
         s = self.s = settings
         self.device = pick_device(s.device_name)
         path = Path(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size = load_model(path, self.device)
-        self.images: LabelledImages = load_real(s.dataset, s.data_path, s.test_split, self.size)
+        self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.size)
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
         self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if s.mix else None
 
-    def run(self) -> dict:
-        """Test, and return what goes into results.json."""
-        s, started = self.s, time.perf_counter()
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Accuracy in percent of every episode, with mixes and without: (E,), (E,)."""
+        s = self.s
         features = self.features(to_float(self.images.images))
         e = self.episodes
         support, query = features[e.support], features[e.query]  # (E, S, D), (E, Q, D)
@@ -61,7 +61,7 @@ class Testing:
             mixes, mix_targets = self.mixes(targets)
             sets = [(support, targets), (mixes, mix_targets), (support, targets)]
             mixed = self.score(support, targets, sets, RATES, query)
-        return self.results(mixed, plain, time.perf_counter() - started)
+        return mixed, plain
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -122,35 +122,50 @@ class Testing:
             return pictures
         return torch.nn.functional.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
-    def results(self, mixed: Tensor, plain: Tensor, seconds: float) -> dict:
-        """What results.json holds; accuracies in percent."""
-        s = self.s
-        accuracy_, ci95 = mean_confidence_interval(mixed)
-        without, without_ci95 = mean_confidence_interval(plain)
-        difference, difference_ci95 = paired_difference(mixed, plain)
-        return {
-            "dataset": s.dataset,
-            "split": s.test_split,
-            "way": s.way,
-            "shot": s.shot,
-            "query": s.nTestNovel // s.way,
-            "episodes": s.episodes,
-            "seed": s.seed,
-            "accuracy": accuracy_,
-            "ci95": ci95,
-            "accuracy_without_mix": without,
-            "ci95_without_mix": without_ci95,
-            "paired_difference": difference,
-            "paired_ci95": difference_ci95,
-            "seconds": seconds,
-            "mix_steps": s.mix_steps if self.pool else 0,
-            "pool_models": len(self.pool) if self.pool else 0,
-            "precision": s.precision,
-            "device": str(self.device),
-            "torch": torch.__version__,
-            "by_episode": mixed.tolist(),
-            "by_episode_without_mix": plain.tolist(),
+
+def evaluate(settings: Settings) -> dict:
+    """Test on every domain; what results.json holds. Accuracies in percent, over the episodes of all domains."""
+    s, started = settings, time.perf_counter()
+    tests = [Testing(s, root) for root in s.data_paths]
+    outcomes = [test.run() for test in tests]
+    mixed, plain = (torch.cat(part) for part in zip(*outcomes, strict=True))
+    pool, device = tests[0].pool, tests[0].device
+    results = {
+        "dataset": s.dataset,
+        "split": s.test_split,
+        "way": s.way,
+        "shot": s.shot,
+        "query": s.nTestNovel // s.way,
+        "episodes": len(mixed),
+        "seed": s.seed,
+        **figures(mixed, plain),
+        "seconds": time.perf_counter() - started,
+        "mix_steps": s.mix_steps if pool else 0,
+        "pool_models": len(pool) if pool else 0,
+        "precision": s.precision,
+        "device": str(device),
+        "torch": torch.__version__,
+    }
+    if len(tests) > 1:
+        results["domains"] = {
+            root.name: figures(*outcome) for root, outcome in zip(s.data_paths, outcomes, strict=True)
         }
+    return results | {"by_episode": mixed.tolist(), "by_episode_without_mix": plain.tolist()}
+
+
+def figures(mixed: Tensor, plain: Tensor) -> dict[str, float]:
+    """Means with their 95 % half-widths, and the paired difference, of accuracies (E,) with mixes and without."""
+    accuracy_, ci95 = mean_confidence_interval(mixed)
+    without, without_ci95 = mean_confidence_interval(plain)
+    difference, difference_ci95 = paired_difference(mixed, plain)
+    return {
+        "accuracy": accuracy_,
+        "ci95": ci95,
+        "accuracy_without_mix": without,
+        "ci95_without_mix": without_ci95,
+        "paired_difference": difference,
+        "paired_ci95": difference_ci95,
+    }
 
 
 def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
@@ -171,9 +186,11 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
 def main() -> None:
     """Parse, test, write results.json, say what came out."""
     settings = parse(description="Meta-test with diffusion mixes.")
-    results = Testing(settings).run()
+    results = evaluate(settings)
     path = settings.run_folder / "results.json"
     write_json(path, results)
+    for name, part in results.get("domains", {}).items():
+        print(f"{name}: {part['accuracy']:.2f} +- {part['ci95']:.2f} % with mixes, {part['paired_difference']:+.2f}")
     print(
         f"{results['way']}-way {results['shot']}-shot on {results['split']}: {results['accuracy']:.2f} +- "
         f"{results['ci95']:.2f} % with mixes, {results['accuracy_without_mix']:.2f} +- "

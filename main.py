@@ -51,7 +51,7 @@ class Training:
         needs_pool = s.source in ("guided", "unguided") or s.pool_path.exists()
         self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
-        self.validation = load_real(s.dataset, s.data_path, "meta_val", size)
+        self.validation = load_real(s.dataset, s.data_paths, "meta_val", size)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.clusters = s.source == "guided" and s.first_labels == "clusters"
@@ -59,7 +59,7 @@ class Training:
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
         labelled = s.source == "real"  # only the reference may see labelled base images
-        self.real = load_real(s.dataset, s.data_path, "meta_train", size, s.samples_per_class) if labelled else None
+        self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.samples_per_class) if labelled else None
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         self.check()
         self.draw_weights()
@@ -90,8 +90,8 @@ class Training:
         labels = len(self.per_model) if s.source == "unguided" or self.clusters else self.num_classes
         if labels < s.way and s.source != "none":
             raise ValueError(
-                f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; "
-                "give a larger pool, more --num-classes, or a lower --nKnovel"
+                f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; give "
+                f"{'--recipe paper, ' if self.clusters else ''}a larger pool, more --num-classes, or a lower --nKnovel"
             )
         needed = s.shot + s.train_nTestNovel // s.way
         if s.source in ("guided", "unguided") and s.samples_per_class < needed:

@@ -71,11 +71,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = pick_device("cpu")
-    data = load_real("glyphs", Settings().data_path, "meta_train", 32, 300)
+    data = load_real("glyphs", Settings().data_paths, "meta_train", 32, 300)
     guide, learner = train(data, args.seed, args.epochs, with_learner=True)
     judge, _ = train(data, args.seed + 1000, args.epochs, with_learner=False)
     judge.eval()
-    unseen = load_real("glyphs", Settings().data_path, "meta_train", 32, 400)
+    unseen = load_real("glyphs", Settings().data_paths, "meta_train", 32, 400)
     late = torch.arange(len(unseen.labels)) % 400 >= 300  # of each class, those that neither network saw
     with torch.no_grad():
         right = judge.classifier(judge.embed(to_float(unseen.images[late]))).argmax(1) == unseen.labels[late]

@@ -1,6 +1,9 @@
 """The real images of a scenario: for validation, for testing, and for the real-data reference."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from datasets.folder import LabelledImages, load_split
 from datasets.glyphs import make_split
@@ -8,12 +11,23 @@ from datasets.glyphs import make_split
 GLYPHS_PER_CLASS = 100  # images a class to draw episodes from
 
 
-def load_real(dataset: str, root: Path, split: str, size: int, per_class: int | None = None) -> LabelledImages:
-    """Images of a split: drawn where `dataset` is glyphs (unless `root` is there), else read from <root>/<split>.
+def load_real(
+    dataset: str, roots: Sequence[Path], split: str, size: int, per_class: int | None = None
+) -> LabelledImages:
+    """Images of a split: drawn where `dataset` is glyphs (unless its root is there), else read from <root>/<split>.
 
+    roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
     size: pixels a side; per_class: images a class at most, None for all (100 a class of glyphs).
-    Raises ValueError where the folder is missing or empty.
+    Raises ValueError where a folder is missing or empty.
     """
-    if dataset == "glyphs" and not (root / split).is_dir():
+    if dataset == "glyphs" and not (roots[0] / split).is_dir():
         return make_split(split, per_class or GLYPHS_PER_CLASS, size=size)
-    return load_split(root, split, size, per_class)
+    domains = [load_split(root, split, size, per_class) for root in roots]
+    if len(domains) == 1:
+        return domains[0]
+    images, labels, names = [], [], []
+    for root, domain in zip(roots, domains, strict=True):
+        images.append(domain.images)
+        labels.append(domain.labels + len(names))
+        names += [f"{root.name}/{name}" for name in domain.class_names]
+    return LabelledImages(torch.cat(images), torch.cat(labels), names)

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from config import SCENARIOS, Settings, check_same, flag_of, parse
+from config import RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
 from tests.conftest import ROOT
 
 
@@ -35,8 +35,8 @@ def test_every_flag_of_the_paper_is_known():
 def test_new_flags_in_both_spellings():
     assert read("--samples-per-class 7") == read("--samples_per_class 7")
     assert read("--mix False").mix is False and read("--flip yes").flip is True
-    s = read("--data-root D --pool P --refresh-every 3 --backbone resnet12 --device cpu --precision bf16")
-    assert (str(s.data_path), str(s.pool_path), s.refresh_every, s.device_name) == ("D", "P", 3, "cpu")
+    s = read("--data-root D --pool P --refresh-every 4 --backbone resnet12 --device cpu --precision bf16")
+    assert (list(map(str, s.data_paths)), str(s.pool_path), s.refresh_every, s.device_name) == (["D"], "P", 4, "cpu")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -45,8 +45,24 @@ def test_scenarios(name):
     classes = {"glyphs": 0, "custom": 0, "cifar_mini": 104}.get(name, 64 if name.startswith("co") else 52)
     assert s.num_classes == classes
     assert str(s.pool_path) == ("ckpt/glyphs" if name == "glyphs" else f"ckpt/pools/{name}")
-    assert str(s.data_path) == "data/" + name.removeprefix("co_").removeprefix("un_")
+    domains = ["cifarfs", "miniimagenet"] if name == "cifar_mini" else [name.removeprefix("co_").removeprefix("un_")]
+    assert [str(path) for path in s.data_paths] == [f"data/{domain}" for domain in domains]
     assert json.loads(json.dumps(s.as_dict())) == s.as_dict()
+
+
+def test_recipes():
+    paper, own = read("--recipe paper"), read("")
+    assert own.recipe == "clusters" and own == read("--recipe clusters")
+    published = dict(first_labels="random", guide_on="x_t", guidance_scale=1.0, ask="equal", dense_weight=0.5,
+                     kl_weight=1.0, learner_rate=0.1, replay=0, lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
+    assert {name: getattr(paper, name) for name in published} == published
+    changed = {f.name for f in fields(Settings) if getattr(paper, f.name) != getattr(own, f.name)}
+    assert changed == {"recipe", *RECIPES["clusters"]}  # sizes are the scenario's either way
+    assert read("--recipe paper --guide-on x_0").guide_on == "x_0"
+    full = read("-d un_miniimagenet")
+    sizes = dict(samples_per_class=600, sample_steps=25, refresh_every=10, max_epoch=90, train_batch=32,
+                 train_nTestNovel=30, mix_level=200, head_steps=50)  # fmt: skip
+    assert full.recipe == "paper" and {name: getattr(full, name) for name in sizes} == sizes
 
 
 def test_given_flags_win_over_the_scenario():
@@ -79,7 +95,7 @@ def test_ranges(field):
         ("--width 64", "square"),
         ("--height 64 --width 84", "square"),
         ("--mix-steps 20 --mix-level 10", "at most --mix-level"),
-        ("--start-epoch 12", "less than --max-epoch, 12"),
+        ("--start-epoch 24", "less than --max-epoch, 24"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
     ],

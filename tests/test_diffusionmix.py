@@ -108,7 +108,8 @@ def test_partners_and_labels_of_mixes_agree(trained, toy_pool, tmp_path, monkeyp
 
     monkeypatch.setattr(diffusionmix, "diffusion_mixes", spy)
     flags = ("--save-dir", trained, "--pool", toy_pool, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
-    testing = diffusionmix.Testing(diffusionmix.parse([str(flag) for flag in flags], description="test"))
+    settings = diffusionmix.parse([str(flag) for flag in flags], description="test")
+    testing = diffusionmix.Testing(settings, settings.data_paths[0])
     e = testing.episodes
     targets = torch.nn.functional.one_hot(e.support_labels, 5).float()
     features, labels = testing.mixes(targets)

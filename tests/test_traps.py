@@ -1,5 +1,7 @@
 """One regression test or more for each trap of published code of this method, in their order."""
 
+import json
+import shutil
 import types
 
 import pytest
@@ -399,7 +401,9 @@ def test_every_scenario_runs_and_says_what_is_missing(name, call, custom, make_p
     counts, class_cond = POOLS[name]
     pool = make_pool(tmp_path / "pool", counts, class_cond=class_cond)
     root = custom("meta_val", "meta_test")
-    shared = ("--dataset", name, "--pool", pool, "--data-root", root, "--save-dir", "run")
+    roots = f"{root},{root}/../second" if name == "cifar_mini" else root
+    shutil.copytree(root, root.parent / "second")
+    shared = ("--dataset", name, "--pool", pool, "--data-root", roots, "--save-dir", "run")
     few = ("--max-epoch", 1, "--train_nTestNovel", 5, "--samples-per-class", 2, "--train_epoch_size", 2)
     status, _, err = call(main, *shared, *TINY, *few)
     assert status == 0, err
@@ -407,6 +411,13 @@ def test_every_scenario_runs_and_says_what_is_missing(name, call, custom, make_p
     assert data.num_classes == sum(counts)
     status, _, err = call(diffusionmix, *shared, *QUICK, "--episodes", 2, "--mix-steps", 1)
     assert status == 0, err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    if name == "cifar_mini":
+        each = [domain["accuracy"] for domain in results["domains"].values()]
+        assert results["episodes"] == 4 and results["accuracy"] == pytest.approx(sum(each) / 2)
+        assert list(results["domains"]) == [root.name, "second"]
+    else:
+        assert results["episodes"] == 2 and "domains" not in results
 
 
 @pytest.mark.usefixtures("few_glyphs")
