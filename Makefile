@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test clean
+.PHONY: help demo test table clean
 
 help:
 	@echo "make demo   run the whole method once, small, on the CPU"
 	@echo "make test   ruff, then the tests"
+	@echo "make table  the result table of glyphs: benchmarks/RESULTS.md; hours on a CPU, goes on where it stopped"
+	@echo "            DATA_ROOT=data/mine POOL=ckpt/pools/mine adds that of your images, tested on their meta_val"
 	@echo "make clean  remove caches; runs, data and $(VENV) stay"
 	@echo "PYTHON=...  the Python (3.11 or newer) that makes $(VENV); now $(PYTHON)"
 
@@ -22,6 +24,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q
+
+table: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.table --publish
+ifdef DATA_ROOT
+	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root $(DATA_ROOT) --pool $(POOL) \
+		--test --split meta_val
+endif
 
 clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

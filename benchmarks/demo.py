@@ -20,8 +20,8 @@ def main() -> None:
     """Run every row, then show the table."""
     started = time.time()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
-    rows = run_rows(FOLDER, [1], TRAIN, TEST)
-    print(f"\nglyphs, novel classes, 5-way 1-shot, {len(rows[0].by_episode)} episodes, one seed\n\n{as_text(rows)}")
+    rows = run_rows(FOLDER, [1], [1], ["none", "unguided", "guided", "real"], TRAIN, TEST)
+    print(f"\nglyphs, novel classes, 5-way 1-shot, {rows[0].episodes} episodes, one seed\n\n{as_text(rows)}")
     print(f"\n{time.time() - started:.0f} s in all; contact sheets: {FOLDER}/seed1/guided/pseudo/round*/sheet.png")
 
 

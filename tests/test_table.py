@@ -1,0 +1,79 @@
+"""The result table, from made-up results."""
+
+import csv
+import json
+
+import pytest
+
+from benchmarks import table
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """Stand-ins for the two scripts that write what they would; what was called, in order."""
+    made = []
+
+    def call(script, *flags):
+        given = dict(zip(flags[::2], flags[1::2], strict=True))
+        made.append((script, given))
+        folder = tmp_path / given["--save-dir"]
+        folder.mkdir(parents=True, exist_ok=True)
+        if script == "main.py":
+            (folder / "metrics.jsonl").write_text('{"seconds": 2, "synthesis_seconds": 1}\n{"seconds": 4}\n')
+            return
+        run, seed, shot = folder.parent.name, int(given["--seed"]), int(given["--nExemplars"])
+        base = {"none": 30, "unguided": 60, "paper": 61, "guided": 70, "real": 80}[run] + 5 * (shot - 1) // 4
+        plain = [base + seed + i for i in range(-2, 3)]
+        results = {
+            "by_episode": [value + 2 for value in plain] if given["--mix"] == "True" else plain,
+            "by_episode_without_mix": plain, "dataset": "custom", "split": "meta_val", "device": "cpu", "torch": "2",
+        }  # fmt: skip
+        (folder / "results.json").write_text(json.dumps(results))
+
+    monkeypatch.setattr(table, "_call", call)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    return made
+
+
+RUNS = ["none", "unguided", "guided", "real"]
+
+
+def rows(tmp_path):
+    return table.run_rows(tmp_path / "runs", [1, 3], [1, 5], RUNS, ["--dataset", "custom", "--lr", "1"], ["--way", "5"])
+
+
+def test_rows(calls, tmp_path):
+    got = rows(tmp_path)
+    names = ["floor (random weights)", "unguided", "guided", "guided + mix", "real reference"]
+    assert [(r.shot, r.row) for r in got] == [(shot, name) for shot in (1, 5) for name in names]
+    one = got[:5]
+    assert [r.accuracy for r in one] == [32, 62, 72, 74, 82]
+    assert [r.difference for r in one] == ["", 30, 10, 2, 8] and one[3].difference_ci95 == 0
+    assert [r.closed for r in one] == pytest.approx([0, 60, 80, 84, 100])
+    assert {(r.seeds, r.episodes, r.seconds) for r in got} == {(2, 10, 7)}
+    assert got[5].accuracy == 37
+
+
+def test_what_is_made_is_kept(calls, tmp_path):
+    first = rows(tmp_path)
+    scripts = [script for script, _ in calls]
+    assert (scripts.count("main.py"), scripts.count("diffusionmix.py")) == (8, 16)
+    assert calls[0][1]["--lr"] == "1" and "--lr" not in calls[1][1] and calls[1][1]["--dataset"] == "custom"
+    calls.clear()
+    (tmp_path / "runs" / "seed3" / "guided" / "5-shot" / "results.json").unlink()
+    assert rows(tmp_path) == first
+    assert [(script, given["--seed"]) for script, given in calls] == [("main.py", "3"), ("diffusionmix.py", "3")]
+
+
+def test_publish_replaces_the_rows_of_a_data_set(calls, tmp_path):
+    made = rows(tmp_path)
+    table.publish(made, tmp_path)
+    other = [table.Row(**{**vars(r), "dataset": "a, b"}) for r in made]
+    table.publish(other, tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    table.publish(made, tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text() == text
+    with open(tmp_path / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["dataset"] for line in lines] == ["a, b"] * 10 + ["custom"] * 10
+    assert "| 1 | guided + mix | 74.00 ± " in text and "+2.00 ± 0.00 | 84 % | 7 |" in text
