@@ -28,8 +28,8 @@ test: $(STAMP)
 table: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.table --publish
 ifdef DATA_ROOT
-	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root $(DATA_ROOT) --pool $(POOL) \
-		--test --split meta_val
+	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root $(DATA_ROOT) \
+		$(if $(POOL),--pool $(POOL)) --test --split meta_val
 endif
 
 clean:

@@ -10,6 +10,8 @@ from typing import Any
 
 SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
+BARE = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
+        "diffusion_steps")  # fmt: skip
 
 
 def setting(default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="run"):
@@ -122,10 +124,16 @@ class Settings:
                 )
         if self.height != self.width and self.width:
             raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
-        if self.source == "guided" and self.first_labels == "clusters" and self.warm_up >= self.refresh_every:
+        if self.source == "guided" and self.first_labels == "clusters":
+            for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
+                if self.warm_up >= epochs:
+                    raise ValueError(
+                        f"got --warm-up {self.warm_up}, expected less than {flag}, {epochs}: the clusters come after it"
+                    )
+        roots = self.data_root.split(",") if self.data_root else []
+        if "" in roots or len({Path(root).resolve().name for root in roots}) < len(roots):
             raise ValueError(
-                f"got --warm-up {self.warm_up}, expected less than --refresh-every, {self.refresh_every}: "
-                "the first round ends on clusters"
+                f"got --data-root {self.data_root!r}, expected folders of different names, with commas between"
             )
         if self.start_epoch >= self.max_epoch:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
@@ -172,9 +180,7 @@ class Settings:
 
     def bare_checkpoint_flags(self) -> dict[str, Any]:
         """What a checkpoint without settings does not tell, for the pool."""
-        names = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
-                 "diffusion_steps")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in BARE}
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, for config.json."""

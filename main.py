@@ -38,7 +38,6 @@ from utils.seeding import generator
 MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "max_epoch"}
 
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
-LEVEL_POWER = {"x_t": 1.0, "x_0": 3.0}  # of the noise levels that the class-learner is trained on
 FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
 
 
@@ -54,7 +53,8 @@ class Training:
         self.validation = load_real(s.dataset, s.data_paths, "meta_val", size)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
-        self.clusters = s.source == "guided" and s.first_labels == "clusters"
+        guided = s.source == "guided"
+        self.clusters, self.likely = guided and s.first_labels == "clusters", guided and s.ask == "likely"
         self.per_model = []
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
@@ -91,13 +91,13 @@ class Training:
         if labels < s.way and s.source != "none":
             raise ValueError(
                 f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; give "
-                f"{'--recipe paper, ' if self.clusters else ''}a larger pool, more --num-classes, or a lower --nKnovel"
+                f"{'--first-labels random, ' * self.clusters}a larger pool, more --num-classes, or a lower --nKnovel"
             )
         needed = s.shot + s.train_nTestNovel // s.way
         if s.source in ("guided", "unguided") and s.samples_per_class < needed:
             raise ValueError(f"got --samples-per-class {s.samples_per_class}, an episode needs {needed}; ask for more")
         if self.per_model:
-            self.pool.check(self.per_model, s.sample_steps)
+            self.pool.check(self.per_model, s.sample_steps, self.clusters or self.likely)
         if self.real:
             EpisodeSampler(self.real.labels, s.way, s.shot, s.train_nTestNovel // s.way)
 
@@ -124,7 +124,7 @@ class Training:
         function = learners.log_probability(self.model, self.learner) if guided else None
         plan = self.plan(round_index)
         wanted = None
-        if guided and s.ask == "likely":  # what the same noise, unguided, comes closest to
+        if guided and self.likely:  # what the same noise, unguided, comes closest to
             natural, own, _ = synthesise(self.pool, plan, self.device)
             scores = learners.clean_scores(function, natural, self.device)
             wanted = share_out(scores, plan.first_of(own), self.per_model)
@@ -135,9 +135,8 @@ class Training:
 
     def earlier(self, round_index: int) -> list[PseudoDataset]:
         """The images of earlier rounds that are trained on too, those of round 0 as clustered where they were."""
-        if self.real:
-            return []
-        rounds = range(max(0, round_index - self.s.replay), round_index)
+        oldest = max(self.s.start_epoch // self.s.refresh_every, round_index - self.s.replay)
+        rounds = range(oldest, round_index) if not self.real else ()
         names = ["clusters" if self.clusters and r == 0 else f"round{r:02d}" for r in rounds]
         return [PseudoDataset.load(self.log.folder / "pseudo" / name) for name in names]
 
@@ -190,7 +189,7 @@ class Training:
         entries |= learners.train_class_learner(
             self.model, self.learner, self.learner_optimizer, data.images, data.labels,
             steps=steps, batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
-            levels=self.process.num_timesteps, level_power=LEVEL_POWER[s.guide_on], kl_weight=s.kl_weight,
+            levels=self.process.num_timesteps, level_power=learners.LEVEL_POWER[s.guide_on], kl_weight=s.kl_weight,
             augment=changed, rng=rng, add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
         )  # fmt: skip
         return entries
@@ -261,7 +260,7 @@ class Training:
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
             data = self.pseudo_dataset(round_index).joined(self.earlier(round_index))
-            if self.clusters and self.epoch == s.warm_up:
+            if self.clusters and self.epoch == s.warm_up and not s.resume:
                 self.draw_weights()  # those taught by the models' labels learn clusters less well than new ones
             made = time.perf_counter()
             entries = {"epoch": self.epoch + 1, "round": round_index, **self.train_epoch(data)}

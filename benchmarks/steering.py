@@ -21,7 +21,7 @@ from guided_diffusion.pool import Pool
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models.class_learner import ClassLearner
-from models.learners import log_probability, train_class_learner, train_meta_model
+from models.learners import LEVEL_POWER, log_probability, train_class_learner, train_meta_model
 from models.meta_model import MetaModel
 from utils.cli import run
 from utils.images import to_float
@@ -30,8 +30,8 @@ from utils.seeding import generator
 EPISODES, BATCH = 100, 4  # an epoch, a step
 
 
-def train(data, seed: int, epochs: int, with_learner: bool) -> tuple[MetaModel, ClassLearner]:
-    """A meta-model, and a class-learner where asked for, on real labels."""
+def train(data, seed: int, epochs: int, guide_on: str = "") -> tuple[MetaModel, ClassLearner]:
+    """A meta-model, and a class-learner where it will guide on x_t or x_0, on real labels."""
     rng = generator(seed, "steering")
     classes = len(data.class_names)
     model = MetaModel(classes, generator=rng)
@@ -50,13 +50,20 @@ def train(data, seed: int, epochs: int, with_learner: bool) -> tuple[MetaModel, 
             model, optimizer, data.images, data.labels, sampler.sample(EPISODES, rng),
             batch=BATCH, dense_weight=0.0, **shared,
         )  # fmt: skip
-        if with_learner:
+        if guide_on:
             out |= train_class_learner(
                 model, learner, learner_optimizer, data.images, data.labels, steps=50, batch=140, levels=1000,
-                kl_weight=1.0, rng=rng, add_noise=lambda x, t: process.q_sample(x, t, generator=rng), **shared,
+                level_power=LEVEL_POWER[guide_on], kl_weight=1.0, rng=rng,
+                add_noise=lambda x, t: process.q_sample(x, t, generator=rng), **shared,
             )  # fmt: skip
         print(json.dumps({"epoch": epoch + 1, **out}), flush=True)
     return model, learner
+
+
+@torch.no_grad()
+def scores(judge: MetaModel, images: torch.Tensor) -> torch.Tensor:
+    """Logits (N, C) of images (N, 3, H, W) uint8."""
+    return torch.cat([judge.classifier(judge.embed(to_float(part))) for part in images.split(250)])
 
 
 def main() -> None:
@@ -65,43 +72,40 @@ def main() -> None:
     parser.add_argument("--pool", default=str(Settings().pool_path))
     parser.add_argument("--epochs", type=int, default=12, help="of guide and of judge")
     parser.add_argument("--scales", type=float, nargs="+", default=[4.0, 20.0])
-    parser.add_argument("--guide-on", nargs="+", default=["x_t", "x_0"])
+    parser.add_argument("--guide-on", default="x_0", choices=("x_t", "x_0"))
     parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = pick_device("cpu")
     data = load_real("glyphs", Settings().data_paths, "meta_train", 32, 300)
-    guide, learner = train(data, args.seed, args.epochs, with_learner=True)
-    judge, _ = train(data, args.seed + 1000, args.epochs, with_learner=False)
+    guide, learner = train(data, args.seed, args.epochs, args.guide_on)
+    judge, _ = train(data, args.seed + 1000, args.epochs)
     judge.eval()
     unseen = load_real("glyphs", Settings().data_paths, "meta_train", 32, 400)
     late = torch.arange(len(unseen.labels)) % 400 >= 300  # of each class, those that neither network saw
-    with torch.no_grad():
-        right = judge.classifier(judge.embed(to_float(unseen.images[late]))).argmax(1) == unseen.labels[late]
+    right = scores(judge, unseen.images[late]).argmax(1) == unseen.labels[late]
     print(json.dumps({"judge_on_unseen_real_images": 100 * float(right.float().mean())}), flush=True)
     pool = Pool(args.pool)
     counts = pool.share_classes()
     function = log_probability(guide, learner)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # of each class, its model
-    for where in args.guide_on:
-        for scale in (0.0, *args.scales):
-            plan = Synthesis(
-                classes=counts, per_class=args.per_class, steps=args.steps, size=32, seed=args.seed, stream="steering",
-                scale=scale, guide_on=where,
-            )  # fmt: skip
-            images, wanted, hits = synthesise(pool, plan, device, function)
-            with torch.no_grad():
-                logits = torch.cat([judge.classifier(judge.embed(to_float(x))) for x in images.split(250)])
-            own = owner[None, : logits.shape[1]] == owner[wanted][:, None]
-            within = logits[:, : own.shape[1]].masked_fill(~own, -torch.inf)
-            result = {
-                "guide_on": where, "scale": scale, "images": len(images),
-                "judge_all_classes": 100 * float((logits.argmax(1) == wanted).float().mean()),
-                "judge_own_classes": 100 * float((within.argmax(1) == wanted).float().mean()),
-                "guide_itself": 100 * float(hits.float().mean()),
-            }  # fmt: skip
-            print(json.dumps(result), flush=True)
+    for scale in (0.0, *args.scales):
+        plan = Synthesis(
+            classes=counts, per_class=args.per_class, steps=args.steps, size=32, seed=args.seed, stream="steering",
+            scale=scale, guide_on=args.guide_on,
+        )  # fmt: skip
+        images, wanted, hits = synthesise(pool, plan, device, function)
+        logits = scores(judge, images)
+        own = owner[None, : logits.shape[1]] == owner[wanted][:, None]
+        within = logits[:, : own.shape[1]].masked_fill(~own, -torch.inf)
+        result = {
+            "guide_on": args.guide_on, "scale": scale, "images": len(images),
+            "judge_all_classes": 100 * float((logits.argmax(1) == wanted).float().mean()),
+            "judge_own_classes": 100 * float((within.argmax(1) == wanted).float().mean()),
+            "guide_itself": 100 * float(hits.float().mean()),
+        }  # fmt: skip
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,21 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from benchmarks.machine import commit, hardware
-from config import SCENARIOS
+from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
 from utils.atomic import atomic_file
+from utils.cli import run as run_command
 from utils.metrics import mean_confidence_interval, paired_difference
+from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"  # where RESULTS.md and results.csv are
+PUBLISHED = [  # of what recipes change, given last so that it wins over what was given for the other rows
+    word for f in fields(Settings) if f.name in RECIPES["clusters"] for word in (flag_of(f), str(f.default))
+]
 RUNS = {  # a folder of the runs -> what main.py is told
     "none": ("--source", "none"),
     "unguided": ("--source", "unguided"),
-    "paper": ("--source", "guided", "--recipe", "paper"),
+    "paper": ("--source", "guided", "--recipe", "paper", *PUBLISHED),
     "guided": ("--source", "guided"),
     "real": ("--source", "real"),
 }
@@ -39,6 +44,8 @@ ROWS = {  # name -> run, with or without mixes
     "guided + mix": ("guided", True),
     "real reference": ("real", False),
 }
+TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
+          "sample_batch", "precision", "device", *BARE)  # fmt: skip
 SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip")}
 
 
@@ -79,19 +86,32 @@ def run_rows(
     for seed in seeds:
         for name in runs:
             run = folder / f"seed{seed}" / name
-            if not all((ROOT / run / f"{shot}-shot" / "results.json").exists() for shot in shots):
-                print(f"\n== seed {seed}, {name}", flush=True)
-                flags = (*RUNS[name], "--save-dir", str(run), "--seed", str(seed), "--nExemplars", str(shots[0]))
-                _call("main.py", *train, *flags)
+            print(f"\n== seed {seed}, {name}", flush=True)
+            own = ["--save-dir", str(run), "--seed", str(seed), "--nExemplars", str(shots[0])]
+            _call("main.py", *train, *RUNS[name], *own)  # quick where it is done; refuses other settings
             for shot in shots:
-                place = run / f"{shot}-shot"
-                if not (ROOT / place / "results.json").exists():
-                    flags = ("--resume", str(run / "best_model.pt"), "--save-dir", str(place), "--seed", str(seed))
-                    mix = str(any(ROWS[row] == (name, True) for row in ROWS))
-                    _call("diffusionmix.py", *_scenario(train), *test, *flags, "--nExemplars", str(shot), "--mix", mix)
-                made = json.loads((ROOT / place / "results.json").read_text(encoding="utf-8"))
-                results[seed, name, shot] = made, _training_seconds(ROOT / run / "metrics.jsonl")
+                results[seed, name, shot] = _tested(run, name, seed, shot, train, test)
     return [row for shot in shots for row in _rows_of(results, seeds, shot, runs)]
+
+
+def _tested(run: Path, name: str, seed: int, shot: int, train: list[str], test: list[str]) -> dict:
+    """Results of a run at one shot, made where they are not there, with the training's seconds and the machine."""
+    place, weights = run / f"{shot}-shot", run / "best_model.pt"
+    mix = str(any(ROWS[row] == (name, True) for row in ROWS))
+    flags = [*_for_testing(train), *test, "--nExemplars", str(shot), "--seed", str(seed), "--mix", mix]
+    given = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag that is given twice
+    notes, results = ROOT / place / "made.json", ROOT / place / "results.json"
+    if not results.exists() or results.stat().st_mtime < (ROOT / weights).stat().st_mtime:
+        _call("diffusionmix.py", *flags, "--resume", str(weights), "--save-dir", str(place))
+        device = json.loads(results.read_text(encoding="utf-8"))["device"]
+        write_json(notes, {"flags": given, "hardware": hardware(device), "commit": commit()})
+    made = json.loads(notes.read_text(encoding="utf-8"))
+    check_same(results, dict.fromkeys(given) | made["flags"], given, set())
+    return {
+        **made,
+        **json.loads(results.read_text(encoding="utf-8")),
+        "training_seconds": _training_seconds(ROOT / run / "metrics.jsonl"),
+    }
 
 
 def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> list[Row]:
@@ -100,30 +120,30 @@ def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> lis
     for name in names:
         run, mixed = ROWS[name]
         key = "by_episode" if mixed else "by_episode_without_mix"
-        by_episode[name] = [value for seed in seeds for value in results[seed, run, shot][0][key]]
+        by_episode[name] = [value for seed in seeds for value in results[seed, run, shot][key]]
     floor, top = (sum(by_episode[name]) / len(by_episode[name]) for name in (names[0], names[-1]))
     rows = []
     for above, name in zip((None, *names), names, strict=False):
         values, run = by_episode[name], ROWS[name][0]
-        made = results[seeds[0], run, shot][0]
+        made = [results[seed, run, shot] for seed in seeds]
         accuracy, ci95 = mean_confidence_interval(values)
         difference = paired_difference(values, by_episode[above]) if above else ("", "")
         rows.append(
             Row(
-                made["dataset"],
+                made[0]["dataset"],
                 shot,
                 name,
                 accuracy,
                 ci95,
                 *difference,
                 closed=100 * (accuracy - floor) / (top - floor) if top > floor else 0.0,
-                seconds=sum(results[seed, run, shot][1] for seed in seeds) / len(seeds),
+                seconds=sum(one["training_seconds"] for one in made) / len(made),
                 seeds=len(seeds),
                 episodes=len(values),
-                split=made["split"],
-                hardware=hardware(made["device"]),
-                torch=made["torch"],
-                commit=commit(),
+                split=made[0]["split"],
+                torch=made[0]["torch"],
+                hardware=" / ".join(dict.fromkeys(one["hardware"] for one in made)),
+                commit=" / ".join(dict.fromkeys(one["commit"] for one in made)),
             )  # fmt: skip
         )
     return rows
@@ -176,7 +196,9 @@ def publish(rows: list[Row], folder: Path = RESULTS) -> None:
 
 def main() -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description="The rows of a result table, over seeds and shots.")
+    parser = argparse.ArgumentParser(
+        description="The rows of a result table, over seeds and shots.", allow_abbrev=False
+    )
     parser.add_argument("--folder", type=Path, help="of the runs (default ckpt/runs/table/DATASET)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="the first is that of training")
@@ -187,25 +209,34 @@ def main() -> None:
     args, train = parser.parse_known_args()
     if args.small:
         train = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + train
-    scenario = _scenario(train)
-    dataset = next((v for f, v in zip(scenario, scenario[1:], strict=False) if f in ("--dataset", "-d")), "glyphs")
+    settings = parse(train, description="table")
+    taken = [flag for flag in ("--source", "--save-dir", "--save_dir", "--seed", "--nExemplars") if flag in train]
+    if taken:
+        raise ValueError(
+            f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --folder"
+        )
     runs = [name for name in RUNS if name in args.runs]
+    if settings.recipe == "paper" and "paper" in runs:
+        runs.remove("paper")  # it is the guided row
+    for name in runs:  # says what is wrong with any before hours of the others
+        parse([*train, *RUNS[name]], description="table")
+    dataset = settings.dataset
     rows = run_rows(args.folder or Path("ckpt/runs/table") / dataset, args.seeds, args.shots, runs, train, args.test)
     if args.publish:
         publish(rows)
     print(f"\n{len(args.seeds)} seeds, {rows[0].episodes} episodes in all\n\n{as_text(rows)}")
 
 
-def _scenario(train: list[str]) -> list[str]:
-    """Those of the training flags that testing needs too."""
-    kept = ("--dataset", "-d", "--data-root", "--pool", "--height", "--width")
-    pairs = zip(train, train[1:], strict=False)
-    return [word for flag, value in pairs if flag in kept for word in (flag, value)]
+def _for_testing(train: list[str]) -> list[str]:
+    """Those of the training flags that testing needs too, as they were resolved."""
+    settings = parse(train, description="table")
+    return [word for name in TESTED for word in (f"--{name}", str(getattr(settings, name)))]
 
 
 def _training_seconds(path: Path) -> float:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return sum(line.get("seconds", 0) + line.get("synthesis_seconds", 0) for line in lines)
+    last = {line["epoch"]: line for line in lines}  # an epoch that a killed run did again counts once
+    return sum(line.get("seconds", 0) + line.get("synthesis_seconds", 0) for line in last.values())
 
 
 def _call(script: str, *flags: str) -> None:
@@ -215,4 +246,4 @@ def _call(script: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -139,11 +139,11 @@ class Pool:
             raise ValueError(f"{path}: does not tell how many classes it was trained on; give --num-classes")
         return counts
 
-    def check(self, classes: Sequence[int], steps: int) -> None:
+    def check(self, classes: Sequence[int], steps: int, unconditional: bool = False) -> None:
         """Read every model once, so that what is wrong with one is said before hours of drawing from others.
 
-        classes: pseudo classes of each model; steps: of DDIM. Raises ValueError where one does not load, or cannot do
-        that, or is conditional on fewer classes.
+        classes: pseudo classes of each model; steps: of DDIM; unconditional: whether a model must not take labels.
+        Raises ValueError where one does not load, or cannot do that, or is conditional on fewer classes.
         """
         for m, count in enumerate(classes):
             model = self.load(m)
@@ -151,6 +151,11 @@ class Pool:
                 model.diffusion(f"ddim{steps}")
             except ValueError as error:
                 raise ValueError(f"{model.path}: cannot take {steps} DDIM steps ({error})") from None
+            if model.class_cond and unconditional:
+                raise ValueError(
+                    f"{model.path}: is conditional, so what it draws has a class already; clusters and likely classes "
+                    "are for unconditional models: give --first-labels random --ask equal, or --recipe paper"
+                )
             if model.class_cond and count > model.flags["num_classes"]:
                 raise ValueError(
                     f"{model.path}: is conditional on {model.flags['num_classes']} classes, got {count} pseudo classes "

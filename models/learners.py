@@ -11,6 +11,8 @@ from models.class_learner import ClassLearner
 from models.meta_model import MetaModel, dense_cross_entropy
 from utils.images import to_float
 
+LEVEL_POWER = {"x_t": 1.0, "x_0": 3.0}  # what guides on x_0 is asked about clean images only: low noise counts more
+
 
 def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,

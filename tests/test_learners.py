@@ -115,6 +115,19 @@ def test_class_learner_epoch_leaves_the_meta_model_alone(parts):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("power, mean", [(1.0, 0.5), (3.0, 0.25)])
+def test_noise_levels_of_the_class_learner(parts, power, mean):
+    model, learner, rng = parts
+    images, labels = coloured(rng)
+    seen = []
+    train_class_learner(
+        model, learner, make_optimizer("sgd", learner, 0.0), images, labels, steps=20, batch=32, levels=100,
+        level_power=power, kl_weight=0.0, augment=to_float, add_noise=lambda x, t: seen.append(t) or x, rng=rng,
+    )  # fmt: skip
+    t = torch.cat(seen)
+    assert 0 <= int(t.min()) and int(t.max()) < 100 and abs(float(t.float().mean()) / 100 - mean) < 0.04
+
+
 def test_learning_rate_is_that_published():
     factors = [learning_rate_factor(epoch / 90) for epoch in range(90)]
     rates = [0.1 * factor for factor in factors]

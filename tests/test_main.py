@@ -72,6 +72,7 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
             assert torch.equal(data.labels, every // 4 * 4)
         elif source == "likely":
             assert torch.equal(data.labels // 4, every // 4) and data.labels.bincount().tolist() == [4] * 20
+            assert not torch.equal(data.labels, every)  # noise is asked for what it shows, not class after class
         elif source != "clusters":
             assert torch.equal(data.labels, every)
     monkeypatch.setattr(learners, "train_meta_model", None)  # the same command again trains no more
@@ -88,6 +89,18 @@ def test_clusters_label_the_images_of_round_0(train, tmp_path):
     assert torch.equal(first.labels, torch.arange(20).repeat_interleave(6) // 4 * 4)
     assert torch.equal(second.labels // 4, first.labels // 4)  # each model's images stay with its classes
     assert len(second.labels.unique()) == 20
+
+
+def test_clusters_are_learned_by_new_weights(train, tmp_path, monkeypatch):
+    seen, real = [], learners.train_meta_model
+
+    def spy(model, *args, **kwargs):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(learners, "train_meta_model", spy)
+    train(tmp_path / "run", "--first-labels", "clusters", *CLUSTERS)
+    assert len(seen) == 4 and same(seen[0], seen[1]) and not same(seen[1], seen[2])
 
 
 @pytest.mark.parametrize(

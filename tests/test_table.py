@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -16,10 +17,14 @@ def calls(tmp_path, monkeypatch):
     def call(script, *flags):
         given = dict(zip(flags[::2], flags[1::2], strict=True))
         made.append((script, given))
+        if script == "main.py" and (tmp_path / given["--save-dir"] / "best_model.pt").exists():
+            return
         folder = tmp_path / given["--save-dir"]
         folder.mkdir(parents=True, exist_ok=True)
         if script == "main.py":
-            (folder / "metrics.jsonl").write_text('{"seconds": 2, "synthesis_seconds": 1}\n{"seconds": 4}\n')
+            lines = ('{"epoch": 1, "seconds": 2, "synthesis_seconds": 1}', '{"epoch": 2, "seconds": 9}')
+            (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 2, "seconds": 4}\n')
+            (folder / "best_model.pt").touch()
             return
         run, seed, shot = folder.parent.name, int(given["--seed"]), int(given["--nExemplars"])
         base = {"none": 30, "unguided": 60, "paper": 61, "guided": 70, "real": 80}[run] + 5 * (shot - 1) // 4
@@ -38,8 +43,8 @@ def calls(tmp_path, monkeypatch):
 RUNS = ["none", "unguided", "guided", "real"]
 
 
-def rows(tmp_path):
-    return table.run_rows(tmp_path / "runs", [1, 3], [1, 5], RUNS, ["--dataset", "custom", "--lr", "1"], ["--way", "5"])
+def rows(tmp_path, *test):
+    return table.run_rows(tmp_path / "runs", [1, 3], [1, 5], RUNS, ["--dataset", "custom", "--lr", "1"], list(test))
 
 
 def test_rows(calls, tmp_path):
@@ -62,7 +67,42 @@ def test_what_is_made_is_kept(calls, tmp_path):
     calls.clear()
     (tmp_path / "runs" / "seed3" / "guided" / "5-shot" / "results.json").unlink()
     assert rows(tmp_path) == first
-    assert [(script, given["--seed"]) for script, given in calls] == [("main.py", "3"), ("diffusionmix.py", "3")]
+    tests = [(given["--seed"], given["--nExemplars"]) for script, given in calls if script == "diffusionmix.py"]
+    assert tests == [("3", "5")] and len(calls) == 9  # main.py is asked each time: it refuses other settings
+
+
+def test_results_of_other_settings_or_older_than_the_weights_are_not_taken(calls, tmp_path):
+    rows(tmp_path)
+    with pytest.raises(ValueError, match="was made with --episodes None, got '9'"):
+        rows(tmp_path, "--episodes", "9")
+    calls.clear()
+    weights = tmp_path / "runs" / "seed1" / "real" / "best_model.pt"
+    os.utime(weights, (weights.stat().st_mtime + 60,) * 2)
+    rows(tmp_path)
+    assert [given["--resume"] for script, given in calls if script == "diffusionmix.py"] == [str(weights)] * 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--seed 3", "got --seed, which"),
+        ("--source real", "got --source"),
+        ("--refresh-every 2", "less than --refresh-every"),
+    ],
+)
+def test_refused_before_anything_runs(calls, call, flags, words):
+    status, _, err = call(table, *flags.split())
+    assert status == 2 and words in err and not calls
+
+
+def test_paper_row_is_the_published_recipe_whatever_is_given(calls, call, tmp_path):
+    given = ("--runs", "none", "paper", "guided", "--shots", "1", "--seeds", "1", "--guide-on", "x_0")
+    assert call(table, "--recipe", "clusters", *given)[0] == 0
+    by_run = {flags["--save-dir"].rpartition("/")[2]: flags for script, flags in calls if script == "main.py"}
+    assert by_run["guided"]["--guide-on"] == "x_0" and by_run["paper"]["--guide-on"] == "x_t"
+    calls.clear()
+    assert call(table, "--dataset", "custom", *given)[0] == 0  # whose recipe is the paper's
+    assert len(calls) == 4
 
 
 def test_publish_replaces_the_rows_of_a_data_set(calls, tmp_path):
