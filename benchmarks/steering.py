@@ -1,6 +1,6 @@
 """Does guidance steer? A class-learner trained on real glyph labels guides; an independent classifier judges.
 
-    python -m benchmarks.steering --epochs 12 --scales 4 20
+    python -m benchmarks.steering --epochs 12 --scales 20 50
 
 Prints one JSON line a setting: the share of images that the judge gives the class asked for, among all classes and
 among those of the model that drew it, with guidance and (scale 0) without.
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how well guidance steers.")
     parser.add_argument("--pool", default=str(Settings().pool_path))
     parser.add_argument("--epochs", type=int, default=12, help="of guide and of judge")
-    parser.add_argument("--scales", type=float, nargs="+", default=[4.0, 20.0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[20.0, 50.0])
     parser.add_argument("--guide-on", default="x_0", choices=("x_t", "x_0"))
     parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, default=25)
