@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.table import ROOT, as_text, run_rows
 
 FOLDER = Path("ckpt/runs/demo")
-TRAIN = "--samples-per-class 24 --max-epoch 10 --refresh-every 5 --warm-up 2 --train_epoch_size 60".split()
+TRAIN = "--samples-per-class 24 --max-epoch 14 --refresh-every 7 --warm-up 2 --train_epoch_size 60".split()
 TEST = "--episodes 200 --mix-steps 2".split()
 
 

@@ -136,7 +136,7 @@ def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> lis
                 accuracy,
                 ci95,
                 *difference,
-                closed=100 * (accuracy - floor) / (top - floor) if top > floor else 0.0,
+                closed=100 * max(0.0, accuracy - floor) / (top - floor) if top > floor else 0.0,
                 seconds=sum(one["training_seconds"] for one in made) / len(made),
                 seeds=len(seeds),
                 episodes=len(values),
