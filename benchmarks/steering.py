@@ -21,7 +21,14 @@ from guided_diffusion.pool import Pool
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models.class_learner import ClassLearner
-from models.learners import LEVEL_POWER, log_probability, train_class_learner, train_meta_model
+from models.learners import (
+    LEVEL_POWER,
+    log_probability,
+    make_optimizer,
+    set_rate,
+    train_class_learner,
+    train_meta_model,
+)
 from models.meta_model import MetaModel
 from utils.cli import run
 from utils.images import to_float
@@ -36,15 +43,13 @@ def train(data, seed: int, epochs: int, guide_on: str = "") -> tuple[MetaModel, 
     classes = len(data.class_names)
     model = MetaModel(classes, generator=rng)
     learner = ClassLearner(classes, model.feature_dim, generator=rng)
-    make = dict(momentum=0.9, nesterov=True, weight_decay=5e-4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **make)
-    learner_optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, **make)
+    optimizer, learner_optimizer = (make_optimizer("sgd", module, 5e-4) for module in (model, learner))
     process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
     sampler = EpisodeSampler(data.labels, 5, 1, 6)
     settings = AugmentSettings(flip=False, scale=(0.7, 1.0), erase=0.2)
     for epoch in range(epochs):
-        for group in (*optimizer.param_groups, *learner_optimizer.param_groups):
-            group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        for each in (optimizer, learner_optimizer):
+            set_rate(each, 0.05 * (1 + math.cos(math.pi * epoch / epochs)))
         shared = dict(augment=lambda x: augment(x, rng, settings))
         out = train_meta_model(
             model, optimizer, data.images, data.labels, sampler.sample(EPISODES, rng),

@@ -121,7 +121,7 @@ def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> lis
         run, mixed = ROWS[name]
         key = "by_episode" if mixed else "by_episode_without_mix"
         by_episode[name] = [value for seed in seeds for value in results[seed, run, shot][key]]
-    floor, top = (sum(by_episode[name]) / len(by_episode[name]) for name in (names[0], names[-1]))
+    floor, top = (mean_confidence_interval(by_episode[name])[0] for name in (names[0], names[-1]))
     rows = []
     for above, name in zip((None, *names), names, strict=False):
         values, run = by_episode[name], ROWS[name][0]
@@ -136,7 +136,7 @@ def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> lis
                 accuracy,
                 ci95,
                 *difference,
-                closed=100 * max(0.0, accuracy - floor) / (top - floor) if top > floor else 0.0,
+                closed=100 * (accuracy - floor) / (top - floor) if top > floor else 0.0,
                 seconds=sum(one["training_seconds"] for one in made) / len(made),
                 seeds=len(seeds),
                 episodes=len(values),
