@@ -44,6 +44,7 @@ HELP = {
     "subsets": "train only these models of the pool, as 1,3,5 (several processes can share the work); empty: all",
     "hold_out": "share of each class of 20 images or more to keep back, at most 16, to see whether the model copies; "
     "0: none",
+    "held_out_dir": "class folders of other images, that the pool never saw, to measure it against instead",
     "steps": "optimiser steps",
     "lr_anneal_steps": "take this many steps and lower the rate linearly to 0 over them; 0: off",
     "batch_size": "images a step",
@@ -70,6 +71,7 @@ def defaults() -> dict[str, Any]:
         "classes_per_model": 5,
         "subsets": "",
         "hold_out": 0.05,
+        "held_out_dir": "",
         "steps": 20_000,
         "lr": 1e-4,
         "weight_decay": 0.0,
@@ -116,6 +118,8 @@ def train_one(args: argparse.Namespace, device) -> None:
         raise ValueError(f"{path}: is there already; give another --save_dir or move it away")
     names = _classes(args) if args.class_cond else None
     data, held_out = split(load_images(args.data_dir, args.image_size, names), args.hold_out)
+    if args.held_out_dir:
+        held_out = load_images(args.held_out_dir, args.image_size, names).images
     print(f"saved {training(args, data, path.parent, args.seed, device).run()}")
     _figure(args, path, data, held_out, args.seed, device)
 
@@ -145,10 +149,13 @@ def train_pool(args: argparse.Namespace, device) -> None:
         done = path.exists()
         if done:
             print(f"{path} is done")
-            if f"subset{m}" in known.get(FIGURES, {}):
+            measured = known.get(FIGURES, {}).get(f"subset{m}")
+            if measured and not (args.held_out_dir and measured["held_out"] is None):
                 continue
             size = Pool(path).load(0).image_size
         data, held_out = split(load_images(args.data_dir, size, groups[m - 1]), hold_out)
+        if args.held_out_dir:
+            held_out = load_images(args.held_out_dir, size, groups[m - 1]).images
         if not done:
             loop = training(args, data, path.parent, seed, device)
             _write(index, contents, m, None)  # now that flags and images are known to be good

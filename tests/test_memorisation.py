@@ -201,8 +201,29 @@ def test_pool_from_before_the_figure(call, folder, tmp_path):
     assert len(Pool(out)) == 2
 
 
-def test_the_pool_that_ships_loads():
-    assert len(Pool(ROOT / "ckpt" / "glyphs")) == 8
+def test_images_of_another_folder_that_the_pool_never_saw(call, folder, tmp_path, picture_folder):
+    out, command = tmp_path / "pool", pool_command(folder, tmp_path / "pool", "--hold_out", 0, "--subsets", 1)
+    assert call(image_train, *command)[0] == 0
+    assert figures(out)["subset1"]["held_out"] is None
+    unseen = picture_folder(tmp_path / "unseen", {name: [10, 90, 200] for name in "abc"})
+    status, text, err = call(image_train, *command, "--held_out_dir", unseen)
+    assert status == 0 and "is done" in text and "held-out images" in text, err
+    found = figures(out)["subset1"]
+    assert found["ratio"] > 0 and found["held_out"] > 0
+    assert "its samples" not in call(image_train, *command, "--held_out_dir", unseen)[1]  # measured once
+
+
+def test_a_folder_of_held_out_images_without_a_class(call, folder, tmp_path, picture_folder):
+    unseen = picture_folder(tmp_path / "unseen", {"a": [10, 90]})
+    status, _, err = call(image_train, *pool_command(folder, tmp_path / "pool"), "--held_out_dir", unseen)
+    assert status == 2 and "unseen" in err and err.count("\n") == 1
+    assert not (tmp_path / "pool").exists()
+
+
+def test_the_pool_that_ships_loads_and_does_not_copy():
+    pool = ROOT / "ckpt" / "glyphs"
+    assert len(Pool(pool)) == len(figures(pool)) == 8
+    assert all(one["ratio"] > 0.9 for one in figures(pool).values())
 
 
 def test_one_model_prints_it(call, folder, tmp_path):
