@@ -58,6 +58,7 @@ class Settings:
                        "or the likeliest of its unguided image, shared out evenly", choices=("equal", "likely"),
                        group="synthesis")  # fmt: skip
     refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
+    restart: bool = setting(False, "train the meta-model of the last round from new weights", group="synthesis")
     replay: int = setting(0, "earlier rounds whose images are trained on too", low=0, group="synthesis")
     sample_batch: int = setting(250, "images in a batch of the diffusion models", low=1, group="synthesis")
 
@@ -91,6 +92,8 @@ class Settings:
     max_epoch: int = setting(90, "epochs", low=1, group="learning")
     start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
+    within_weight: float = setting(1.0, "weight of telling apart the classes of one pool model, for the meta-model",
+                                   low=0, high=1, group="learning")  # fmt: skip
     dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
     validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
     flip: bool = setting(True, "mirror training images; False where left and right differ", group="learning")
@@ -169,6 +172,18 @@ class Settings:
         return [Path(name) for name in named]
 
     @property
+    def restart_epoch(self) -> int | None:
+        """The epoch (from 0) that begins with new weights: the first of the last round, with --restart."""
+        last = (self.max_epoch - 1) // self.refresh_every * self.refresh_every
+        wanted = self.restart and self.source in ("guided", "unguided") and last > self.start_epoch
+        return last if wanted else None
+
+    def progress(self, epoch: int) -> float:
+        """How far the schedule of the rates is in an epoch (from 0), in [0, 1); with --restart the last round's."""
+        start = self.restart_epoch or 0
+        return max(0, epoch - start) / (self.max_epoch - start)
+
+    @property
     def test_split(self) -> str:
         """The classes that `diffusionmix.py` tests on."""
         return self.split or f"meta_{self.phase}"
@@ -200,13 +215,13 @@ class Scenario:
 # What --recipe clusters changes in the published method; docs/decisions.md has the figures.
 _CLUSTERS = dict(
     first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
-    dense_weight=0.0,
+    restart=True, dense_weight=0.0,
 )  # fmt: skip
 RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's
 
 _GLYPHS = dict(
     image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
-    train_batch=4, max_epoch=24, refresh_every=8, epoch_size=200, mix_steps=3,
+    train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, mix_steps=1,
 )  # fmt: skip
 SCENARIOS = {
     "glyphs": Scenario(("glyphs",), 0, _GLYPHS, "clusters"),

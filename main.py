@@ -35,7 +35,7 @@ from utils.plots import curves
 from utils.run_log import RunLog
 from utils.seeding import generator
 
-MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "max_epoch"}
+MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume"}
 
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
 FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
@@ -62,6 +62,7 @@ class Training:
         self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.samples_per_class) if labelled else None
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         self.check()
+        self.grouping = learners.Grouping.of(self.per_model, s.within_weight, self.device) if self.per_model else None
         self.draw_weights()
         self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
         self.augmentation = AugmentSettings(flip=s.flip)
@@ -166,7 +167,7 @@ class Training:
     def train_epoch(self, data: PseudoDataset) -> dict[str, object]:
         """One epoch of the meta-model, then, where there will be guidance, one of the class-learner."""
         s = self.s
-        rate = s.lr * learners.learning_rate_factor(self.epoch / s.max_epoch)
+        rate = s.lr * learners.learning_rate_factor(s.progress(self.epoch))
         learners.set_rate(self.model_optimizer, rate)
         learners.set_rate(self.learner_optimizer, rate * s.learner_rate)
         rng = generator(s.seed, "epoch", self.epoch, device=self.device)
@@ -179,7 +180,7 @@ class Training:
         entries = learners.train_meta_model(
             self.model, self.model_optimizer, data.images, data.labels,
             sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", self.epoch)),
-            batch=s.train_batch, dense_weight=s.dense_weight, augment=changed,
+            batch=s.train_batch, dense_weight=s.dense_weight, grouping=self.grouping, augment=changed,
         )  # fmt: skip
         entries["lr"] = rate
         if s.source != "guided" or self.by_model():
@@ -190,7 +191,8 @@ class Training:
             self.model, self.learner, self.learner_optimizer, data.images, data.labels,
             steps=steps, batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
             levels=self.process.num_timesteps, level_power=learners.LEVEL_POWER[s.guide_on], kl_weight=s.kl_weight,
-            augment=changed, rng=rng, add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
+            grouping=self.grouping, augment=changed, rng=rng,
+            add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
         )  # fmt: skip
         return entries
 
@@ -260,12 +262,11 @@ class Training:
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
             data = self.pseudo_dataset(round_index).joined(self.earlier(round_index))
-            if self.clusters and self.epoch == s.warm_up and not s.resume:
-                self.draw_weights()  # those taught by the models' labels learn clusters less well than new ones
+            if self.epoch == s.restart_epoch or (self.clusters and self.epoch == s.warm_up and not s.resume):
+                self.draw_weights()  # what was learnt from fewer images, or other labels, is in the way of new ones
             made = time.perf_counter()
             entries = {"epoch": self.epoch + 1, "round": round_index, **self.train_epoch(data)}
-            for name in ("loss", "class_learner_loss"):
-                learners.check_finite(entries.get(name, 0.0), self.epoch, entries["lr"])
+            learners.check_finite(entries, self.epoch)
             self.epoch += 1
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
             self.after_epoch(entries)

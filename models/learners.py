@@ -1,7 +1,8 @@
 """What the two learners do: their losses, an epoch of each, and p(c | x_t, t) for guidance."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,38 +15,71 @@ from utils.images import to_float
 LEVEL_POWER = {"x_t": 1.0, "x_0": 3.0}  # what guides on x_0 is asked about clean images only: low noise counts more
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Classes in groups, those of a pool model each, and how much they count there.
+
+    Which model drew an image is known; which of its classes it shows is guessed. The cross-entropy of class c of group
+    m is -log p(m) - log p(c | m); `within` is the weight of the second term, 0 to 1.
+    group: (C,) int64, the group of each class, from 0 on.
+    """
+
+    group: Tensor
+    within: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], within: float, device: torch.device) -> "Grouping":
+        """Groups of `sizes` classes, one after the other."""
+        return cls(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device), within)
+
+    def log_shares(self, logits: Tensor) -> Tensor:
+        """log p(m) (N, M), the log of the summed softmax of each group, of logits (N, C)."""
+        member = self.group == torch.arange(int(self.group.max()) + 1, device=self.group.device)[:, None]  # (M, C)
+        return F.log_softmax(logits, dim=1)[:, None].masked_fill(~member, -torch.inf).logsumexp(2)
+
+
 def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
-    *, way: int, dense_weight: float,
+    *, way: int, dense_weight: float, grouping: Grouping | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
 
     images: (E, S + Q, 3, H, W), support first; support_labels (E, S) and query_labels (E, Q) in [0, way);
-    query_classes: (E, Q) in [0, C). Returns the loss () and the share of queries that g gets right ().
+    query_classes: (E, Q) in [0, C). grouping: how much a class counts within its group; None: fully.
+    Returns the loss () and the share of queries that g gets right ().
     """
     shots = support_labels.shape[1]
     logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
     classes = query_classes.flatten()
-    loss = F.cross_entropy(logits, classes) + dense_weight * dense_cross_entropy(scores, query_labels)
+    loss = F.cross_entropy(logits, classes)
+    if grouping is not None and grouping.within < 1:
+        of_group = F.nll_loss(grouping.log_shares(logits), grouping.group[classes])
+        loss = grouping.within * loss + (1 - grouping.within) * of_group
+    loss = loss + dense_weight * dense_cross_entropy(scores, query_labels)
     return loss, (logits.detach().argmax(1) == classes).float().mean()
 
 
 def class_learner_loss(
     model: MetaModel, learner: ClassLearner, clean: Tensor, noised: Tensor, t: Tensor, classes: Tensor,
-    *, kl_weight: float,
+    *, kl_weight: float, grouping: Grouping | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of h(f(x_t), t) with c + kl_weight * KL(softmax g(f(x_0)) || softmax h(f(x_t), t)).
 
     clean, noised: (N, 3, H, W) in [-1, 1] and at noise level t (N,); classes: (N,). f and g are frozen: `model` must
-    be in eval mode. Returns the loss () and which images h gets right (N,) bool.
+    be in eval mode. grouping: the KL counts as much within a group as g was taught there; h is taught fully, it steers.
+    Returns the loss () and which images h gets right (N,) bool.
     """
     with torch.no_grad():
         features = model.embed(torch.cat([clean, noised]))
-        taught = F.softmax(model.classifier(features[: len(clean)]), dim=1)
+        taught = model.classifier(features[: len(clean)])
     logits = learner(features[len(clean) :], t)
     loss = F.cross_entropy(logits, classes)
     if kl_weight:
-        loss = loss + kl_weight * F.kl_div(F.log_softmax(logits, dim=1), taught, reduction="batchmean")
+        divergence = _kl(F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1))
+        if grouping is not None and grouping.within < 1:
+            of_group = _kl(grouping.log_shares(taught), grouping.log_shares(logits))
+            divergence = grouping.within * divergence + (1 - grouping.within) * of_group
+        loss = loss + kl_weight * divergence
     return loss, logits.detach().argmax(1) == classes
 
 
@@ -106,6 +140,7 @@ def train_meta_model(
     *,
     batch: int,
     dense_weight: float,
+    grouping: Grouping | None = None,
     augment: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """One epoch of the meta-model.
@@ -128,6 +163,7 @@ def train_meta_model(
             labels[episodes.query[part]].to(device),
             way=way,
             dense_weight=dense_weight,
+            grouping=grouping,
         )
         _step(optimizer, loss)
         seen.append(torch.stack([loss.detach(), right]))
@@ -147,6 +183,7 @@ def train_class_learner(
     levels: int,
     level_power: float = 1.0,
     kl_weight: float,
+    grouping: Grouping | None = None,
     augment: Callable[[Tensor], Tensor],
     add_noise: Callable[[Tensor, Tensor], Tensor],
     rng: torch.Generator,
@@ -165,8 +202,9 @@ def train_class_learner(
         clean = augment(images[index])
         t = (levels * torch.rand(batch, generator=rng, device=rng.device) ** level_power).long().clamp_max(levels - 1)
         loss, hit = class_learner_loss(
-            model, learner, clean, add_noise(clean, t), t, labels[index].to(clean.device), kl_weight=kl_weight
-        )
+            model, learner, clean, add_noise(clean, t), t, labels[index].to(clean.device), kl_weight=kl_weight,
+            grouping=grouping,
+        )  # fmt: skip
         _step(optimizer, loss)
         losses.append(loss.detach())
         right.append(hit)
@@ -194,13 +232,23 @@ def learning_rate_factor(progress: float) -> float:
     return next((factor for start, factor in ((80, 0.0024), (70, 0.012), (60, 0.06)) if progress >= start / 90), 1.0)
 
 
-def check_finite(loss: float, epoch: int, rate: float) -> None:
+def check_finite(entries: Mapping[str, object], epoch: int) -> None:
     """Stop before the numbers of a diverged epoch overwrite good ones.
 
-    loss: the mean of epoch number `epoch` (from 0) at `rate`. Raises ValueError where it is NaN or infinite.
+    entries: of epoch number `epoch` (from 0), with the mean `loss`, perhaps `class_learner_loss`, and the rate `lr`.
+    Raises ValueError where a loss is NaN or infinite.
     """
-    if not math.isfinite(loss):
-        raise ValueError(f"got loss {loss} in epoch {epoch + 1} at rate {rate}; lower --lr: last.pt is still good")
+    for name in ("loss", "class_learner_loss"):
+        loss = entries.get(name, 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"got {name} {loss} in epoch {epoch + 1} at rate {entries['lr']}; lower --lr: last.pt is still good"
+            )
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, averaged over rows, of log-probabilities (N, K)."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

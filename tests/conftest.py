@@ -77,7 +77,8 @@ UNET = dict(
 TINY = (
     "--samples-per-class 4 --sample-steps 2 --train_epoch_size 4 --train-batch 2 --train_nTestNovel 10 --max-epoch 2 "
     "--refresh-every 1 --epoch_size 4 --nTestNovel 10 --device cpu "
-    "--first-labels random --guide-on x_t --guidance-scale 1 --ask equal --dense-weight 0.5"
+    "--first-labels random --guide-on x_t --guidance-scale 1 --ask equal --dense-weight 0.5 "
+    "--restart False"
 ).split()
 
 

@@ -53,8 +53,9 @@ def test_scenarios(name):
 def test_recipes():
     paper, own = read("--recipe paper"), read("")
     assert own.recipe == "clusters" and own == read("--recipe clusters")
-    published = dict(first_labels="random", guide_on="x_t", guidance_scale=1.0, ask="equal", dense_weight=0.5,
-                     kl_weight=1.0, learner_rate=0.1, replay=0, lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
+    published = dict(first_labels="random", guide_on="x_t", guidance_scale=1.0, ask="equal",
+                     dense_weight=0.5, within_weight=1.0, kl_weight=1.0, learner_rate=0.1, replay=0,
+                     lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
     assert {name: getattr(paper, name) for name in published} == published
     changed = {f.name for f in fields(Settings) if getattr(paper, f.name) != getattr(own, f.name)}
     assert changed == {"recipe", *RECIPES["clusters"]}  # sizes are the scenario's either way

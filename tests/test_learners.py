@@ -10,6 +10,7 @@ from datasets.episodes import EpisodeSampler
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
 from models.learners import (
+    Grouping,
     check_finite,
     class_learner_loss,
     learning_rate_factor,
@@ -68,6 +69,36 @@ def test_class_learner_loss_by_its_formula(parts, kl_weight):
     loss.backward()
     assert all(p.grad is None for p in model.parameters())  # f and g are frozen
     assert all(p.grad is not None for p in learner.parameters())
+
+
+def by_group(p, sizes=(2, 1, 3)):
+    """p(m) (N, M) and p(c | m) (N, C) of probabilities (N, C) whose groups have these sizes."""
+    parts = p.split(sizes, 1)
+    shares = torch.stack([part.sum(1) for part in parts], 1)
+    return shares, torch.cat([part / part.sum(1, keepdim=True) for part in parts], 1)
+
+
+@pytest.mark.parametrize("within", [0.0, 0.3, 1.0])
+def test_how_much_a_class_counts_within_its_group(parts, within):
+    model, learner, rng = parts
+    grouping, group = Grouping.of((2, 1, 3), within, torch.device("cpu")), torch.tensor([0, 0, 1, 2, 2, 2])
+    assert torch.equal(grouping.group, group)
+    images = torch.rand(2, 5 + 10, 3, 16, 16, generator=rng) * 2 - 1
+    support, query = torch.arange(5).repeat(2, 1), torch.arange(5).repeat_interleave(2).repeat(2, 1)
+    classes = torch.randint(CLASSES, (2, 10), generator=rng)
+    loss, _ = meta_loss(model, images, support, query, classes, way=5, dense_weight=0.0, grouping=grouping)
+    rows, c = torch.arange(20), classes.flatten()
+    shares, inside = by_group(model(images[:, :5], support, images[:, 5:], 5)[0].softmax(1))
+    torch.testing.assert_close(loss, -(shares[rows, group[c]].log() + within * inside[rows, c].log()).mean())
+
+    model.eval()
+    clean, noised, t = images[0], -images[0], torch.arange(15)
+    c = torch.randint(CLASSES, (15,), generator=rng)
+    loss, _ = class_learner_loss(model, learner, clean, noised, t, c, kl_weight=2.0, grouping=grouping)
+    g, h = model.classifier(model.embed(clean)).softmax(1), learner(model.embed(noised), t).softmax(1)
+    (gm, gc), (hm, hc) = by_group(g), by_group(h)
+    taught = (gm * (gm / hm).log()).sum(1) + within * (g * (gc / hc).log()).sum(1)
+    torch.testing.assert_close(loss, (2 * taught - h[torch.arange(15), c].log()).mean())
 
 
 def test_log_probability_is_normalised_and_in_eval_mode(parts):
@@ -146,6 +177,6 @@ def test_optimizers():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_diverged(loss):
-    check_finite(3.0, 0, 0.1)
+    check_finite({"loss": 3.0, "lr": 0.1}, 0)
     with pytest.raises(ValueError, match="epoch 3 at rate 0.1.*last.pt is still good"):
-        check_finite(loss, 2, 0.1)
+        check_finite({"loss": 1.0, "class_learner_loss": loss, "lr": 0.1}, 2)

@@ -103,9 +103,27 @@ def test_clusters_are_learned_by_new_weights(train, tmp_path, monkeypatch):
     assert len(seen) == 4 and same(seen[0], seen[1]) and not same(seen[1], seen[2])
 
 
+@pytest.mark.parametrize("source", ["guided", "unguided"])
+def test_the_last_round_starts_from_new_weights(train, tmp_path, monkeypatch, source):
+    seen, real = [], learners.train_meta_model
+
+    def spy(model, *args, **kwargs):
+        seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(learners, "train_meta_model", spy)
+    train(tmp_path / "run", "--source", source, "--restart", True, "--refresh-every", 2, "--max-epoch", 5, "--lr", 0.01)
+    assert same(seen[0], seen[4]) and not same(seen[0], seen[2])
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([0.01] * 5)
+    train(tmp_path / "b", "--source", source, "--restart", True, "--refresh-every", 3, "--max-epoch", 6, "--lr", 0.01)
+    assert same(seen[5], seen[8]) and not same(seen[5], seen[7])
+    assert [line["lr"] for line in metrics(tmp_path / "b")] == pytest.approx([0.01] * 5 + [0.0006])
+
+
 @pytest.mark.parametrize(
     "where, flags",
     [
+        ("train_meta_model", ("--restart", True, "--replay", 1, "--within-weight", 0.3)),
         ("train_class_learner", ()),
         ("train_meta_model", ("--refresh-every", 2)),
         ("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2, *CLUSTERS)),
@@ -154,9 +172,10 @@ def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
             train(folder)  # killed after the images of round 0, before any checkpoint
     assert (folder / "pseudo" / "round00" / "manifest.json").exists() and not (folder / "last.pt").exists()
     assert "config.json: was made with seed 1, got 2" in train(folder, "--seed", 2, status=2)
-    train(folder, "--max-epoch", 1)
+    train(folder)
     assert "last.pt: was made with seed 1, got 2" in train(folder, "--seed", 2, status=2)
-    assert "going on" in train(folder, "--max-epoch", 2, "--sample-batch", 3)
+    assert "max_epoch 2, got 3" in train(folder, "--max-epoch", 3, status=2)  # the rates' schedule depends on it
+    assert "going on" in train(folder, "--sample-batch", 3)
 
 
 def test_resume_starts_from_weights(train, tmp_path):
@@ -172,12 +191,15 @@ def test_rates_follow_the_schedule(train, tmp_path):
 
 
 def test_diverged_epoch_is_not_saved(train, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    train(folder, "--max-epoch", 1)
-    before = (folder / "last.pt").read_bytes()
-    monkeypatch.setattr(learners, "train_class_learner", lambda *a, **k: {"class_learner_loss": float("nan")})
-    assert "got loss nan in epoch 2" in train(folder, "--max-epoch", 2, status=2)
-    assert (folder / "last.pt").read_bytes() == before
+    folder, losses, saved = tmp_path / "run", [1.0, float("nan")], []
+
+    def loss(*_, **__):
+        saved.append((folder / "last.pt").read_bytes() if len(saved) else b"")
+        return {"class_learner_loss": losses[len(saved) - 1], "class_learner_accuracy": [0.0] * 4}
+
+    monkeypatch.setattr(learners, "train_class_learner", loss)
+    assert "got class_learner_loss nan in epoch 2" in train(folder, status=2)
+    assert (folder / "last.pt").read_bytes() == saved[1]
 
 
 def test_dropblock_goes_on_bit_for_bit(train, tmp_path):
