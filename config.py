@@ -46,6 +46,8 @@ class Settings:
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
     samples_per_class: int = setting(600, "images a pseudo class and round", low=1, group="synthesis")
     sample_steps: int = setting(25, "DDIM steps of an image", low=2, high=1000, group="synthesis")
+    sampler: str = setting("ddim", "of an image: DDIM, or DPM-Solver++(2M), of second order, for 10 to 15 steps",
+                           choices=("ddim", "dpmpp2m"), group="synthesis")  # fmt: skip
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x_t, t)", low=0, group="synthesis")
     guide_on: str = setting("x_t", "what the class-learner looks at: the noisy image, or the x_0 predicted from it",
                             choices=("x_t", "x_0"), group="synthesis")  # fmt: skip
@@ -92,8 +94,8 @@ class Settings:
     max_epoch: int = setting(90, "epochs", low=1, group="learning")
     start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
-    within_weight: float = setting(1.0, "weight of telling apart the classes of one pool model, for the meta-model",
-                                   low=0, high=1, group="learning")  # fmt: skip
+    within_weight: float = setting(1.0, "weight of telling apart the classes of one pool model, for the meta-model "
+                                   "(of the last round, with --restart)", low=0, high=1, group="learning")  # fmt: skip
     dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
     validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
     flip: bool = setting(True, "mirror training images; False where left and right differ", group="learning")

@@ -18,7 +18,7 @@ from config import Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages
 from datasets.sources import load_real
-from guided_diffusion.dist_util import autocast, pick_device
+from guided_diffusion.dist_util import in_batches, pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels
 from guided_diffusion.pool import Pool
 from models.class_learner import load_statistics
@@ -84,20 +84,21 @@ class Testing:
         s, e = self.s, self.episodes
         count, shots = e.support.shape
         features, labels = [], []
-        with tqdm(range(len(self.pool)), desc="mixes", unit="model", leave=False) as models:
-            for m in models:
-                member = self.pool.load(m, self.device)
+        with tqdm(total=len(self.pool), desc="mixes", unit="model", leave=False) as bar:
+            for m, member in enumerate(self.pool.each(self.device, s.precision)):
                 rngs = [numpy_generator(s.seed, "mix", m, i) for i in range(count)]
                 order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])  # (E, S)
                 weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs]).float()
-                first, second = e.support, e.support.gather(1, order)
-                parts = [
-                    self.mix_part(member, m, part, first.flatten(), second.flatten(), weight.flatten())
-                    for part in torch.arange(count * shots).split(s.sample_batch)
-                ]
+                first, second, share = e.support.flatten(), e.support.gather(1, order).flatten(), weight.flatten()
+
+                def work(part: Tensor, member=member, m=m, of=(first, second, share)) -> Tensor:
+                    return self.mix_part(member, m, part, *of)
+
+                parts = [part for _, part in in_batches(work, count * shots, s.sample_batch)]
                 features.append(torch.cat(parts).unflatten(0, (count, shots)))
                 partner = targets.gather(1, order[..., None].expand_as(targets))
                 labels.append(mix_labels(targets, partner, weight))
+                bar.update()
         return torch.cat(features, 1), torch.cat(labels, 1)
 
     def mix_part(self, member, m: int, part: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
@@ -106,14 +107,13 @@ class Testing:
         x_a, x_b = (self.resized(self.images.images[index[part]], size) for index in (first, second))
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
         local = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
-        with autocast(s.precision, self.device):
-            mixed = diffusion_mixes(
-                member, x_a, x_b, weight[part].to(self.device), eps,
-                level=s.mix_level, steps=s.mix_steps, local_labels=local,
-            )  # fmt: skip
+        mixed = diffusion_mixes(
+            member, x_a, x_b, weight[part].to(self.device), eps,
+            level=s.mix_level, steps=s.mix_steps, local_labels=local,
+        )  # fmt: skip
         if size != self.size:
             mixed = torch.nn.functional.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.features(mixed.float())
+        return self.features(mixed)
 
     def resized(self, images: Tensor, size: int) -> Tensor:
         """uint8 images as floats on the device, at a pool model's size."""

@@ -25,9 +25,9 @@ from guided_diffusion.pool import Pool
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
-from models.class_learner import ClassLearner, load_statistics, statistics
 from models.clusters import cluster_classes, share_out
-from models.meta_model import MetaModel, prototype_scores
+from models.meta_model import prototype_scores
+from models.pair import Pair
 from utils import checkpoint
 from utils.cli import run
 from utils.metrics import accuracy, mean_confidence_interval
@@ -66,7 +66,7 @@ class Training:
         self.draw_weights()
         self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
         self.augmentation = AugmentSettings(flip=s.flip)
-        self.epoch, self.best = s.start_epoch, -1.0
+        self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         restored = self.restore()
         self.log = RunLog(s.run_folder)  # last: what is refused above leaves no folder behind
         if restored:
@@ -76,12 +76,12 @@ class Training:
 
     def draw_weights(self) -> None:
         """Both learners with random weights, and their optimisers."""
-        s, rng = self.s, generator(self.s.seed, "weights")
-        model = MetaModel(self.num_classes, s.scale_cls, s.backbone, drop_rate=s.drop_rate, generator=rng)
-        self.model = model.to(self.device)
-        self.learner = ClassLearner(self.num_classes, model.feature_dim, generator=rng).to(self.device)
-        self.model_optimizer = learners.make_optimizer(s.optim, self.model, s.weight_decay)
-        self.learner_optimizer = learners.make_optimizer(s.optim, self.learner, s.weight_decay)
+        s = self.s
+        self.pair = Pair(
+            self.num_classes, scale_cls=s.scale_cls, backbone=s.backbone, drop_rate=s.drop_rate, optim=s.optim,
+            weight_decay=s.weight_decay, seed=s.seed, device=self.device,
+        )  # fmt: skip
+        self.model, self.learner = self.pair.model, self.pair.learner
 
     def check(self) -> None:
         """Refuse at once what would stop the run later."""
@@ -104,8 +104,16 @@ class Training:
 
     # ---- synthesis
 
+    def training_data(self, round_index: int) -> PseudoDataset:
+        """The images of this epoch, those of earlier rounds too; read anew only where round or labels change."""
+        key = (round_index, self.by_model())
+        if key != self.data_key:
+            self.data_key, self.data = key, None  # frees the old before the new is there
+            self.data = self.pseudo_dataset(round_index).joined(self.earlier(round_index)).on(self.device)
+        return self.data
+
     def pseudo_dataset(self, round_index: int) -> PseudoDataset:
-        """The images to train on in this epoch of a round: read if they are there, else made and kept."""
+        """The images of a round with the labels of this epoch: read if they are there, else made and kept."""
         if self.real:
             return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
         folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
@@ -147,7 +155,7 @@ class Training:
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
             stream=stream, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on, precision=s.precision,
-        )  # fmt: skip
+            sampler=s.sampler)  # fmt: skip
 
     def by_model(self) -> bool:
         """Whether this epoch's images are labelled by their model only."""
@@ -167,9 +175,7 @@ class Training:
     def train_epoch(self, data: PseudoDataset) -> dict[str, object]:
         """One epoch of the meta-model, then, where there will be guidance, one of the class-learner."""
         s = self.s
-        rate = s.lr * learners.learning_rate_factor(s.progress(self.epoch))
-        learners.set_rate(self.model_optimizer, rate)
-        learners.set_rate(self.learner_optimizer, rate * s.learner_rate)
+        self.pair.set_rates(rate := s.lr * learners.learning_rate_factor(s.progress(self.epoch)), s.learner_rate)
         rng = generator(s.seed, "epoch", self.epoch, device=self.device)
         self.model.base.generator = rng  # of DropBlock
         sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
@@ -177,10 +183,11 @@ class Training:
         def changed(pictures: Tensor) -> Tensor:
             return augment(pictures.to(self.device), rng, self.augmentation)
 
+        grouping = self.grouping if self.epoch >= (s.restart_epoch or 0) else None  # what steers learns all classes
         entries = learners.train_meta_model(
-            self.model, self.model_optimizer, data.images, data.labels,
+            self.model, self.pair.model_optimizer, data.images, data.labels,
             sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", self.epoch)),
-            batch=s.train_batch, dense_weight=s.dense_weight, grouping=self.grouping, augment=changed,
+            batch=s.train_batch, dense_weight=s.dense_weight, grouping=grouping, augment=changed,
         )  # fmt: skip
         entries["lr"] = rate
         if s.source != "guided" or self.by_model():
@@ -188,10 +195,10 @@ class Training:
         first = self.clusters and self.epoch + 1 == s.refresh_every  # it is new, and will steer at once
         steps = -(-s.train_epoch_size // s.train_batch) * (FIRST_STEPS if first else 1)
         entries |= learners.train_class_learner(
-            self.model, self.learner, self.learner_optimizer, data.images, data.labels,
+            self.model, self.learner, self.pair.learner_optimizer, data.images, data.labels,
             steps=steps, batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
             levels=self.process.num_timesteps, level_power=learners.LEVEL_POWER[s.guide_on], kl_weight=s.kl_weight,
-            grouping=self.grouping, augment=changed, rng=rng,
+            grouping=grouping, augment=changed, rng=rng,
             add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
         )  # fmt: skip
         return entries
@@ -210,10 +217,7 @@ class Training:
         checkpoint.save(
             self.log.folder / name,
             {
-                "model": self.model.state_dict(),
-                "model_statistics": statistics(self.model),
-                "class_learner": self.learner.state_dict(),
-                "class_learner_statistics": statistics(self.learner),
+                **self.pair.state(),
                 "num_classes": self.num_classes,
                 "image_size": self.size,
                 "settings": self.s.as_dict(),
@@ -237,15 +241,11 @@ class Training:
             raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
         if path == last:
             check_same(last, state["settings"], self.s.as_dict(), MAY_CHANGE)
-        checkpoint.load_state(self.model, state["model"], path)
-        checkpoint.load_state(self.learner, state["class_learner"], path)
-        load_statistics(self.model, state["model_statistics"])
-        load_statistics(self.learner, state["class_learner_statistics"])
+        self.pair.load(state, path)
         if path != last:
             return None
         self.epoch, self.best = state["epoch"], state["val_accuracy"]
-        for optimizer, saved in zip((self.model_optimizer, self.learner_optimizer), state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.pair.load_optimizers(state["optimizers"])
         return last
 
     def resolved(self) -> dict[str, object]:
@@ -261,7 +261,7 @@ class Training:
             learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
-            data = self.pseudo_dataset(round_index).joined(self.earlier(round_index))
+            data = self.training_data(round_index)
             if self.epoch == s.restart_epoch or (self.clusters and self.epoch == s.warm_up and not s.resume):
                 self.draw_weights()  # what was learnt from fewer images, or other labels, is in the way of new ones
             made = time.perf_counter()
@@ -287,7 +287,7 @@ class Training:
                 self.save("best_model.pt")
         self.log.record(entries)
         self.log.line(text)
-        self.save("last.pt", optimizers=[self.model_optimizer.state_dict(), self.learner_optimizer.state_dict()])
+        self.save("last.pt", optimizers=self.pair.optimizer_states())
 
 
 def main() -> None:

@@ -99,6 +99,14 @@ class PseudoDataset:
         images, labels = torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts])
         return PseudoDataset(images, labels, self.num_classes)
 
+    def on(self, device: torch.device) -> "PseudoDataset":
+        """The same, its images on a GPU that has room for them, or else in memory that a GPU reads fast."""
+        if device.type != "cuda":
+            return self
+        free, _ = torch.cuda.mem_get_info(device)
+        images = self.images.to(device) if self.images.nbytes < free // 2 else self.images.pin_memory()
+        return PseudoDataset(images, self.labels, self.num_classes)
+
     def sheet(self, path: str | os.PathLike, per_class: int) -> None:
         """Write a PNG with a row a class: its number below the first of its first `per_class` images."""
         rows = torch.full((self.num_classes, per_class, *self.images.shape[1:]), 255, dtype=torch.uint8)

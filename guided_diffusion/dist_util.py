@@ -1,12 +1,16 @@
-"""Which device to work on, and in which precision."""
+"""Which device to work on, in which precision, and how much at once."""
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 PRECISIONS = ("auto", "float32", "bf16")
+_WIDE = 64  # channels; narrower networks are slower in bf16 on a CPU, whatever it has
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -27,14 +31,56 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """A context in which networks run in bf16 where `precision` says so ("auto": on GPUs that have it).
+    """A context in which networks train in bf16 where `precision` says so ("auto": on GPUs that have it).
 
     On CPUs "auto" means float32: the small networks that a CPU affords were measured slower in bf16.
     """
+    return torch.autocast(device.type, dtype=torch.bfloat16) if _wants_bf16(precision, device) else nullcontext()
+
+
+def inference_dtype(precision: str, device: torch.device, channels: int) -> torch.dtype:
+    """The type of the weights of a diffusion model that only draws; the process around it stays in float32.
+
+    "auto" is bf16 on GPUs that have it, and on CPUs with matrix units (AMX) for networks of 64 channels or more.
+    """
+    wide = device.type == "cpu" and channels >= _WIDE and torch.cpu._is_amx_tile_supported()
+    bf16 = _wants_bf16(precision, device) or (precision == "auto" and wide)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def in_batches(work: Callable[[Tensor], Tensor], count: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs (index, work(index)) over 0 .. count - 1, `batch` of them at a time, in order.
+
+    Where memory does not suffice the batch is halved, which is said on stderr, and the same part tried again: `work`
+    must not depend on how it is split. Out of memory at one at a time is the caller's.
+    """
+    start = 0
+    while start < count:
+        index = torch.arange(start, min(start + batch, count))
+        try:
+            done = work(index)
+        except RuntimeError as error:
+            if batch == 1 or not _out_of_memory(error):
+                raise
+            done = None  # and the traceback's hold on the tensors ends here
+        if done is None:
+            batch = max(1, len(index) // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: going on with batches of {batch}", file=sys.stderr)
+            continue
+        yield index, done
+        start += len(index)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _wants_bf16(precision: str, device: torch.device) -> bool:
     if precision not in PRECISIONS:
         raise ValueError(f"got precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
 def _keep_freed_memory() -> None:

@@ -2,13 +2,16 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from guided_diffusion.dist_util import inference_dtype
 from guided_diffusion.respace import SpacedDiffusion, respaced
 from guided_diffusion.script_util import (
     MODEL_FLAGS,
@@ -56,10 +59,16 @@ class PoolModel:
 
     def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
         """Its process, visiting the timesteps `kept`: "ddim25" and the like, or a list; "" keeps all."""
-        chosen = {name: self.flags[name] for name in _DIFFUSION_FLAGS}
-        spec = kept if isinstance(kept, str) else ""
-        process = create_gaussian_diffusion(steps=self.flags["diffusion_steps"], timestep_respacing=spec, **chosen)
-        return process if isinstance(kept, str) else respaced(process, kept)
+        chosen = tuple(self.flags[name] for name in _DIFFUSION_FLAGS)
+        return _process(self.flags["diffusion_steps"], kept if isinstance(kept, str) else tuple(kept), chosen)
+
+
+@lru_cache(maxsize=8)  # its tables then go to the device once, not once a batch
+def _process(steps: int, kept: str | tuple[int, ...], chosen: tuple) -> SpacedDiffusion:
+    flags = dict(zip(_DIFFUSION_FLAGS, chosen, strict=True))
+    if isinstance(kept, str):
+        return create_gaussian_diffusion(steps=steps, timestep_respacing=kept, **flags)
+    return respaced(create_gaussian_diffusion(steps=steps, **flags), kept)
 
 
 class Pool:
@@ -99,20 +108,35 @@ class Pool:
     def __len__(self) -> int:
         return len(self.files)
 
-    def load(self, index: int, device: torch.device | str = "cpu") -> PoolModel:
-        """Read model `index` (from 0) onto `device`, strictly.
+    def each(self, device: torch.device, precision: str = "float32") -> Iterator[PoolModel]:
+        """Every model in order, as `load` gives it; the next one is read while the last one given is at work."""
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(self.load, 0, device, precision)
+            for following in range(1, len(self) + 1):
+                model = coming.result()
+                if following < len(self):
+                    coming = thread.submit(self.load, following, device, precision)
+                yield model
+
+    def load(self, index: int, device: torch.device | str = "cpu", precision: str = "float32") -> PoolModel:
+        """Read model `index` (from 0) onto `device`, strictly, with weights as `inference_dtype` has them.
 
         Raises CheckpointError for a file that is damaged, of another kind, or does not fit its flags.
         """
         path = self.files[index]
         payload = checkpoint.load(path)
         weights, flags, num_classes = self._describe(payload, path)
-        network = create_model(**{name: flags[name] for name in MODEL_FLAGS})
+        with torch.device("meta"):  # no random weights, which are slow to draw and replaced at once
+            network = create_model(**{name: flags[name] for name in MODEL_FLAGS})
+        network.to_empty(device="cpu")
         weights = {
             k: w.float() if isinstance(w, torch.Tensor) and w.is_floating_point() else w for k, w in weights.items()
         }
         checkpoint.load_state(network, weights, path)
-        return PoolModel(network.to(device).eval().requires_grad_(False), flags, num_classes, path)
+        dtype = inference_dtype(precision, torch.device(device), flags["num_channels"])
+        layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+        network = network.to(device, dtype, memory_format=layout)
+        return PoolModel(network.eval().requires_grad_(False), flags, num_classes, path)
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:
         """Pseudo classes of each model, in order.

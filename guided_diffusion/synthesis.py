@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from guided_diffusion.dist_util import autocast
+from guided_diffusion.dist_util import in_batches
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import Pool, PoolModel
 from utils.images import to_uint8
@@ -22,7 +22,7 @@ class Synthesis:
     Attributes:
         classes: pseudo classes of each pool model, in order; class c belongs to one model and stays with it.
         per_class: images a class.
-        steps: of DDIM.
+        steps: of the sampler.
         size: side in pixels of what comes out; models of another size are resampled.
         seed, stream: image i of a model starts from noise that depends on these, the model and i alone, so that it
             does not change with the batch.
@@ -30,6 +30,7 @@ class Synthesis:
         scale: s in s * grad log p(c | x_t, t).
         guide_on: "x_t" or "x_0", as in `guidance.sample`.
         precision: of the diffusion models: auto, float32 or bf16.
+        sampler: "ddim" or "dpmpp2m", as in `guidance.sample`.
     """
 
     classes: Sequence[int]
@@ -42,6 +43,7 @@ class Synthesis:
     scale: float = 1.0
     guide_on: str = "x_t"
     precision: str = "auto"
+    sampler: str = "ddim"
 
     def first_class(self, m: int) -> int:
         """The first pseudo class of pool model m (from 0)."""
@@ -67,12 +69,14 @@ def synthesise(
         wanted = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
     images, hits = [], []
     with tqdm(total=len(wanted), desc="synthesis", unit="image", leave=False) as bar:
-        for m, count in enumerate(plan.classes):
-            model = pool.load(m, device)
+        for m, model in enumerate(pool.each(device, plan.precision)):
             first = plan.first_class(m)
-            own = wanted[first * plan.per_class :][: count * plan.per_class].to(device)
-            for index in torch.arange(len(own)).split(plan.batch):
-                drawn = _draw(model, m, plan, index, own[index] - first, own[index], log_probability)
+            own = wanted[first * plan.per_class :][: plan.classes[m] * plan.per_class].to(device)
+
+            def draw(index: Tensor, m=m, model=model, first=first, own=own) -> Tensor:
+                return _draw(model, m, plan, index, own[index] - first, own[index], log_probability)
+
+            for index, drawn in in_batches(draw, len(own), plan.batch):
                 if log_probability is not None:
                     with torch.no_grad():
                         guess = log_probability(drawn, torch.zeros(len(drawn), device=device)).argmax(1)
@@ -90,16 +94,15 @@ def _draw(
     size = model.image_size
     x_t = noise((3, size, size), index.tolist(), plan.seed, "synthesis", plan.stream, m).to(wanted.device)
     cond_fn = classifier_guidance(log_probability, wanted, plan.scale) if log_probability is not None else None
-    with autocast(plan.precision, wanted.device):
-        drawn = sample(
-            model.network,
-            model.diffusion(f"ddim{plan.steps}"),
-            x_t,
-            cond_fn=cond_fn,
-            guide_on=plan.guide_on,
-            local_labels=local if model.class_cond else None,
-        )
-    return drawn.float()
+    return sample(
+        model.network,
+        model.diffusion(f"ddim{plan.steps}"),
+        x_t,
+        cond_fn=cond_fn,
+        guide_on=plan.guide_on,
+        local_labels=local if model.class_cond else None,
+        sampler=plan.sampler,
+    )
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

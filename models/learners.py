@@ -49,13 +49,18 @@ def meta_loss(
     Returns the loss () and the share of queries that g gets right ().
     """
     shots = support_labels.shape[1]
-    logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
+    if dense_weight:
+        logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
+    else:  # the support is there for the batch statistics alone
+        features = model.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        logits = model.classifier(features[:, shots:].flatten(0, 1))
     classes = query_classes.flatten()
     loss = F.cross_entropy(logits, classes)
     if grouping is not None and grouping.within < 1:
         of_group = F.nll_loss(grouping.log_shares(logits), grouping.group[classes])
         loss = grouping.within * loss + (1 - grouping.within) * of_group
-    loss = loss + dense_weight * dense_cross_entropy(scores, query_labels)
+    if dense_weight:
+        loss = loss + dense_weight * dense_cross_entropy(scores, query_labels)
     return loss, (logits.detach().argmax(1) == classes).float().mean()
 
 
@@ -152,15 +157,18 @@ def train_meta_model(
     """
     model.train()
     device, way = next(model.parameters()).device, episodes.classes.shape[1]
-    index = torch.cat([episodes.support, episodes.query], 1)  # (E, S + Q)
+    index = torch.cat([episodes.support, episodes.query], 1).to(images.device)  # (E, S + Q)
+    support_labels, query_labels = episodes.support_labels.to(device), episodes.query_labels.to(device)
+    classes = labels[episodes.query].to(device)
     seen = []
-    for part in torch.arange(len(index)).split(batch):
+    for start in range(0, len(index), batch):
+        chosen = slice(start, start + batch)
         loss, right = meta_loss(
             model,
-            augment(images[index[part].flatten()]).unflatten(0, index[part].shape),
-            episodes.support_labels[part].to(device),
-            episodes.query_labels[part].to(device),
-            labels[episodes.query[part]].to(device),
+            augment(images[index[chosen].flatten()]).unflatten(0, index[chosen].shape),
+            support_labels[chosen],
+            query_labels[chosen],
+            classes[chosen],
             way=way,
             dense_weight=dense_weight,
             grouping=grouping,
@@ -197,12 +205,13 @@ def train_class_learner(
     model.eval()
     learner.train()
     losses, right, quarter = [], [], []
+    labels = labels.to(rng.device)
     for _ in range(steps):
-        index = torch.randint(len(images), (batch,), generator=rng, device=rng.device).cpu()
-        clean = augment(images[index])
+        index = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
+        clean = augment(images[index.to(images.device)])
         t = (levels * torch.rand(batch, generator=rng, device=rng.device) ** level_power).long().clamp_max(levels - 1)
         loss, hit = class_learner_loss(
-            model, learner, clean, add_noise(clean, t), t, labels[index].to(clean.device), kl_weight=kl_weight,
+            model, learner, clean, add_noise(clean, t), t, labels[index], kl_weight=kl_weight,
             grouping=grouping,
         )  # fmt: skip
         _step(optimizer, loss)

@@ -28,6 +28,23 @@ def test_loads_strictly_with_its_flags(toy_pool):
     assert all(torch.equal(value, saved[name]) for name, value in model.network.state_dict().items())
 
 
+def test_each_reads_ahead_and_gives_what_load_gives(toy_pool, monkeypatch):
+    pool, read, real = Pool(toy_pool), [], Pool.load
+
+    def load(self, index, *args):
+        read.append(index)
+        return real(self, index, *args)
+
+    monkeypatch.setattr(Pool, "load", load)
+    for m, model in enumerate(pool.each(torch.device("cpu"))):
+        alone = real(pool, m)
+        assert model.path == alone.path
+        for name, value in alone.network.state_dict().items():
+            assert torch.equal(value, model.network.state_dict()[name])
+        assert len(read) <= m + 2  # one ahead, so memory does not grow with the pool
+    assert read == list(range(5))
+
+
 def test_order_is_by_number(make_pool, tmp_path):
     make_pool(tmp_path, [1 + m for m in range(12)])
     assert Pool(tmp_path).share_classes() == list(range(1, 13))

@@ -1,10 +1,17 @@
 """Drawing a round's images."""
 
+from dataclasses import fields
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import guided_diffusion.synthesis as synthesis
+from config import Settings
+from guided_diffusion.guidance import SAMPLERS
 from guided_diffusion.pool import Pool
 from guided_diffusion.synthesis import Synthesis, synthesise
+from main import Training
 from models.class_learner import ClassLearner
 from models.learners import log_probability
 from models.meta_model import MetaModel
@@ -25,11 +32,11 @@ def levels(a, b):
     return int((a.int() - b.int()).abs().max())
 
 
-@pytest.mark.parametrize("guide_on", ["x_t", "x_0"])
-def test_images_do_not_depend_on_the_batch(toy_pool, guide_on):
-    pool, log_p = Pool(toy_pool), guide()
-    small, labels, hits = synthesise(pool, plan(batch=3, guide_on=guide_on), CPU, log_p)
-    large, labels_7, hits_7 = synthesise(pool, plan(batch=7, guide_on=guide_on), CPU, log_p)
+@pytest.mark.parametrize("guide_on, sampler", [("x_t", "ddim"), ("x_0", "ddim"), ("x_0", "dpmpp2m")])
+def test_images_do_not_depend_on_the_batch(toy_pool, guide_on, sampler):
+    pool, log_p, how = Pool(toy_pool), guide(), dict(guide_on=guide_on, sampler=sampler)
+    small, labels, hits = synthesise(pool, plan(batch=3, **how), CPU, log_p)
+    large, labels_7, hits_7 = synthesise(pool, plan(batch=7, **how), CPU, log_p)
     assert levels(small, large) <= 1 and torch.equal(labels, labels_7)
     assert hits.shape == (40,) and hits.dtype == torch.bool and (hits != hits_7).sum() <= 1
     assert small.dtype == torch.uint8 and small.shape == (40, 3, 16, 16)
@@ -44,6 +51,19 @@ def test_seed_stream_and_model_matter(toy_pool):
     assert levels(first, synthesise(pool, plan(seed=2), CPU)[0]) > 20
     assert levels(first, synthesise(pool, plan(stream=1), CPU)[0]) > 20
     assert levels(first[:8], first[8:16]) > 20  # models of equal weights, other noise
+
+
+def test_sampler_matters(toy_pool):
+    pool = Pool(toy_pool)
+    ddim, dpm = (synthesise(pool, plan(sampler=sampler), CPU)[0] for sampler in ("ddim", "dpmpp2m"))
+    assert torch.equal(ddim, synthesise(pool, plan(), CPU)[0]) and levels(ddim, dpm) > 2
+
+
+def test_the_flag_reaches_the_plan():
+    run = SimpleNamespace(s=Settings(sampler="dpmpp2m"), per_model=[4], size=16)
+    assert Training.plan(run, 0).sampler == "dpmpp2m" and plan().sampler == Settings().sampler == "ddim"
+    (flag,) = (f for f in fields(Settings) if f.name == "sampler")
+    assert flag.metadata["choices"] == SAMPLERS
 
 
 def test_guidance_changes_images_and_zero_scale_does_not(toy_pool):
@@ -86,3 +106,23 @@ def test_bf16_is_close_to_float32(toy_pool):
     exact, half = (synthesise(pool, plan(precision=p), CPU, log_p)[0].float() for p in ("float32", "bf16"))
     assert float((exact - half).abs().mean()) < 12
     assert float((exact - half).abs().max()) > 0
+
+
+def test_bf16_weights_draw_nearly_the_same(toy_pool):
+    exact = synthesise(Pool(toy_pool), plan(), CPU)[0].float() / 127.5
+    for batch in (3, 8):
+        rough = synthesise(Pool(toy_pool), plan(precision="bf16", batch=batch), CPU)[0].float() / 127.5
+        assert 0 < float((exact - rough).abs().mean()) < 0.02  # on [-1, 1]
+
+
+def test_too_little_memory_changes_no_image(toy_pool, monkeypatch, capsys):
+    expected, real = synthesise(Pool(toy_pool), plan(batch=8), CPU)[0], synthesis.sample
+
+    def small_machine(network, process, x_t, **options):
+        if len(x_t) > 4:
+            raise torch.cuda.OutOfMemoryError("full")
+        return real(network, process, x_t, **options)
+
+    monkeypatch.setattr(synthesis, "sample", small_machine)
+    assert levels(expected, synthesise(Pool(toy_pool), plan(batch=8), CPU)[0]) <= 1
+    assert "out of memory: going on with batches of 4" in capsys.readouterr().err
