@@ -45,7 +45,7 @@ class Settings:
     # the pool and its images
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
     samples_per_class: int = setting(600, "images a pseudo class and round", low=1, group="synthesis")
-    sample_steps: int = setting(25, "DDIM steps of an image", low=2, high=1000, group="synthesis")
+    sample_steps: int = setting(25, "denoising steps of an image", low=2, high=1000, group="synthesis")
     sampler: str = setting("ddim", "of an image: DDIM, or DPM-Solver++(2M), of second order, for 10 to 15 steps",
                            choices=("ddim", "dpmpp2m"), group="synthesis")  # fmt: skip
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x_t, t)", low=0, group="synthesis")
@@ -217,22 +217,22 @@ class Scenario:
 # What --recipe clusters changes in the published method; docs/decisions.md has the figures.
 _CLUSTERS = dict(
     first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
-    restart=True, dense_weight=0.0,
+    restart=True, dense_weight=0.0, within_weight=0.0,
 )  # fmt: skip
 RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's
 
 _GLYPHS = dict(
     image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
-    train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, mix_steps=1,
+    train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, mix_steps=1, within_weight=1.0,
 )  # fmt: skip
 SCENARIOS = {
     "glyphs": Scenario(("glyphs",), 0, _GLYPHS, "clusters"),
     "co_miniimagenet": Scenario(("miniimagenet",), 5, dict(num_classes=64)),
-    "un_miniimagenet": Scenario(("miniimagenet",), 4, dict(num_classes=52)),
+    "un_miniimagenet": Scenario(("miniimagenet",), 4, dict(num_classes=52), "clusters"),
     "co_cifarfs": Scenario(("cifarfs",), 5, dict(num_classes=64)),
-    "un_cifarfs": Scenario(("cifarfs",), 4, dict(num_classes=52)),
-    "cifar_mini": Scenario(("cifarfs", "miniimagenet"), 4, dict(num_classes=104)),
-    "custom": Scenario(("custom",)),
+    "un_cifarfs": Scenario(("cifarfs",), 4, dict(num_classes=52), "clusters"),
+    "cifar_mini": Scenario(("cifarfs", "miniimagenet"), 4, dict(num_classes=104), "clusters"),
+    "custom": Scenario(("custom",), recipe="clusters"),
 }
 
 

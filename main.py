@@ -92,7 +92,7 @@ class Training:
         if labels < s.way and s.source != "none":
             raise ValueError(
                 f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; give "
-                f"{'--first-labels random, ' * self.clusters}a larger pool, more --num-classes, or a lower --nKnovel"
+                f"{'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower --nKnovel"
             )
         needed = s.shot + s.train_nTestNovel // s.way
         if s.source in ("guided", "unguided") and s.samples_per_class < needed:

@@ -46,7 +46,7 @@ ROWS = {  # name -> run, with or without mixes
 }
 TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
           "sample_batch", "precision", "device", *BARE)  # fmt: skip
-SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip")}
+SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip", "within_weight")}
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class Pool:
             if model.class_cond and unconditional:
                 raise ValueError(
                     f"{model.path}: is conditional, so what it draws has a class already; clusters and likely classes "
-                    "are for unconditional models: give --first-labels random --ask equal, or --recipe paper"
+                    "are for unconditional models: give --recipe paper"
                 )
             if model.class_cond and count > model.flags["num_classes"]:
                 raise ValueError(

@@ -55,15 +55,18 @@ def test_recipes():
     assert own.recipe == "clusters" and own == read("--recipe clusters")
     published = dict(first_labels="random", guide_on="x_t", guidance_scale=1.0, ask="equal",
                      dense_weight=0.5, within_weight=1.0, kl_weight=1.0, learner_rate=0.1, replay=0,
-                     lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
+                     lr=0.1, weight_decay=5e-4, scale_cls=7.0, sampler="ddim")  # fmt: skip
     assert {name: getattr(paper, name) for name in published} == published
     changed = {f.name for f in fields(Settings) if getattr(paper, f.name) != getattr(own, f.name)}
-    assert changed == {"recipe", *RECIPES["clusters"]}  # sizes are the scenario's either way
+    assert changed == {"recipe", *RECIPES["clusters"]} - {"within_weight"}  # sizes are the scenario's either way
+    assert own.within_weight == 1 and read("-d custom").within_weight == 0  # glyphs' clusters are half right
     assert read("--recipe paper --guide-on x_0").guide_on == "x_0"
-    full = read("-d un_miniimagenet")
+    recipes = {name: read(f"-d {name}").recipe for name in SCENARIOS}
+    assert {name for name, recipe in recipes.items() if recipe == "paper"} == {"co_miniimagenet", "co_cifarfs"}
+    full = read("-d un_miniimagenet --recipe paper")
     sizes = dict(samples_per_class=600, sample_steps=25, refresh_every=10, max_epoch=90, train_batch=32,
                  train_nTestNovel=30, mix_level=200, head_steps=50)  # fmt: skip
-    assert full.recipe == "paper" and {name: getattr(full, name) for name in sizes} == sizes
+    assert {name: getattr(full, name) for name in sizes} == sizes
 
 
 def test_given_flags_win_over_the_scenario():
@@ -96,9 +99,10 @@ def test_ranges(field):
         ("--width 64", "square"),
         ("--height 64 --width 84", "square"),
         ("--mix-steps 20 --mix-level 10", "at most --mix-level"),
-        ("--start-epoch 24", "less than --max-epoch, 24"),
+        ("--start-epoch 30", "less than --max-epoch, 30"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
+        ("--sampler euler", "dpmpp2m"),
     ],
 )
 def test_refused(text, words):

@@ -101,7 +101,7 @@ def test_paper_row_is_the_published_recipe_whatever_is_given(calls, call, tmp_pa
     by_run = {flags["--save-dir"].rpartition("/")[2]: flags for script, flags in calls if script == "main.py"}
     assert by_run["guided"]["--guide-on"] == "x_0" and by_run["paper"]["--guide-on"] == "x_t"
     calls.clear()
-    assert call(table, "--dataset", "custom", *given)[0] == 0  # whose recipe is the paper's
+    assert call(table, "--dataset", "custom", "--recipe", "paper", *given)[0] == 0  # the guided row is the paper's
     assert len(calls) == 4
 
 
