@@ -26,11 +26,10 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.clusters import cluster_classes, share_out
-from models.meta_model import prototype_scores
 from models.pair import Pair
 from utils import checkpoint
 from utils.cli import run
-from utils.metrics import accuracy, mean_confidence_interval
+from utils.lock import locked
 from utils.plots import curves
 from utils.run_log import RunLog
 from utils.seeding import generator
@@ -205,13 +204,6 @@ class Training:
 
     # ---- validation and state
 
-    def validate(self) -> tuple[float, float]:
-        """Accuracy in percent and its 95 % half-width on the validation episodes, features computed once."""
-        features, e = learners.features(self.model, self.validation.images), self.val_episodes
-        support, query = features[e.support], features[e.query]
-        scores = prototype_scores(support, e.support_labels, query, self.s.way, self.s.scale_cls)
-        return mean_confidence_interval(accuracy(scores, e.query_labels))
-
     def save(self, name: str, **extra) -> None:
         """Save the weights with all that is needed to use them; `extra` to go on from them."""
         checkpoint.save(
@@ -279,7 +271,8 @@ class Training:
         """Validate, keep the best, log, save."""
         text = f"epoch {entries['epoch']} round {entries['round']} loss {entries.get('loss', float('nan')):.3f}"
         if self.epoch % self.s.validate_every == 0 or self.epoch == self.s.max_epoch:
-            mean, half = self.validate()
+            images, episodes = self.validation.images, self.val_episodes
+            mean, half = learners.validate(self.model, images, episodes, self.s.way, self.s.scale_cls)
             entries |= {"val_accuracy": mean, "val_ci95": half}
             text += f" meta_val {mean:.2f} +- {half:.2f}"
             if mean > self.best:
@@ -292,7 +285,9 @@ class Training:
 
 def main() -> None:
     """Parse and train."""
-    Training(parse(description="Meta-train without data, from a pool of diffusion models.")).train()
+    training = Training(parse(description="Meta-train without data, from a pool of diffusion models."))
+    with locked(training.log.folder):
+        training.train()
 
 
 if __name__ == "__main__":

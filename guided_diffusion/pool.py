@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from guided_diffusion.dist_util import inference_dtype
+from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced
 from guided_diffusion.script_util import (
     MODEL_FLAGS,
@@ -136,6 +136,8 @@ class Pool:
         dtype = inference_dtype(precision, torch.device(device), flags["num_channels"])
         layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
         network = network.to(device, dtype, memory_format=layout)
+        if worth_compiling(torch.device(device), flags["num_channels"]):
+            compile_in_place(network)
         return PoolModel(network.eval().requires_grad_(False), flags, num_classes, path)
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from guided_diffusion.dist_util import PRECISIONS, autocast
+from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, worth_compiling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -85,6 +85,9 @@ class TrainLoop:
         self.model, self.diffusion, self.data = model.to(device).train(), diffusion, data
         self.settings, self.flags, self.folder, self.device = settings, dict(flags), Path(folder), device
         self.ema = deepcopy(self.model).eval().requires_grad_(False)
+        if worth_compiling(device, self.flags.get("num_channels", 0)):
+            self.model.to(memory_format=torch.channels_last)
+            compile_in_place(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=device.type == "cuda"
         )

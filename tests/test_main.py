@@ -32,7 +32,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-ALWAYS = {"config.json", "log_train.txt", "metrics.jsonl", "last.pt", "best_model.pt", "curves.png"}
+ALWAYS = {".lock", "config.json", "log_train.txt", "metrics.jsonl", "last.pt", "best_model.pt", "curves.png"}
 CLUSTERS = ("--warm-up", 1, "--refresh-every", 2, "--max-epoch", 4)
 SOURCES = {
     "guided": (),

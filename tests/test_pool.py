@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from guided_diffusion.dist_util import compile_in_place, worth_compiling
 from guided_diffusion.pool import Pool, subset_path
 from guided_diffusion.script_util import create_model_and_diffusion
 from tests.conftest import UNET
@@ -43,6 +45,26 @@ def test_each_reads_ahead_and_gives_what_load_gives(toy_pool, monkeypatch):
             assert torch.equal(value, model.network.state_dict()[name])
         assert len(read) <= m + 2  # one ahead, so memory does not grow with the pool
     assert read == list(range(5))
+
+
+def test_networks_of_a_shape_are_compiled_once_and_run_plainly_where_that_fails(toy_pool):
+    counter, pool = CompileCounter(), Pool(toy_pool)
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+
+    def broken(*_):
+        raise RuntimeError("no compiler here")
+
+    with torch.no_grad():
+        for m in range(3):
+            model = pool.load(m)
+            plain = model.network(x, t)
+            compile_in_place(model.network, counter)
+            torch.testing.assert_close(model.network(x, t), plain)
+        assert counter.frame_count == 1
+        torch._dynamo.reset()
+        compile_in_place(model.network, broken)
+        torch.testing.assert_close(model.network(x, t), plain)
+    assert worth_compiling(torch.device("cuda"), 128) and not worth_compiling(torch.device("cpu"), 128)
 
 
 def test_order_is_by_number(make_pool, tmp_path):

@@ -1,0 +1,30 @@
+"""One run at a time in a folder."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: there is nothing then that a crash would not leave behind
+    fcntl = None
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold `folder` (made where missing) for this process: ValueError where another one holds it.
+
+    The lock is the system's, on the file .lock in it: it ends with the process, however that ends.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{folder}: another run is at work in this folder; wait for it, or give another --save-dir"
+                ) from None
+        yield
