@@ -28,7 +28,7 @@ from utils import checkpoint
 from utils.cli import run
 from utils.images import to_float
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
-from utils.run_log import write_json
+from utils.run_log import write_json, write_skipped
 from utils.seeding import generator, noise, numpy_generator
 
 RATES = (0.05, 0.01, 0.05)  # of the head's three stages
@@ -128,6 +128,7 @@ def evaluate(settings: Settings) -> dict:
     s, started = settings, time.perf_counter()
     tests = [Testing(s, root) for root in s.data_paths]
     outcomes = [test.run() for test in tests]
+    write_skipped(s.run_folder, *(test.images.skipped for test in tests))
     mixed, plain = (torch.cat(part) for part in zip(*outcomes, strict=True))
     pool, device = tests[0].pool, tests[0].device
     results = {

@@ -31,7 +31,7 @@ from utils import checkpoint
 from utils.cli import run
 from utils.lock import locked
 from utils.plots import curves
-from utils.run_log import RunLog
+from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
 MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume"}
@@ -68,6 +68,7 @@ class Training:
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         restored = self.restore()
         self.log = RunLog(s.run_folder)  # last: what is refused above leaves no folder behind
+        write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         if restored:
             self.log.line(f"going on from {restored} at epoch {self.epoch}")
 

@@ -2,14 +2,13 @@
 
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.images import UNREADABLE, extensions, is_image, read_image
+from utils.images import Skipped, describe, extensions, find_images, read_images, shown
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,13 @@ class LabelledImages:
         images: (N, 3, size, size) uint8, RGB.
         labels: (N,) int64, indices into `class_names`.
         class_names: the folder names, sorted.
+        skipped: by folder that was read, (path, reason) of what was left out of it.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     class_names: list[str]
+    skipped: Skipped = field(default_factory=dict)
 
 
 def load_split(root: str | os.PathLike, split: str, size: int, max_per_class: int | None = None) -> LabelledImages:
@@ -36,7 +37,7 @@ def load_split(root: str | os.PathLike, split: str, size: int, max_per_class: in
         root: the data folder.
         split: the folder in it, such as meta_val.
         size: side of the images in pixels.
-        max_per_class: read only the first of each class, by name; None reads all.
+        max_per_class: read only the first of each class that can be read, by name; None reads all.
 
     Raises:
         ValueError: the folder is missing, or has no class with a readable image.
@@ -49,39 +50,28 @@ def load_split(root: str | os.PathLike, split: str, size: int, max_per_class: in
     images: list[np.ndarray] = []
     labels: list[int] = []
     names: list[str] = []
-    unreadable: list[Path] = []
-    empty: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        for class_folder in class_folders:
-            paths = sorted(path for path in class_folder.iterdir() if is_image(Path(path.name)) and path.is_file())
-            paths = paths[:max_per_class]
-            pictures = list(pool.map(lambda path: _read_or_none(path, size), paths))
-            unreadable += [path for path, picture in zip(paths, pictures, strict=True) if picture is None]
-            readable = [picture for picture in pictures if picture is not None]
-            if not readable:
-                empty.append(class_folder.name)
-                continue
-            images.append(np.stack(readable))
-            labels += [len(names)] * len(readable)
-            names.append(class_folder.name)
-    if not names:
-        raise ValueError(f"{folder}: has no class with a readable image; {holds}")
-    _report(folder, unreadable, empty)
-    return LabelledImages(torch.from_numpy(np.concatenate(images)), torch.tensor(labels), names)
-
-
-def _report(folder: Path, unreadable: list[Path], empty: list[str]) -> None:
+    left_out: list[tuple[Path, str]] = []
+    empty: list[Path] = []
+    for class_folder in class_folders:
+        paths, not_searched = find_images(class_folder, deep=False)
+        readable, unreadable = read_images(paths, size, max_per_class)
+        left_out += not_searched + unreadable
+        if not readable:
+            empty.append(class_folder)
+            continue
+        images.append(np.stack(readable))
+        labels += [len(names)] * len(readable)
+        names.append(class_folder.name)
     parts = []
-    if unreadable:
-        parts.append(f"{len(unreadable)} unreadable image(s), the first {unreadable[0].relative_to(folder)}")
+    if left_out:
+        parts.append(describe(left_out, folder))
     if empty:
-        parts.append(f"{len(empty)} class(es) without an image, the first {empty[0]}")
+        parts.append(f"{len(empty)} class(es) without an image, the first {shown(empty[0].name)}")
+    what = f"left out {' and '.join(parts)}"
+    if not names:
+        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
     if parts:
-        print(f"{folder}: left out {' and '.join(parts)}", file=sys.stderr)
-
-
-def _read_or_none(path: Path, size: int) -> np.ndarray | None:
-    try:
-        return read_image(path, size)
-    except UNREADABLE:
-        return None
+        print(f"{shown(folder)}: {what}", file=sys.stderr)
+    left_out += [(path, "is a class folder without a readable image") for path in empty]
+    skipped = {shown(folder): [(shown(path), reason) for path, reason in left_out]}
+    return LabelledImages(torch.from_numpy(np.concatenate(images)), torch.tensor(labels), names, skipped)

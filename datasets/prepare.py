@@ -26,7 +26,7 @@ from datasets.glyphs import SPLIT_CLASSES, make_split
 from datasets.unpack import Picture, Pictures
 from utils.atomic import atomic_file
 from utils.cli import OneLineParser, run
-from utils.images import UNREADABLE, read_image
+from utils.images import ImageError, read_image
 from utils.run_log import write_json
 
 SETTINGS = "prepared.json"  # in the output folder: what its images were made from
@@ -176,7 +176,7 @@ def _write(path: Path, picture: Picture, size: int) -> None:
     if isinstance(picture, Path):
         try:
             pixels = read_image(picture, size).transpose(1, 2, 0)
-        except UNREADABLE as error:
+        except ImageError as error:
             raise ValueError(f"{picture}: is no readable image ({error}); put an intact one in its place") from error
         image = Image.fromarray(np.ascontiguousarray(pixels))
     else:

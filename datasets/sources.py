@@ -25,9 +25,10 @@ def load_real(
     domains = [load_split(root, split, size, per_class) for root in roots]
     if len(domains) == 1:
         return domains[0]
-    images, labels, names = [], [], []
+    images, labels, names, skipped = [], [], [], {}
     for root, domain in zip(roots, domains, strict=True):
         images.append(domain.images)
         labels.append(domain.labels + len(names))
         names += [f"{root.name}/{name}" for name in domain.class_names]
-    return LabelledImages(torch.cat(images), torch.cat(labels), names)
+        skipped |= domain.skipped
+    return LabelledImages(torch.cat(images), torch.cat(labels), names, skipped)

@@ -3,14 +3,13 @@
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.images import UNREADABLE, image_paths, is_image, read_image, to_float
+from utils.images import Skipped, describe, extensions, find_images, read_images, shown, to_float
 from utils.seeding import generator
 
 
@@ -22,11 +21,13 @@ class TrainingImages:
         images: (N, 3, H, W) uint8, RGB.
         labels: (N,) int64, the place of an image's class folder in `class_names`.
         class_names: the names of the class folders, sorted.
+        skipped: by folder that was read, (path, reason) of what was left out of it.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     class_names: list[str]
+    skipped: Skipped = field(default_factory=dict)
 
     def batch(
         self, size: int, step: int, seed: int, *, flip: bool, device: torch.device
@@ -50,29 +51,44 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
 
     classes: names of the folders directly in `folder` to read, in this order; None reads all that there are, and
     images directly in `folder` are one more class, ".".
-    Files that cannot be read are left out, and one line on stderr counts them.
-    Raises ValueError where there is no folder or no readable image.
+    Files that cannot be read are left out, and one line on stderr counts them; so are classes left without an image
+    where `classes` does not ask for them.
+    Raises ValueError where there is no folder or no readable image, also of one class that is asked for.
     """
     root = Path(folder)
-    found = {name: image_paths(root / name) for name in (class_folders(root) if classes is None else classes)}
+    found = {name: find_images(root / name) for name in (class_folders(root) if classes is None else classes)}
     if classes is None:
-        loose = sorted(path for path in root.iterdir() if is_image(Path(path.name)) and path.is_file())
-        if loose or not found:
-            found["."] = loose or image_paths(root)
-    images, labels, broken = [], [], []
-    with ThreadPoolExecutor() as threads:
-        for label, paths in enumerate(found.values()):
-            for path, image in zip(paths, threads.map(lambda path: _read(path, size), paths), strict=True):
-                if image is None:
-                    broken.append(path)
-                else:
-                    images.append(image)
-                    labels.append(label)
-    if broken:
-        print(f"{root}: left out {len(broken)} unreadable image(s), the first {broken[0]}", file=sys.stderr)
+        loose, _ = find_images(root, deep=False)
+        found["."] = [path for path in loose if not path.is_dir()], []
+    images, labels, names, left_out = [], [], [], []
+    skipped: Skipped = {} if classes else {shown(root): []}  # first, as what is in it comes after
+    for name, (paths, not_searched) in found.items():
+        readable, unreadable = read_images(paths, size)
+        own = not_searched + unreadable
+        left_out += own
+        if readable:
+            images.append(np.stack(readable))
+            labels += [len(names)] * len(readable)
+            names.append(name)
+        elif classes is not None:
+            raise ValueError(_nothing(own, root / name))
+        elif name != ".":
+            own = [*own, (root / name, "is a class folder without a readable image")]
+        skipped[shown(root / name)] = [(shown(path), reason) for path, reason in own]
     if not images:
-        raise ValueError(f"{root}: got no readable image among {len(broken)}; give a folder of intact images")
-    return TrainingImages(torch.from_numpy(np.stack(images)), torch.tensor(labels), list(found))
+        raise ValueError(_nothing(left_out, root))
+    if left_out:
+        print(f"{shown(root)}: left out {describe(left_out, root)}", file=sys.stderr)
+    return TrainingImages(torch.from_numpy(np.concatenate(images)), torch.tensor(labels), names, skipped)
+
+
+def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
+    """Raise ValueError, as `load_images` will, where one of `classes` has no readable image; one of each is read."""
+    for name in classes:
+        paths, not_searched = find_images(Path(folder) / name)
+        readable, unreadable = read_images(paths, 1, most=1)
+        if not readable:
+            raise ValueError(_nothing(not_searched + unreadable, Path(folder) / name))
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
@@ -83,8 +99,12 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _read(path: Path, size: int) -> np.ndarray | None:
-    try:
-        return read_image(path, size)
-    except UNREADABLE:
-        return None
+def _nothing(left_out: list[tuple[Path, str]], folder: Path) -> str:
+    """What an error says where `folder` has no readable image."""
+    if not left_out:
+        return f"{shown(folder)}: holds no images; expected files that end in {extensions()}"
+    path, reason = left_out[0]
+    return (
+        f"{shown(folder)}: got no readable image among {len(left_out)}, the first {shown(path.relative_to(folder))}: "
+        f"{reason}; give a folder of intact images"
+    )

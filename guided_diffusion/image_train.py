@@ -7,6 +7,8 @@ A pool takes the class folders of --data_dir in sorted order, trains one model f
 into <pool>/subset{m}/ckpt/model.pt, and writes <pool>/pool.json, which says what is where. The same command again
 goes on where it stopped; a subset that is done is not done again.
 
+Images that cannot be read are left out; skipped_images.csv in the model's or the pool's folder says which and why.
+
 A few images of each class are kept back (--hold_out): a line after the training, for a pool also pool.json, says how
 near the model's samples lie to its training images, against how near those held-out images lie to them.
 """
@@ -17,10 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from anywhere
 
 from guided_diffusion.dist_util import pick_device  # noqa: E402
-from guided_diffusion.image_datasets import TrainingImages, class_folders, load_images  # noqa: E402
+from guided_diffusion.image_datasets import TrainingImages, check_classes, class_folders, load_images  # noqa: E402
 from guided_diffusion.memorisation import measure, sentence, split  # noqa: E402
 from guided_diffusion.pool import Pool, subset_path  # noqa: E402
 from guided_diffusion.script_util import (  # noqa: E402
@@ -31,7 +35,8 @@ from guided_diffusion.script_util import (  # noqa: E402
 )
 from guided_diffusion.train_util import MODEL_FILE, TrainLoop, TrainSettings  # noqa: E402
 from utils.cli import OneLineParser, run  # noqa: E402
-from utils.run_log import write_json  # noqa: E402
+from utils.images import Skipped  # noqa: E402
+from utils.run_log import write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
 FIGURES = "memorisation"  # in pool.json, by model
@@ -117,10 +122,10 @@ def train_one(args: argparse.Namespace, device) -> None:
     if path.exists():
         raise ValueError(f"{path}: is there already; give another --save_dir or move it away")
     names = _classes(args) if args.class_cond else None
-    data, held_out = split(load_images(args.data_dir, args.image_size, names), args.hold_out)
-    if args.held_out_dir:
-        held_out = load_images(args.held_out_dir, args.image_size, names).images
-    print(f"saved {training(args, data, path.parent, args.seed, device).run()}")
+    data, held_out, skipped = _load(args, args.image_size, names, args.hold_out)
+    loop = training(args, data, path.parent, args.seed, device)
+    write_skipped(path.parent, skipped)  # now that flags and images are known to be good
+    print(f"saved {loop.run()}")
     _figure(args, path, data, held_out, args.seed, device)
 
 
@@ -144,6 +149,8 @@ def train_pool(args: argparse.Namespace, device) -> None:
         if hold_out != args.hold_out:
             print(f"{index}: was made with --hold_out {hold_out:g}, which stays")
     contents = {"image_size": args.image_size, "steps": _steps(args), "hold_out": hold_out, "models": models}
+    to_train = [m for m in wanted if not subset_path(args.pool, m).exists()]
+    check_classes(args.data_dir, [name for m in to_train for name in groups[m - 1]])  # before hours of training
     for m in wanted:
         path, seed, size = subset_path(args.pool, m), args.seed + m, args.image_size
         done = path.exists()
@@ -153,14 +160,24 @@ def train_pool(args: argparse.Namespace, device) -> None:
             if measured and not (args.held_out_dir and measured["held_out"] is None):
                 continue
             size = Pool(path).load(0).image_size
-        data, held_out = split(load_images(args.data_dir, size, groups[m - 1]), hold_out)
-        if args.held_out_dir:
-            held_out = load_images(args.held_out_dir, size, groups[m - 1]).images
+        data, held_out, skipped = _load(args, size, groups[m - 1], hold_out)
         if not done:
             loop = training(args, data, path.parent, seed, device)
             _write(index, contents, m, None)  # now that flags and images are known to be good
+            write_skipped(args.pool, skipped)
             print(f"saved {loop.run()}")
         _write(index, {**contents, **known} if done else contents, m, _figure(args, path, data, held_out, seed, device))
+
+
+def _load(
+    args: argparse.Namespace, size: int, names: list[str] | None, hold_out: float
+) -> tuple[TrainingImages, Tensor, Skipped]:
+    """What to train on, the held-out images (H, 3, size, size) uint8, and what was left out of both."""
+    data, held_out = split(load_images(args.data_dir, size, names), hold_out)
+    if not args.held_out_dir:
+        return data, held_out, data.skipped
+    others = load_images(args.held_out_dir, size, names)
+    return data, others.images, data.skipped | others.skipped
 
 
 def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed: int, device) -> TrainLoop:

@@ -1,6 +1,7 @@
 """Whether a model copies: how near its samples lie to its training images, against how near unseen images lie."""
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def split(data: TrainingImages, share: float) -> tuple[TrainingImages, Tensor]:
             held_out += sorted(own, key=lambda index: hashlib.sha256(data.images[index].numpy()).digest())[:count]
     kept = torch.ones(len(data.images), dtype=torch.bool)
     kept[held_out] = False
-    return TrainingImages(data.images[kept], data.labels[kept], data.class_names), data.images[held_out]
+    return replace(data, images=data.images[kept], labels=data.labels[kept]), data.images[held_out]
 
 
 def measure(

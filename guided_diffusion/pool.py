@@ -24,6 +24,7 @@ from guided_diffusion.unet import UNetModel
 from utils import checkpoint
 
 _DIFFUSION_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps")
+_LARGEST = 100_000  # number among a checkpoint's flags
 
 
 def subset_path(pool: str | os.PathLike, m: int) -> Path:
@@ -74,12 +75,12 @@ def _process(steps: int, kept: str | tuple[int, ...], chosen: tuple) -> SpacedDi
 class Pool:
     """The models of a folder, in the order of their numbers; each is read when it is asked for.
 
-    Our own checkpoints carry their flags. Of a bare state dict (a public checkpoint) what the tensors tell is read
-    off them, and the rest, such as heads, noise schedule and image size, comes from `flags`.
+    Our own checkpoints carry their flags. Of a bare state dict (a public checkpoint, also as safetensors) what the
+    tensors tell is read off them, and the rest, such as heads, noise schedule and image size, comes from `flags`.
     """
 
     def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
-        """path: a folder with subset{1..M}/ckpt/model.pt, or one checkpoint file (then M = 1).
+        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors), or one checkpoint file (then M = 1).
 
         Raises ValueError where there is neither, or where the numbers have a gap.
         """
@@ -88,10 +89,11 @@ class Pool:
             self.files = [self.path]
             return
         found = {}
-        for file in self.path.glob("subset*/ckpt/model.pt"):
-            number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
-            if number:
-                found[int(number[1])] = file
+        for name in ("model.safetensors", "model.pt"):  # of both the latter counts
+            for file in self.path.glob(f"subset*/ckpt/{name}"):
+                number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
+                if number:
+                    found[int(number[1])] = file
         if not found:
             raise ValueError(
                 f"{self.path}: got no diffusion models, expected subset1/ckpt/model.pt and so on; make a pool with "
@@ -126,12 +128,9 @@ class Pool:
         path = self.files[index]
         payload = checkpoint.load(path)
         weights, flags, num_classes = self._describe(payload, path)
-        with torch.device("meta"):  # no random weights, which are slow to draw and replaced at once
-            network = create_model(**{name: flags[name] for name in MODEL_FLAGS})
+        network = _on_meta(flags, path)
+        _check_size(network, weights, path)
         network.to_empty(device="cpu")
-        weights = {
-            k: w.float() if isinstance(w, torch.Tensor) and w.is_floating_point() else w for k, w in weights.items()
-        }
         checkpoint.load_state(network, weights, path)
         dtype = inference_dtype(precision, torch.device(device), flags["num_channels"])
         layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
@@ -195,6 +194,8 @@ class Pool:
         if "model" in payload and "flags" in payload:
             if not isinstance(payload["model"], Mapping) or not isinstance(payload["flags"], Mapping):
                 raise checkpoint.CheckpointError(f"{path}: holds no weights with their flags; make the model again")
+            _check_flags(payload["flags"], path)
+            _check_flags({"num_classes": payload.get("num_classes") or 0}, path)
             return payload["model"], {**model_and_diffusion_defaults(), **payload["flags"]}, payload.get("num_classes")
         flags = {**model_and_diffusion_defaults(), **self._flags}
         try:
@@ -202,3 +203,36 @@ class Pool:
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{path}: {error}") from None
         return payload, flags, flags["num_classes"] if flags["class_cond"] else None
+
+
+def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
+    """Refuse flags of a type or a size that no model has: a network or a process of them could fill the memory."""
+    for name, default in model_and_diffusion_defaults().items():
+        value = flags.get(name, default)
+        number = isinstance(default, int | float)
+        if not isinstance(value, int | float if number else str) or (number and not abs(value) <= _LARGEST):
+            kind = f"a number up to {_LARGEST}" if number else "a text"
+            raise checkpoint.CheckpointError(f"{path}: got flag {name} {value!r:.40}, expected {kind}; make it again")
+
+
+def _on_meta(flags: Mapping[str, Any], path: Path) -> UNetModel:
+    """The U-Net of `flags` without memory for its weights, which would be slow to draw and are replaced at once."""
+    try:
+        with torch.device("meta"):
+            return create_model(**{name: flags[name] for name in MODEL_FLAGS})
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); give the flags it has") from error
+
+
+def _check_size(network: UNetModel, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse, while `network` takes no memory, weights that do not fit it or are more than the file has.
+
+    Tensors may share or repeat what is in the file, so that a small one could name a network of any size.
+    """
+    checkpoint.check_state(network, weights, path)
+    claimed, held = sum(weight.nbytes for weight in weights.values()), path.stat().st_size
+    if claimed > held:
+        raise checkpoint.CheckpointError(
+            f"{path}: names {claimed:,} bytes of weights, expected at most the {held:,} of the file; "
+            "get it again from its source"
+        )

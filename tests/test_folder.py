@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from datasets.folder import load_split
-from utils.images import image_paths, read_image, to_float, to_uint8
+from utils.images import find_images, read_image, to_float, to_uint8
 
 
 def write(path, colour, size=(8, 8), mode="RGB"):
@@ -75,11 +75,13 @@ def test_transparent_is_white_and_16_bit_grey_is_kept(tmp_path):
     assert (read_image(tmp_path / "grey.png", 8) == 100).all()
 
 
-def test_image_paths_are_sorted_and_recursive(tmp_path):
+def test_paths_are_sorted_and_recursive(tmp_path):
     for name in ("b/2.png", "b/1.JPG", "a.jpeg", ".hidden/3.png", "b/._1.png"):
         write(tmp_path / name.replace(".JPG", ".jpg"), (0, 0, 0))
     (tmp_path / "b" / "1.jpg").rename(tmp_path / "b" / "1.JPG")
-    assert [path.relative_to(tmp_path).as_posix() for path in image_paths(tmp_path)] == ["a.jpeg", "b/1.JPG", "b/2.png"]
+    paths, left_out = find_images(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a.jpeg", "b/1.JPG", "b/2.png"]
+    assert left_out == [] and find_images(tmp_path, deep=False)[0] == [tmp_path / "a.jpeg"]
 
 
 def test_missing_folders_say_what_they_should_hold(tmp_path):
@@ -87,8 +89,7 @@ def test_missing_folders_say_what_they_should_hold(tmp_path):
     for call in (
         lambda: load_split(tmp_path, "meta_test", 8),
         lambda: load_split(tmp_path, "meta_val", 8),
-        lambda: image_paths(tmp_path / "none"),
-        lambda: image_paths(tmp_path),
+        lambda: find_images(tmp_path / "none"),
     ):
         with pytest.raises(ValueError, match="png, jpg, jpeg, gif, webp") as caught:
             call()

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
 from guided_diffusion.dist_util import compile_in_place, worth_compiling
@@ -82,13 +83,17 @@ def test_process_of_a_model(toy_pool):
         assert abs(process.alphas_cumprod - whole.alphas_cumprod[process.timestep_map]).max() < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["torch", "older torch", "safetensors"])
 @pytest.mark.parametrize("class_cond", [False, True])
-def test_bare_state_dict_of_a_public_checkpoint(fill, tmp_path, class_cond):
+def test_bare_state_dict_of_a_public_checkpoint(fill, tmp_path, class_cond, kind):
     network = fill(create_model_and_diffusion(
         image_size=32, num_channels=16, num_res_blocks=2, channel_mult="1,2,2", attention_resolutions="16,8",
         num_head_channels=8, learn_sigma=True, noise_schedule="cosine", class_cond=class_cond, num_classes=7,
     )[0]).eval()  # fmt: skip
-    checkpoint.save(tmp_path / "public.pt", network.state_dict())
+    if kind == "safetensors":
+        save_file(network.state_dict(), tmp_path / "public.pt")
+    else:
+        torch.save(network.state_dict(), tmp_path / "public.pt", _use_new_zipfile_serialization=kind == "torch")
     pool = Pool(tmp_path / "public.pt", {"image_size": 32, "num_head_channels": 8, "noise_schedule": "cosine"})
     assert len(pool) == 1
     model = pool.load(0)
@@ -181,3 +186,39 @@ def test_other_files_are_refused(tmp_path, payload, words):
 def test_unconditional_flags_are_those_of_the_toys(toy_pool):
     flags = Pool(toy_pool).load(0).flags
     assert {name: flags[name] for name in UNET} == UNET
+
+
+def test_safetensors_in_a_folder_of_models(make_pool, tmp_path):
+    make_pool(tmp_path, [3, 4])
+    for m in (1, 2):
+        path = subset_path(tmp_path, m)
+        save_file(checkpoint.load(path)["model"], path.with_suffix(".safetensors"))
+    subset_path(tmp_path, 1).unlink()
+    pool = Pool(tmp_path, UNET)
+    assert [path.name for path in pool.files] == ["model.safetensors", "model.pt"]
+    assert [pool.load(m).flags["num_channels"] for m in (0, 1)] == [8, 8]
+
+
+@pytest.mark.parametrize("flags", [{"num_channels": 10**9}, {"num_heads": "four"}, {"noise_schedule": 3}])
+def test_flags_that_no_model_has_are_refused(make_pool, tmp_path, flags):
+    path = subset_path(make_pool(tmp_path, [4]), 1)
+    payload = checkpoint.load(path)
+    checkpoint.save(path, {**payload, "flags": {**payload["flags"], **flags}})
+    with pytest.raises(checkpoint.CheckpointError, match=f"model.pt: got flag {next(iter(flags))}"):
+        Pool(tmp_path).load(0)
+    checkpoint.save(path, {**payload, "flags": {**payload["flags"], "channel_mult": "1,x"}})
+    with pytest.raises(checkpoint.CheckpointError, match="model.pt: no U-Net is like this.*1,x"):
+        Pool(tmp_path).load(0)
+
+
+def test_a_small_file_takes_no_memory_for_a_large_network(fill, tmp_path, monkeypatch):
+    network = fill(create_model_and_diffusion(**UNET)[0])
+    state = {name: torch.zeros(1).expand(value.shape) for name, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    monkeypatch.setattr(torch.nn.Module, "to_empty", None)
+    with pytest.raises(checkpoint.CheckpointError, match="names .* bytes of weights, expected at most the .* of the"):
+        Pool(tmp_path / "model.pt", UNET).load(0)
+    state["out.0.weight"] = torch.zeros(1).expand(10**9)
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"out.0.weight \(got \(1000000000,\)"):
+        Pool(tmp_path / "model.pt", UNET).load(0)

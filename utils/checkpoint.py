@@ -3,16 +3,20 @@
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from utils.atomic import atomic_file
 
 _SHOWN = 3  # names an error lists before it only counts
+_ZIP = b"PK\x03\x04"  # how a zip begins, which is what torch goes by
+_CODE = re.compile(r"GLOBAL (\S+)|reduce for unrecognized function|Can only (?:create|build)|Unsupported operand 149")
 
 
 class CheckpointError(ValueError):
@@ -31,10 +35,12 @@ def save(path: str | os.PathLike, payload: Any) -> None:
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
     """Load what `save` wrote, or any checkpoint of plain tensors and containers, onto `device`.
 
-    The file is data, never code: a pickle that would build anything else is refused, without a fallback.
+    Torch's zips, its older pickles, and safetensors, which give a bare state dict; the content tells them apart, not
+    the name. The file is data, never code: a pickle that would build anything else is refused, without a fallback.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, cut short, no checkpoint, or would run code.
+        CheckpointError: the file is missing, unreadable, cut short, no checkpoint, would run code, or claims more
+            than it has.
     """
     path = Path(path)
     if not path.exists():
@@ -42,42 +48,71 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: is not a file; give the path of one checkpoint, such as {path / 'model.pt'}")
     try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":  # after eight bytes of its length, the header of safetensors
+            return load_file(path, device=str(device))
+        if start.startswith(_ZIP):
+            _check_claims(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickles by other programs, refused just below
             return torch.load(path, map_location=device, weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path}: may not be read; change its permissions (chmod u+r)") from error
-    except torch.OutOfMemoryError:
-        raise  # the file is sound
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise  # of the latter the file is sound
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         raise CheckpointError(f"{path}: {_cause(str(error), device)}") from error
 
 
+def _check_claims(path: Path) -> None:
+    """Refuse a zip whose records claim more bytes than the file has, which torch would unpack into memory.
+
+    Torch compresses nothing, so that its own records always fit.
+    """
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(record.file_size for record in archive.infolist())
+    held = path.stat().st_size
+    if claimed > held:
+        raise CheckpointError(
+            f"{path}: is a zip of records that claim {claimed:,} bytes, expected at most the {held:,} of the file; "
+            "get it again from its source, or save it again with torch.save"
+        )
+
+
 def _cause(message: str, device: str | torch.device) -> str:
-    refused = re.search(r"GLOBAL (\S+)", message)
-    if refused or "Unsupported operand 149" in message:  # 149 opens a frame: a pickle that torch did not write
-        what = f"the object {refused[1]}" if refused else "pickled objects"
+    refused = _CODE.search(message)
+    if refused:  # operand 149 opens a frame: a pickle that torch did not write
+        what = f"the object {refused[1]}" if refused[1] else "pickled objects"
         return (
             f"holds {what}, and loading that could run code; "
             "save it again as a plain dictionary of tensors, numbers and strings"
         )
+    if "TorchScript" in message:
+        return "is a TorchScript program, which is code; save its state_dict() with torch.save instead"
     if "deserialize object on" in message or "not available" in message or "No CUDA" in message:
         return f"cannot be put on device {device}; choose a device this machine has, such as cpu"
+    allocation = re.search(r"tried to allocate (\d+) bytes", message)
+    if allocation:
+        return (
+            f"asks for {int(allocation[1]):,} bytes of memory, more than there is; "
+            "get it again from its source, or use a machine with more memory"
+        )
     return "is cut short or is no checkpoint; copy or download it again, or make it again"
 
 
-def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
-    """Copy `state_dict` into `module`, strictly: every name, every shape, finite numbers only.
+def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
+    """Check that `state_dict` fits `module`, strictly: every name, every shape, plain tensors only.
 
-    Nothing is copied where anything is wrong.
+    Nothing is copied, and `module` may be on the meta device, where it takes no memory yet.
 
     Args:
-        module: the module to fill, in place.
+        module: the module to fill later.
         state_dict: parameter and buffer names with their tensors.
         source: what an error names as the origin, usually the file.
 
     Raises:
-        CheckpointError: up to three missing, unexpected and wrong-shape names each, or non-finite weights.
+        CheckpointError: up to three missing, unexpected and wrong-shape names each.
     """
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
@@ -86,19 +121,18 @@ def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source
     missing = [name for name in expected if name not in state_dict]
     unexpected = [str(name) for name in state_dict if name not in expected]
     shared = [name for name in expected if name in state_dict]
-    no_tensor = [name for name in shared if not isinstance(state_dict[name], torch.Tensor)]
-    tensors = [name for name in shared if name not in no_tensor]
+    no_tensor = [name for name in shared if not _is_plain(state_dict[name])]
     wrong_shape = [
         f"{name} (got {tuple(state_dict[name].shape)}, expected {tuple(expected[name].shape)})"
-        for name in tensors
-        if state_dict[name].shape != expected[name].shape
+        for name in shared
+        if name not in no_tensor and state_dict[name].shape != expected[name].shape
     ]
     problems = [
         _few(title, names)
         for title, names in (
             ("missing", missing),
             ("unexpected", unexpected),
-            ("not a tensor", no_tensor),
+            ("not a tensor of plain numbers", no_tensor),
             ("wrong shape", wrong_shape),
         )
         if names
@@ -108,13 +142,36 @@ def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source
             f"{source}: does not fit {type(module).__name__}: {'; '.join(problems)}; "
             "use the settings it was made with, or another checkpoint"
         )
-    not_finite = [name for name in tensors if not bool(torch.isfinite(state_dict[name]).all())]
+
+
+def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
+    """Copy `state_dict` into `module`, strictly: as `check_state` has it, and finite numbers only.
+
+    Nothing is copied where anything is wrong. The module keeps its dtype, whatever that of the tensors.
+    Arguments as of `check_state`.
+
+    Raises:
+        CheckpointError: as of `check_state`, or up to three names of weights that are not finite in the module's dtype.
+    """
+    check_state(module, state_dict, source)
+    not_finite = [
+        name
+        for name, target in module.state_dict().items()
+        if not bool(torch.isfinite(state_dict[name].to(target.dtype)).all())
+    ]
     if not_finite:
         raise CheckpointError(
             f"{source}: {_few('weights that are NaN or infinite', not_finite)}; "
             "its training diverged: use an earlier checkpoint or train again with a lower rate"
         )
     module.load_state_dict(state_dict, strict=True)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is a dense tensor with numbers in it, real ones, as a file of strangers need not have."""
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_complex())
 
 
 def _few(title: str, names: list[str]) -> str:

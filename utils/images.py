@@ -1,14 +1,29 @@
 """Image files to pixels, and the one pixel convention: float in [-1, 1] and uint8 in 0..255, RGB."""
 
+import errno
 import os
+import stat
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".gif", ".webp")
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # that the content may be, whatever the ending says
+MAX_PIXELS = 100_000_000  # of one image: 300 MB as RGB
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard does not tell the size; `read_image` has MAX_PIXELS instead
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF and the like, several lines each
+
+Skipped = dict[str, list[tuple[str, str]]]  # folder that was scanned: (path, reason) of what was left out of it
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read. The message is the reason, without the path, in one line."""
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -21,37 +36,135 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def image_paths(folder: str | os.PathLike) -> list[Path]:
-    """List the image files in `folder` and the folders in it, sorted by path, without hidden ones.
+def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """List what is named like an image in `folder` (`deep`: and in the folders in it), without what is hidden.
+
+    Links to folders in `folder` are not followed, and neither is `folder` where it is a link back to a folder that it
+    lies in, so no circle of links is walked for ever.
+
+    Returns:
+        The paths, sorted; nothing says yet that they can be read. And (path, reason) of folders that are left out.
 
     Raises:
-        ValueError: `folder` is missing or holds no image.
+        ValueError: `folder` is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected one with images ({extensions()})")
-    paths = sorted(path for path in folder.rglob("*") if is_image(path.relative_to(folder)) and path.is_file())
-    if not paths:
-        raise ValueError(f"{folder}: holds no images; expected files that end in {extensions()}")
-    return paths
+    if folder.is_symlink() and folder.absolute().parent.resolve().is_relative_to(folder.resolve()):
+        return [], [(folder, "is a link back to a folder that it lies in")]
+    paths: list[Path] = []
+    left_out: list[tuple[Path, str]] = []
+
+    def failed(error: OSError) -> None:
+        left_out.append((Path(error.filename), _reason(error)))
+
+    for place, folders, files in os.walk(folder, onerror=failed):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(place, name) for name in (*folders, *files) if is_image(Path(name))]
+        if not deep:
+            break
+        links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+        left_out.extend((path, "is a link to a folder, which is not followed") for path in links if not is_image(path))
+    return sorted(paths), sorted(left_out)
+
+
+def read_images(
+    paths: Sequence[Path], size: int, most: int | None = None
+) -> tuple[list[np.ndarray], list[tuple[Path, str]]]:
+    """Read images as `read_image` does, several at once, until there are `most` (None: all).
+
+    Returns those that can be read, in order, and (path, reason) of the others. Each path is tried once.
+    """
+    images: list[np.ndarray] = []
+    left_out: list[tuple[Path, str]] = []
+    most = len(paths) if most is None else most
+    tried = 0
+    with ThreadPoolExecutor() as threads:
+        while tried < len(paths) and len(images) < most:
+            part = paths[tried : tried + most - len(images)]
+            tried += len(part)
+            for path, result in zip(part, threads.map(lambda path: _image_or_reason(path, size), part), strict=True):
+                if isinstance(result, str):
+                    left_out.append((path, result))
+                else:
+                    images.append(result)
+    return images, left_out
 
 
 def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     """Read one image as (3, size, size) uint8 RGB: its central square, resized by Lanczos.
 
-    Transparent pixels are laid over white. Raises what Pillow raises where the file is no image.
+    It is turned upright as its EXIF says; transparent pixels are laid over white, 16 bits scaled to 8; of an animation
+    it is the first frame. The content decides what it is, not the ending.
+
+    Raises:
+        ImageError: the file is no image, damaged, may not be read, or has more than MAX_PIXELS pixels.
     """
-    with Image.open(path) as file:
-        image = _as_rgb(ImageOps.exif_transpose(file))
+    try:
+        _check_file(path)
+        with Image.open(path, formats=FORMATS) as file:  # reads the header alone
+            if file.width * file.height > MAX_PIXELS:
+                raise ImageError(f"is {file.width} x {file.height} pixels, expected at most {MAX_PIXELS:,} in all")
+            image = _as_rgb(ImageOps.exif_transpose(file))
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything out of Pillow
+        raise ImageError(_reason(error)) from error
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
+def describe(left_out: Sequence[tuple[Path, str]], root: Path) -> str:
+    """How many images were left out, and the first, with its reason, as a path in `root`."""
+    path, reason = left_out[0]
+    return f"{len(left_out)} unreadable image(s), the first {shown(path.relative_to(root))}: {reason}"
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as text that any UTF-8 file or terminal takes, in one line: other bytes as \\xe9, a line break as \\n."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _image_or_reason(path: Path, size: int) -> np.ndarray | str:
+    try:
+        return read_image(path, size)
+    except ImageError as error:
+        return str(error)
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("is no regular file")  # to open a pipe is to wait for ever
+    if not status.st_size:
+        raise ImageError("is empty (0 bytes)")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "may not be read; change its permissions (chmod u+r)"
+    if isinstance(error, UnidentifiedImageError):
+        return f"is no image ({', '.join(FORMATS)}), or damaged from its start"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "is a symbolic link that leads in a circle"
+    if isinstance(error, FileNotFoundError):
+        return "is a link to a file that is not there"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror})"
+    return f"is cut short or damaged ({text})"
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white; of 16-bit colours it takes 8 itself
+        pixels = np.asarray(image).clip(0, 65535).astype(np.uint16)
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -1,5 +1,7 @@
-"""What a run writes about itself: log_train.txt, metrics.jsonl and config.json in its folder."""
+"""What a run writes about itself: log_train.txt, metrics.jsonl, config.json and skipped_images.csv in its folder."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from utils.atomic import atomic_file
+from utils.images import Skipped
 
 
 class RunLog:
@@ -53,6 +56,29 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON at `path`, whole or not at all; values as for `plain`."""
     with atomic_file(path) as file:
         file.write((json.dumps(plain(value), indent=2) + "\n").encode())
+
+
+def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
+    """Write the images that a run left out as skipped_images.csv in `folder`, whole or not at all.
+
+    Its columns are path and reason. Rows of an older file stay, unless they are of a folder that one of `scans` looked
+    at again. Without a row there is no file. Should two processes write in the same instant, rows are lost at worst.
+    """
+    path = Path(folder) / "skipped_images.csv"
+    rows: list[tuple[str, str]] = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) == 2][1:]
+    for scan in scans:
+        for scanned, left_out in scan.items():
+            rows = [row for row in rows if row[0] != scanned and not row[0].startswith(scanned + os.sep)] + left_out
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *rows])
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def plain(value: Any) -> Any:
