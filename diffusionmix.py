@@ -8,6 +8,7 @@ the support set again; and for comparison one fitted on the support alone. All h
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,10 +91,7 @@ class Testing:
                 order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])  # (E, S)
                 weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs]).float()
                 first, second, share = e.support.flatten(), e.support.gather(1, order).flatten(), weight.flatten()
-
-                def work(part: Tensor, member=member, m=m, of=(first, second, share)) -> Tensor:
-                    return self.mix_part(member, m, part, *of)
-
+                work = partial(self.mix_part, member, m, first=first, second=second, weight=share)
                 parts = [part for _, part in in_batches(work, count * shots, s.sample_batch)]
                 features.append(torch.cat(parts).unflatten(0, (count, shots)))
                 partner = targets.gather(1, order[..., None].expand_as(targets))

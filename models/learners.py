@@ -22,21 +22,23 @@ class Grouping:
 
     Which model drew an image is known; which of its classes it shows is guessed. The cross-entropy of class c of group
     m is -log p(m) - log p(c | m); `within` is the weight of the second term, 0 to 1.
-    group: (C,) int64, the group of each class, from 0 on.
+    group: (C,) int64, the group of each class, from 0 on; member: (M, C) bool, which classes are of each group.
     """
 
     group: Tensor
+    member: Tensor
     within: float
 
     @classmethod
     def of(cls, sizes: Sequence[int], within: float, device: torch.device) -> "Grouping":
         """Groups of `sizes` classes, one after the other."""
-        return cls(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device), within)
+        groups = torch.arange(len(sizes), device=device)
+        group = groups.repeat_interleave(torch.tensor(sizes, device=device))
+        return cls(group, group == groups[:, None], within)
 
     def log_shares(self, logits: Tensor) -> Tensor:
         """log p(m) (N, M), the log of the summed softmax of each group, of logits (N, C)."""
-        member = self.group == torch.arange(int(self.group.max()) + 1, device=self.group.device)[:, None]  # (M, C)
-        return F.log_softmax(logits, dim=1)[:, None].masked_fill(~member, -torch.inf).logsumexp(2)
+        return F.log_softmax(logits, dim=1)[:, None].masked_fill(~self.member, -torch.inf).logsumexp(2)
 
 
 def meta_loss(
