@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +73,7 @@ def synthesise(
         for m, model in enumerate(pool.each(device, plan.precision)):
             first = plan.first_class(m)
             own = wanted[first * plan.per_class :][: plan.classes[m] * plan.per_class].to(device)
-
-            def draw(index: Tensor, m=m, model=model, first=first, own=own) -> Tensor:
-                return _draw(model, m, plan, index, own[index] - first, own[index], log_probability)
-
+            draw = partial(_draw, model, m, plan, own, log_probability)
             for index, drawn in in_batches(draw, len(own), plan.batch):
                 if log_probability is not None:
                     with torch.no_grad():
@@ -87,11 +85,10 @@ def synthesise(
 
 
 def _draw(
-    model: PoolModel, m: int, plan: Synthesis, index: Tensor, local: Tensor, wanted: Tensor,
-    log_probability: LogProbability | None,
-) -> Tensor:  # fmt: skip
-    """Images number `index` of model m: float (N, 3, H, W) in [-1, 1] at the model's own size."""
-    size = model.image_size
+    model: PoolModel, m: int, plan: Synthesis, own: Tensor, log_probability: LogProbability | None, index: Tensor
+) -> Tensor:
+    """Images number `index` of model m, whose classes asked for are `own`: float (N, 3, H, W) in [-1, 1], its size."""
+    size, wanted = model.image_size, own[index]
     x_t = noise((3, size, size), index.tolist(), plan.seed, "synthesis", plan.stream, m).to(wanted.device)
     cond_fn = classifier_guidance(log_probability, wanted, plan.scale) if log_probability is not None else None
     return sample(
@@ -100,7 +97,7 @@ def _draw(
         x_t,
         cond_fn=cond_fn,
         guide_on=plan.guide_on,
-        local_labels=local if model.class_cond else None,
+        local_labels=wanted - plan.first_class(m) if model.class_cond else None,
         sampler=plan.sampler,
     )
 
