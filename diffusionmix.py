@@ -7,8 +7,12 @@ Each episode has a head of its own, fitted on its support set, on diffusion mixe
 the support set again; and for comparison one fitted on the support alone. All heads are fitted together.
 """
 
+import hashlib
+import json
+import shutil
 import time
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -21,19 +25,22 @@ from datasets.folder import LabelledImages
 from datasets.sources import load_real
 from guided_diffusion.dist_util import in_batches, pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels
-from guided_diffusion.pool import Pool
+from guided_diffusion.pool import Pool, PoolModel
 from models.class_learner import load_statistics
 from models.episode_head import Heads, Stage, fit_heads, predict
 from models.meta_model import MetaModel
-from utils import checkpoint
+from utils import checkpoint, processes
 from utils.cli import run
 from utils.images import to_float
+from utils.lock import locked
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
+from utils.pieces import Pieces
 from utils.run_log import write_json, write_skipped
 from utils.seeding import generator, noise, numpy_generator
 
 RATES = (0.05, 0.01, 0.05)  # of the head's three stages
 MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
+MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices")  # between a stopped test and its going on
 
 
 class Testing:
@@ -44,6 +51,9 @@ class Testing:
         self.device = pick_device(s.device_name)
         path = Path(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size = load_model(path, self.device)
+        same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE} | {"root": str(root)}
+        made_with = hashlib.sha256(path.read_bytes() + json.dumps(same).encode()).hexdigest()
+        self.pieces = Pieces(s.run_folder / "mixes" / made_with[:16])  # of this model and these settings alone
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.size)
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
@@ -80,28 +90,48 @@ class Testing:
     def mixes(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model.
 
-        One pool model after the other, so that each checkpoint is read once; its mixes in full batches.
+        One pool model after the other, so that each checkpoint is read once; its mixes in full batches, which are kept
+        until the test is done. Several processes share them out.
         """
         s, e = self.s, self.episodes
         count, shots = e.support.shape
-        features, labels = [], []
-        with tqdm(total=len(self.pool), desc="mixes", unit="model", leave=False) as bar:
-            for m, member in enumerate(self.pool.each(self.device, s.precision)):
-                rngs = [numpy_generator(s.seed, "mix", m, i) for i in range(count)]
-                order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])  # (E, S)
-                weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs]).float()
-                first, second, share = e.support.flatten(), e.support.gather(1, order).flatten(), weight.flatten()
-                work = partial(self.mix_part, member, m, first=first, second=second, weight=share)
-                parts = [part for _, part in in_batches(work, count * shots, s.sample_batch)]
-                features.append(torch.cat(parts).unflatten(0, (count, shots)))
-                partner = targets.gather(1, order[..., None].expand_as(targets))
-                labels.append(mix_labels(targets, partner, weight))
-                bar.update()
-        return torch.cat(features, 1), torch.cat(labels, 1)
+        batches = {
+            f"model{m:03d}-mixes{start:07d}": (m, start)
+            for m in range(len(self.pool))
+            for start in range(0, count * shots, s.sample_batch)
+        }
+        mine = self.pieces.mine(list(batches))
+        by_model = [(m, list(names)) for m, names in groupby(mine, key=lambda name: batches[name][0])]
+        models = self.pool.each(self.device, s.precision, [m for m, _ in by_model])
+        with tqdm(total=len(mine), desc="mixes", unit="batch", leave=False) as bar:
+            for (m, names), member in zip(by_model, models, strict=True):
+                order, weight = self.partners(m)
+                first, second = e.support.flatten(), e.support.gather(1, order).flatten()
+                for name in names:
+                    numbers = torch.arange(count * shots)[batches[name][1] :][: s.sample_batch]
+                    work = partial(self.mix_part, member, m, numbers, first, second, weight.flatten())
+                    self.pieces.keep(name, torch.cat([f for _, f in in_batches(work, len(numbers), len(numbers))]))
+                    bar.update()
+        features = torch.cat(self.pieces.collect(list(batches))).unflatten(0, (len(self.pool), count, shots))
+        labels = []
+        for m in range(len(self.pool)):
+            order, weight = self.partners(m)
+            labels.append(mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight))
+        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1)
 
-    def mix_part(self, member, m: int, part: Tensor, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-        """Features of one batch of mixes by pool model m."""
-        s, size = self.s, member.image_size
+    def partners(self, m: int) -> tuple[Tensor, Tensor]:
+        """Of each support image its partner in the mixes of model m (E, S), and its own share of them (E, S)."""
+        episodes, shots = self.episodes.support.shape
+        rngs = [numpy_generator(self.s.seed, "mix", m, i) for i in range(episodes)]
+        order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
+        weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs])
+        return order, weight.float()
+
+    def mix_part(
+        self, member: PoolModel, m: int, numbers: Tensor, first: Tensor, second: Tensor, weight: Tensor, index: Tensor
+    ) -> Tensor:
+        """Features of the mixes `numbers[index]` of pool model m; first, second, weight: of all its mixes."""
+        s, size, part = self.s, member.image_size, numbers[index]
         x_a, x_b = (self.resized(self.images.images[index[part]], size) for index in (first, second))
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
         local = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
@@ -121,10 +151,9 @@ class Testing:
         return torch.nn.functional.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
 
 
-def evaluate(settings: Settings) -> dict:
+def evaluate(settings: Settings, tests: list[Testing]) -> dict:
     """Test on every domain; what results.json holds. Accuracies in percent, over the episodes of all domains."""
     s, started = settings, time.perf_counter()
-    tests = [Testing(s, root) for root in s.data_paths]
     outcomes = [test.run() for test in tests]
     write_skipped(s.run_folder, *(test.images.skipped for test in tests))
     mixed, plain = (torch.cat(part) for part in zip(*outcomes, strict=True))
@@ -183,9 +212,19 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
 
 
 def main() -> None:
-    """Parse, test, write results.json, say what came out."""
+    """Parse, test, report."""
     settings = parse(description="Meta-test with diffusion mixes.")
-    results = evaluate(settings)
+    tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
+    with locked(settings.run_folder):
+        results = evaluate(settings, tests)
+        processes.meet()  # all have read what the others made
+        if processes.is_first():
+            report(settings, results)
+            shutil.rmtree(settings.run_folder / "mixes", ignore_errors=True)
+
+
+def report(settings: Settings, results: dict) -> None:
+    """Write results.json and say what came out."""
     path = settings.run_folder / "results.json"
     write_json(path, results)
     for name, part in results.get("domains", {}).items():

@@ -9,8 +9,10 @@ stopped.
 """
 
 import json
+import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from config import SCENARIOS, Settings, check_same, parse
 from datasets.augment import AugmentSettings, augment
 from datasets.episodes import EpisodeSampler
-from datasets.pseudo import PseudoDataset
+from datasets.pseudo import PseudoDataset, kept
 from datasets.sources import load_real
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.pool import Pool
@@ -27,7 +29,7 @@ from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.clusters import cluster_classes, share_out
 from models.pair import Pair
-from utils import checkpoint
+from utils import checkpoint, processes
 from utils.cli import run
 from utils.lock import locked
 from utils.plots import curves
@@ -67,6 +69,7 @@ class Training:
         self.augmentation = AugmentSettings(flip=s.flip)
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         restored = self.restore()
+        processes.meet()  # before the first one writes what the others have just read
         self.log = RunLog(s.run_folder)  # last: what is refused above leaves no folder behind
         write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         if restored:
@@ -117,17 +120,14 @@ class Training:
         if self.real:
             return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
         folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
-        if not (folder / "manifest.json").exists():
-            dataset, hits = self.synthesise(round_index)
-            dataset.sheet(folder / "sheet.png", 16)
-            dataset.save(folder, {"round": round_index, "source": self.s.source, "hit_rate": hits})
-            if hits is not None:
-                self.log.line(f"round {round_index}: guided hit rate {100 * hits:.1f} %")
-        data = PseudoDataset.load(folder)
+        data = kept(folder, partial(self.synthesise, round_index))
+        if processes.is_first():
+            shutil.rmtree(self.plan(round_index).folder, ignore_errors=True)  # its images are in the data set now
         return self.clustered(data) if self.clusters and round_index == 0 and not self.by_model() else data
 
-    def synthesise(self, round_index: int) -> tuple[PseudoDataset, float | None]:
-        """Draw a round's images. Returns them and the share that the class-learner gives the class asked for."""
+    def synthesise(self, round_index: int) -> tuple[PseudoDataset, dict]:
+        """Draw a round's images. Returns them and what to note of them."""
+        processes.same_weights(self.model, self.learner)
         s = self.s
         guided = s.source == "guided" and not (self.clusters and round_index == 0)
         function = learners.log_probability(self.model, self.learner) if guided else None
@@ -140,7 +140,11 @@ class Training:
         images, labels, hits = synthesise(self.pool, plan, self.device, function, wanted)
         if not guided:
             labels = plan.first_of(labels)  # stands for all classes of its model
-        return PseudoDataset(images, labels, self.num_classes), float(hits.float().mean()) if guided else None
+        rate = None if hits is None else float(hits.float().mean())
+        if guided:
+            self.log.line(f"round {round_index}: guided hit rate {100 * rate:.1f} %")
+        notes = {"round": round_index, "source": s.source, "hit_rate": rate}
+        return PseudoDataset(images, labels, self.num_classes), notes
 
     def earlier(self, round_index: int) -> list[PseudoDataset]:
         """The images of earlier rounds that are trained on too, those of round 0 as clustered where they were."""
@@ -155,7 +159,7 @@ class Training:
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
             stream=stream, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on, precision=s.precision,
-            sampler=s.sampler)  # fmt: skip
+            sampler=s.sampler, folder=s.run_folder / "pseudo" / f"batches-{stream}")  # fmt: skip
 
     def by_model(self) -> bool:
         """Whether this epoch's images are labelled by their model only."""
@@ -163,12 +167,13 @@ class Training:
 
     def clustered(self, data: PseudoDataset) -> PseudoDataset:
         """The images of round 0, each model's shared out over its classes by balanced clusters of feature maps."""
-        folder, rng = self.log.folder / "pseudo" / "clusters", generator(self.s.seed, "clusters")
-        if not (folder / "manifest.json").exists():
+
+        def make() -> tuple[PseudoDataset, dict]:
             maps = learners.features(self.model, data.images, maps=True)
-            labels = cluster_classes(maps, data.labels, self.per_model, rng)
-            PseudoDataset(data.images, labels, self.num_classes).save(folder, {"round": 0})
-        return PseudoDataset.load(folder)
+            labels = cluster_classes(maps, data.labels, self.per_model, generator(self.s.seed, "clusters"))
+            return PseudoDataset(data.images, labels, self.num_classes), {"round": 0}
+
+        return kept(self.log.folder / "pseudo" / "clusters", make)
 
     # ---- learning
 
@@ -207,29 +212,24 @@ class Training:
 
     def save(self, name: str, **extra) -> None:
         """Save the weights with all that is needed to use them; `extra` to go on from them."""
-        checkpoint.save(
-            self.log.folder / name,
-            {
-                **self.pair.state(),
-                "num_classes": self.num_classes,
-                "image_size": self.size,
-                "settings": self.s.as_dict(),
-                "epoch": self.epoch,
-                "val_accuracy": self.best,
-                **extra,
-            },
-        )
+        if processes.is_first():
+            contents = {
+                **self.pair.state(), "num_classes": self.num_classes, "image_size": self.size,
+                "settings": self.s.as_dict(), "epoch": self.epoch, "val_accuracy": self.best, **extra,
+            }  # fmt: skip
+            checkpoint.save(self.log.folder / name, contents, keep_old=bool(extra))
 
     def restore(self) -> Path | None:
         """Go on from last.pt of this folder, which is returned, or start from the weights of --resume."""
         last = self.s.run_folder / "last.pt"
-        path = last if last.exists() else Path(self.s.resume) if self.s.resume else None
+        state = checkpoint.load_newest(last, self.device)
+        path = last if state is not None else Path(self.s.resume) if self.s.resume else None
         config = self.s.run_folder / "config.json"
         if path != last and config.exists():  # of a run killed in its first epoch, whose pseudo images are there
             check_same(config, json.loads(config.read_text()), self.resolved(), MAY_CHANGE - {"resume"})
         if path is None:
             return None
-        state = checkpoint.load(path, self.device)
+        state = checkpoint.load(path, self.device) if state is None else state
         if not isinstance(state, dict) or "class_learner_statistics" not in state:
             raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
         if path == last:
@@ -249,8 +249,9 @@ class Training:
         """All rounds and epochs, from where the folder stands."""
         s = self.s
         self.log.settings(self.resolved())
+        self.log.forget_after(self.epoch)
         if self.epoch == 0 and s.source == "guided" and not self.clusters and not s.resume:
-            few = replace(self.plan("calibration"), per_class=CALIBRATION)
+            few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
             learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
         while self.epoch < s.max_epoch and s.source != "none":
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
@@ -265,7 +266,8 @@ class Training:
             self.after_epoch(entries)
         if s.source == "none":
             self.after_epoch({"epoch": 0, "round": 0})
-        curves(self.log.metrics_path, self.log.folder / "curves.png")
+        if processes.is_first():
+            curves(self.log.metrics_path, self.log.folder / "curves.png")
         self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder / 'best_model.pt'}")
 
     def after_epoch(self, entries: dict) -> None:

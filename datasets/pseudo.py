@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from utils import processes
 from utils.atomic import atomic_file
 from utils.plots import contact_sheet
 from utils.run_log import write_json
@@ -115,6 +116,22 @@ class PseudoDataset:
             rows[c, : len(first)] = first.cpu()  # white where the class has fewer
         captions = [c if column == 0 else "" for c in range(self.num_classes) for column in range(per_class)]
         contact_sheet(rows.flatten(0, 1), per_class, path, captions)
+
+
+def kept(
+    folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]
+) -> PseudoDataset:  # fmt: skip
+    """The data set in `folder`; where it is not there yet, what `make` returns, saved with its notes and a sheet.
+
+    All processes of a run call this together, and `make` too; the first one writes.
+    """
+    if processes.first_says(not (Path(folder) / "manifest.json").exists()):
+        dataset, notes = make()
+        if processes.is_first():
+            dataset.sheet(Path(folder) / "sheet.png", 16)
+            dataset.save(folder, notes)
+        processes.meet()
+    return PseudoDataset.load(folder)
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:

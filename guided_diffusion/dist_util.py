@@ -1,6 +1,7 @@
 """Which device to work on, in which precision, and how much at once."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,12 +15,12 @@ _WIDE = 64  # channels; narrower networks are slower in bf16 on a CPU, whatever 
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes a GPU where there is one.
+    """The device of that name; "auto" takes a GPU where there is one, and of several processes each its own.
 
     Raises ValueError for a device that this machine lacks.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         _keep_freed_memory()
     try:

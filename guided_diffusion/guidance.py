@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from utils import stopping
 
 LogProbability = Callable[[Tensor, Tensor], Tensor]
 SAMPLERS = ("ddim", "dpmpp2m")
@@ -71,6 +72,7 @@ def sample(
     weights = _extrapolation(diffusion) if sampler == "dpmpp2m" else [0.0] * diffusion.num_timesteps
     x, previous = noise, None
     for index in range(diffusion.num_timesteps - 1, -1, -1):
+        stopping.check()
         t = torch.full((len(x),), index, device=x.device, dtype=torch.int64)
         out = diffusion.p_mean_variance(network, x, t, clip_denoised=True, model_kwargs=kwargs)
         x_0 = out["pred_xstart"].float()

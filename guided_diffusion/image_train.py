@@ -34,8 +34,10 @@ from guided_diffusion.script_util import (  # noqa: E402
     model_and_diffusion_defaults,
 )
 from guided_diffusion.train_util import MODEL_FILE, TrainLoop, TrainSettings  # noqa: E402
+from utils import processes  # noqa: E402
 from utils.cli import OneLineParser, run  # noqa: E402
 from utils.images import Skipped  # noqa: E402
+from utils.lock import locked  # noqa: E402
 from utils.run_log import write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
@@ -124,9 +126,11 @@ def train_one(args: argparse.Namespace, device) -> None:
     names = _classes(args) if args.class_cond else None
     data, held_out, skipped = _load(args, args.image_size, names, args.hold_out)
     loop = training(args, data, path.parent, args.seed, device)
-    write_skipped(path.parent, skipped)  # now that flags and images are known to be good
-    print(f"saved {loop.run()}")
-    _figure(args, path, data, held_out, args.seed, device)
+    with locked(path.parent):  # now that flags and images are known to be good
+        write_skipped(path.parent, skipped)
+        say(f"saved {loop.run()}")
+    if processes.is_first():
+        _figure(args, path, data, held_out, args.seed, device)
 
 
 def train_pool(args: argparse.Namespace, device) -> None:
@@ -147,15 +151,15 @@ def train_pool(args: argparse.Namespace, device) -> None:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
         hold_out = known.get("hold_out", 0.0)  # without an entry it is from before there was any
         if hold_out != args.hold_out:
-            print(f"{index}: was made with --hold_out {hold_out:g}, which stays")
+            say(f"{index}: was made with --hold_out {hold_out:g}, which stays")
     contents = {"image_size": args.image_size, "steps": _steps(args), "hold_out": hold_out, "models": models}
     to_train = [m for m in wanted if not subset_path(args.pool, m).exists()]
     check_classes(args.data_dir, [name for m in to_train for name in groups[m - 1]])  # before hours of training
     for m in wanted:
         path, seed, size = subset_path(args.pool, m), args.seed + m, args.image_size
-        done = path.exists()
+        done = processes.first_says(path.exists())
         if done:
-            print(f"{path} is done")
+            say(f"{path} is done")
             measured = known.get(FIGURES, {}).get(f"subset{m}")
             if measured and not (args.held_out_dir and measured["held_out"] is None):
                 continue
@@ -163,9 +167,13 @@ def train_pool(args: argparse.Namespace, device) -> None:
         data, held_out, skipped = _load(args, size, groups[m - 1], hold_out)
         if not done:
             loop = training(args, data, path.parent, seed, device)
-            _write(index, contents, m, None)  # now that flags and images are known to be good
-            write_skipped(args.pool, skipped)
-            print(f"saved {loop.run()}")
+            with locked(path.parent):  # now that flags and images are known to be good
+                if processes.is_first():
+                    _write(index, contents, m, None)
+                write_skipped(args.pool, skipped)
+                say(f"saved {loop.run()}")
+        if not processes.is_first():
+            continue
         _write(index, {**contents, **known} if done else contents, m, _figure(args, path, data, held_out, seed, device))
 
 
@@ -204,7 +212,7 @@ def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed:
         half_weights=args.half_weights,
         seed=seed,
     )
-    print(f"{folder}: {len(data.images)} images of {len(data.class_names)} classes, "
+    say(f"{folder}: {len(data.images)} images of {len(data.class_names)} classes, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}")  # fmt: skip
     return TrainLoop(
         model=model, diffusion=diffusion, data=data, settings=settings, flags=flags, folder=folder, device=device
@@ -224,6 +232,12 @@ def _figure(args: argparse.Namespace, path: Path, data: TrainingImages, held_out
     )
     print(f"{path}: {sentence(figure)}")
     return figure
+
+
+def say(text: str) -> None:
+    """Print, where this is the process that speaks for all."""
+    if processes.is_first():
+        print(text)
 
 
 def _read(index: Path) -> dict[str, Any]:

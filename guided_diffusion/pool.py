@@ -110,14 +110,19 @@ class Pool:
     def __len__(self) -> int:
         return len(self.files)
 
-    def each(self, device: torch.device, precision: str = "float32") -> Iterator[PoolModel]:
-        """Every model in order, as `load` gives it; the next one is read while the last one given is at work."""
+    def each(
+        self, device: torch.device, precision: str = "float32", only: Sequence[int] | None = None
+    ) -> Iterator[PoolModel]:
+        """The models `only` (None: all), as `load` gives them; the next is read while the last one given is at work."""
+        wanted = range(len(self)) if only is None else only
         with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(self.load, 0, device, precision)
-            for following in range(1, len(self) + 1):
-                model = coming.result()
-                if following < len(self):
-                    coming = thread.submit(self.load, following, device, precision)
+            coming = [thread.submit(self.load, index, device, precision) for index in wanted[:1]]
+            for following in [*wanted[1:], None]:
+                if not coming:
+                    return
+                model = coming.pop().result()
+                if following is not None:
+                    coming.append(thread.submit(self.load, following, device, precision))
                 yield model
 
     def load(self, index: int, device: torch.device | str = "cpu", precision: str = "float32") -> PoolModel:

@@ -67,7 +67,7 @@ class LossSecondMomentResampler(ScheduleSampler):
     """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
 
     Uniform until every t has `history_per_term` losses; then `uniform_prob` of the mass stays uniform, so
-    that no timestep is forgotten. One process only: losses of other processes are not gathered.
+    that no timestep is forgotten. Several processes stay alike where each is given the losses of all.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from guided_diffusion.dist_util import in_batches
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import Pool, PoolModel
 from utils.images import to_uint8
+from utils.pieces import Pieces
 from utils.seeding import noise
 
 
@@ -32,6 +35,8 @@ class Synthesis:
         guide_on: "x_t" or "x_0", as in `guidance.sample`.
         precision: of the diffusion models: auto, float32 or bf16.
         sampler: "ddim" or "dpmpp2m", as in `guidance.sample`.
+        folder: where batches are kept until all are there, for a stopped run to go on from; the caller deletes it.
+            None: in memory, for one process.
     """
 
     classes: Sequence[int]
@@ -45,6 +50,7 @@ class Synthesis:
     guide_on: str = "x_t"
     precision: str = "auto"
     sampler: str = "ddim"
+    folder: Path | None = None
 
     def first_class(self, m: int) -> int:
         """The first pseudo class of pool model m (from 0)."""
@@ -59,7 +65,7 @@ def synthesise(
     pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None,
     wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Draw the images of all classes, model by model.
+    """Draw the images of all classes, model by model; several processes share the batches out.
 
     log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), to guide by; None draws without guidance.
     wanted: (N,) the class to ask for in place of class after class, one of the same model's.
@@ -68,30 +74,49 @@ def synthesise(
     """
     if wanted is None:
         wanted = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
-    images, hits = [], []
-    with tqdm(total=len(wanted), desc="synthesis", unit="image", leave=False) as bar:
-        for m, model in enumerate(pool.each(device, plan.precision)):
-            first = plan.first_class(m)
-            own = wanted[first * plan.per_class :][: plan.classes[m] * plan.per_class].to(device)
-            draw = partial(_draw, model, m, plan, own, log_probability)
-            for index, drawn in in_batches(draw, len(own), plan.batch):
-                if log_probability is not None:
-                    with torch.no_grad():
-                        guess = log_probability(drawn, torch.zeros(len(drawn), device=device)).argmax(1)
-                    hits.append((guess == own[index]).cpu())
-                images.append(to_uint8(_resized(drawn, plan.size)).cpu())
-                bar.update(len(index))
-    return torch.cat(images), wanted, torch.cat(hits) if hits else None
+    own = [part.to(device) for part in wanted.split([count * plan.per_class for count in plan.classes])]
+    batches = {
+        f"model{m:03d}-images{start:06d}-{min(start + plan.batch, len(asked)):06d}": (m, start)
+        for m, asked in enumerate(own)
+        for start in range(0, len(asked), plan.batch)
+    }
+    guided = log_probability is not None
+    pieces = Pieces(plan.folder and plan.folder / ("guided" if guided else "unguided"))
+    mine = [(m, list(names)) for m, names in groupby(pieces.mine(list(batches)), key=lambda name: batches[name][0])]
+    models, room = pool.each(device, plan.precision, [m for m, _ in mine]), plan.batch
+    with tqdm(total=sum(len(names) for _, names in mine), desc="synthesis", unit="batch", leave=False) as bar:
+        for (m, names), model in zip(mine, models, strict=True):
+            for name in names:
+                start = batches[name][1]
+                asked = own[m][start : start + plan.batch]
+                drawn, parts = partial(_draw, model, m, plan, asked, start, log_probability), []
+                for index, images in in_batches(drawn, len(asked), room):
+                    parts.append({"images": to_uint8(_resized(images, plan.size)).cpu()})
+                    if guided:
+                        with torch.no_grad():
+                            guess = log_probability(images, torch.zeros(len(images), device=device)).argmax(1)
+                        parts[-1]["hits"] = (guess == asked[index]).cpu()
+                if len(parts) > 1:  # memory was short, and will be again
+                    room = len(parts[0]["images"])
+                pieces.keep(name, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+                bar.update()
+    parts = pieces.collect(list(batches))
+    hits = torch.cat([part["hits"] for part in parts]) if guided else None
+    return torch.cat([part["images"] for part in parts]), wanted, hits
 
 
 def _draw(
-    model: PoolModel, m: int, plan: Synthesis, own: Tensor, log_probability: LogProbability | None, index: Tensor
-) -> Tensor:
-    """Images number `index` of model m, whose classes asked for are `own`: float (N, 3, H, W) in [-1, 1], its size."""
-    size, wanted = model.image_size, own[index]
-    x_t = noise((3, size, size), index.tolist(), plan.seed, "synthesis", plan.stream, m).to(wanted.device)
+    model: PoolModel, m: int, plan: Synthesis, asked: Tensor, start: int, log_probability: LogProbability | None,
+    index: Tensor,
+) -> Tensor:  # fmt: skip
+    """Images number `start + index` of model m, asked for classes `asked[index]`, at the model's size.
+
+    Returns float (N, 3, H, W) in [-1, 1]. Raises ValueError where they are not finite.
+    """
+    size, wanted = model.image_size, asked[index]
+    x_t = noise((3, size, size), (start + index).tolist(), plan.seed, "synthesis", plan.stream, m).to(wanted.device)
     cond_fn = classifier_guidance(log_probability, wanted, plan.scale) if log_probability is not None else None
-    return sample(
+    images = sample(
         model.network,
         model.diffusion(f"ddim{plan.steps}"),
         x_t,
@@ -100,6 +125,9 @@ def _draw(
         local_labels=wanted - plan.first_class(m) if model.class_cond else None,
         sampler=plan.sampler,
     )
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError(f"{model.path}: drew images that are not finite; try --precision float32, or a lower scale")
+    return images
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

@@ -16,7 +16,8 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.respace import respaced, space_timesteps
-from utils import checkpoint
+from utils import checkpoint, processes, stopping
+from utils.atomic import previous
 from utils.images import to_uint8
 from utils.plots import contact_sheet
 from utils.seeding import generator
@@ -84,6 +85,11 @@ class TrainLoop:
         """flags: those of `create_model_and_diffusion` that made `model`; they travel in the checkpoint."""
         self.model, self.diffusion, self.data = model.to(device).train(), diffusion, data
         self.settings, self.flags, self.folder, self.device = settings, dict(flags), Path(folder), device
+        if settings.batch_size % processes.count():
+            raise ValueError(
+                f"got batch_size {settings.batch_size} for {processes.count()} processes, expected a multiple; "
+                "give another --batch_size, or another number of processes"
+            )
         self.ema = deepcopy(self.model).eval().requires_grad_(False)
         if worth_compiling(device, self.flags.get("num_channels", 0)):
             self.model.to(memory_format=torch.channels_last)
@@ -91,6 +97,9 @@ class TrainLoop:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=device.type == "cuda"
         )
+        self.network = self.model  # what takes the steps: of several processes, each with its share of the batch
+        if processes.count() > 1:
+            self.network = nn.parallel.DistributedDataParallel(self.model)
         self.sampler = create_named_schedule_sampler(settings.schedule_sampler, diffusion)
         self.step = 0
 
@@ -98,8 +107,13 @@ class TrainLoop:
         """Train to the end and return the path of the finished checkpoint."""
         self._restore()
         mean, losses = 0.0, []
-        with tqdm(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
+        processes.meet()  # before the first one saves what the others have just read
+        shown = dict(desc=str(self.folder), unit="step", disable=not processes.is_first())
+        with tqdm(total=self.settings.steps, initial=self.step, **shown) as bar:
             while self.step < self.settings.steps:
+                if processes.first_says(stopping.asked()):
+                    self.save()
+                    stopping.check()
                 losses.append(self.train_step())
                 bar.update()
                 saving = self.step % self.settings.save_interval == 0 and self.step < self.settings.steps
@@ -126,6 +140,7 @@ class TrainLoop:
             torch.manual_seed(generator(s.seed, "dropout", self.step).initial_seed())
         t, weights = self.sampler.sample(len(images), self.device, rng)
         noise = torch.randn(images.shape, generator=rng).to(self.device)
+        images, labels, t, weights, noise = map(processes.own_share, (images, labels, t, weights, noise))
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         micro = s.microbatch if s.microbatch > 0 else len(images)
@@ -133,8 +148,10 @@ class TrainLoop:
             part = slice(start, start + micro)
             kwargs = {"y": labels[part]} if self.flags.get("class_cond") else {}
             with autocast(s.precision, self.device):
-                terms = self.diffusion.training_losses(self.model, images[part], t[part], kwargs, noise[part])
-            self.sampler.update_with_local_losses(t[part], terms["loss"].detach())
+                terms = self.diffusion.training_losses(self.network, images[part], t[part], kwargs, noise[part])
+            if s.schedule_sampler != "uniform":  # which learns nothing from them
+                seen = (t[part], terms["loss"].detach())
+                self.sampler.update_with_local_losses(*map(processes.all_of, seen))
             loss = (terms["loss"] * weights[part]).sum() / len(images)
             loss.backward()
             total += loss.detach()
@@ -148,7 +165,9 @@ class TrainLoop:
         return total
 
     def save(self) -> None:
-        """Save what the run goes on from, and a sheet of EMA samples."""
+        """Save what the run goes on from, with the save before it beside it, and a sheet of EMA samples."""
+        if not processes.is_first():
+            return
         checkpoint.save(
             self.folder / STATE_FILE,
             {
@@ -159,11 +178,15 @@ class TrainLoop:
                 "sampler": self.sampler.state_dict(),
                 "flags": self.flags,
             },
+            keep_old=True,
         )
         self.sample_sheet()
 
     def finish(self) -> Path:
         """Write the finished checkpoint and take the intermediate one away."""
+        if not processes.is_first():
+            processes.meet()
+            return self.folder / MODEL_FILE
         weights = self.ema.state_dict()
         if self.settings.half_weights:
             weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
@@ -175,7 +198,9 @@ class TrainLoop:
         }
         self.sample_sheet()
         checkpoint.save(self.folder / MODEL_FILE, payload)
-        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        for path in (self.folder / STATE_FILE, previous(self.folder / STATE_FILE)):
+            path.unlink(missing_ok=True)
+        processes.meet()
         return self.folder / MODEL_FILE
 
     @torch.no_grad()
@@ -194,9 +219,9 @@ class TrainLoop:
 
     def _restore(self) -> None:
         path = self.folder / STATE_FILE
-        if not path.exists():
+        state = checkpoint.load_newest(path, self.device)
+        if state is None:
             return
-        state = checkpoint.load(path, self.device)
         if state.get("flags") != self.flags:
             changed = sorted(k for k in self.flags if self.flags[k] != state.get("flags", {}).get(k))
             raise ValueError(f"{path}: was made with other {', '.join(changed)}; give the same flags or another folder")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.class_learner import ClassLearner
 from models.meta_model import MetaModel, dense_cross_entropy, prototype_scores
+from utils import stopping
 from utils.images import to_float
 from utils.metrics import accuracy, mean_confidence_interval
 
@@ -175,6 +176,7 @@ def train_meta_model(
     classes = labels[episodes.query].to(device)
     seen = []
     for start in range(0, len(index), batch):
+        stopping.check()
         chosen = slice(start, start + batch)
         loss, right = meta_loss(
             model,
@@ -220,6 +222,7 @@ def train_class_learner(
     losses, right, quarter = [], [], []
     labels = labels.to(rng.device)
     for _ in range(steps):
+        stopping.check()
         index = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
         clean = augment(images[index.to(images.device)])
         t = (levels * torch.rand(batch, generator=rng, device=rng.device) ** level_power).long().clamp_max(levels - 1)

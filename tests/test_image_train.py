@@ -67,7 +67,7 @@ def test_killed_run_goes_on_bit_for_bit(call, folder, tmp_path, monkeypatch, fla
     with monkeypatch.context() as patch:
         patch.setattr(TrainLoop, "train_step", killed)
         status, _, err = call(image_train, "--data_dir", folder, "--save_dir", tmp_path / "cut", *FLAGS, *flags)
-    assert status == 130 and err.endswith("interrupted\n")
+    assert status == 130 and err.endswith("interrupted; the same command again goes on from the last save\n")
     assert checkpoint.load(tmp_path / "cut" / "state.pt")["step"] == 4
     torch.manual_seed(99)
     assert same(train(call, folder, tmp_path / "cut", *flags), whole)

@@ -77,7 +77,7 @@ def test_curves_reads_what_a_run_records(tmp_path):
         (ValueError("got 3,\n expected 4"), 2, "error: got 3, expected 4\n"),
         (FileNotFoundError(2, "No such file or directory", "a.pt"), 2, "error: a.pt: No such file or directory\n"),
         (PermissionError("no"), 2, "error: no\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command again goes on from the last save\n"),
     ],
 )
 def test_cli_says_one_line(error, status, line, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from utils.atomic import atomic_file
+from utils.atomic import atomic_file, previous
 
 _SHOWN = 3  # names an error lists before it only counts
 _ZIP = b"PK\x03\x04"  # how a zip begins, which is what torch goes by
@@ -23,13 +24,30 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message is one line: the file, the cause and the mend."""
 
 
-def save(path: str | os.PathLike, payload: Any) -> None:
+def save(path: str | os.PathLike, payload: Any, *, keep_old: bool = False) -> None:
     """Save `payload` (tensors, numbers, strings and containers of them) at `path`, whole or not at all.
 
     Parent folders are made where missing. A save that is killed leaves an older file as it was.
+    keep_old: keep that older one beside it, for `load_newest`.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path, size=_bytes(payload), keep_old=keep_old) as file:
         torch.save(payload, file)
+
+
+def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any | None:
+    """Load `path`, or, where it is damaged, which is said on stderr, or missing, the one kept before it.
+
+    None where neither is there. Raises CheckpointError, of `path`, where none can be used.
+    """
+    files = [each for each in (Path(path), previous(Path(path))) if each.exists()]
+    for number, file in enumerate(files, 1):
+        try:
+            return load(file, device)
+        except CheckpointError as error:
+            if number == len(files):
+                raise
+            print(f"{error}\ngoing on from {files[number]}, the save before it", file=sys.stderr)
+    return None
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
@@ -68,7 +86,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
 def _check_claims(path: Path) -> None:
     """Refuse a zip whose records claim more bytes than the file has, which torch would unpack into memory.
 
-    Torch compresses nothing, so that its own records always fit.
+    Torch compresses nothing, so that its own records always fit. Then each is held against its checksum, which torch
+    writes but does not read.
     """
     with zipfile.ZipFile(path) as archive:
         claimed = sum(record.file_size for record in archive.infolist())
@@ -78,6 +97,10 @@ def _check_claims(path: Path) -> None:
             f"{path}: is a zip of records that claim {claimed:,} bytes, expected at most the {held:,} of the file; "
             "get it again from its source, or save it again with torch.save"
         )
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(f"{path}: {damaged} in it does not match its checksum; copy or download it again")
 
 
 def _cause(message: str, device: str | torch.device) -> str:
@@ -165,6 +188,17 @@ def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source
             "its training diverged: use an earlier checkpoint or train again with a lower rate"
         )
     module.load_state_dict(state_dict, strict=True)
+
+
+def _bytes(payload: Any) -> int:
+    """Of all tensors in a nest of containers; what else there is takes little."""
+    if isinstance(payload, torch.Tensor):
+        return payload.nbytes
+    if isinstance(payload, Mapping):
+        payload = payload.values()
+    elif not isinstance(payload, list | tuple):
+        return 0
+    return sum(map(_bytes, payload))
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,10 +1,12 @@
-"""What a command shows its user when something is wrong: one line, not a traceback."""
+"""What a command shows its user when something is wrong or it is stopped: one line, not a traceback."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from utils import processes, stopping
 
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 
@@ -13,16 +15,21 @@ def run(main: Callable[[], object]) -> None:
     """Call `main()` and turn an error that its user can mend into one line on stderr.
 
     ValueError, FileNotFoundError, NotADirectoryError and PermissionError become `error: ...` and exit
-    status 2; Ctrl-C becomes one line and exit status 130. Any other error is a fault of the program
-    and keeps its traceback. With TRACEBACK=1 in the environment every error keeps it.
+    status 2. Ctrl-C and SIGTERM end the run after the step that it is at, with exit status 130 and 143. Any other
+    error is a fault of the program and keeps its traceback. With TRACEBACK=1 in the environment every error keeps it.
+    Processes that torchrun started are joined meanwhile.
     """
     try:
-        main()
+        with stopping.heeded(), processes.together():
+            main()
+    except stopping.Stopped as stopped:
+        print(f"stopped by {stopped}; the same command again goes on", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except (*_USER_ERRORS, KeyboardInterrupt) as error:
         if os.environ.get("TRACEBACK") == "1":
             raise
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
+            print("interrupted; the same command again goes on from the last save", file=sys.stderr)
             sys.exit(130)
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils import processes
+
 try:
     import fcntl
 except ImportError:  # not a Unix: there is nothing then that a crash would not leave behind
@@ -15,8 +17,12 @@ except ImportError:  # not a Unix: there is nothing then that a crash would not 
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Hold `folder` (made where missing) for this process: ValueError where another one holds it.
 
-    The lock is the system's, on the file .lock in it: it ends with the process, however that ends.
+    Of several processes of one run the first holds it for all. The lock is the system's, on the file .lock in it: it
+    ends with the process, however that ends.
     """
+    if not processes.is_first():
+        yield
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", encoding="utf-8") as file:

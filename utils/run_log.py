@@ -1,10 +1,14 @@
-"""What a run writes about itself: log_train.txt, metrics.jsonl, config.json and skipped_images.csv in its folder."""
+"""What a run writes about itself: log_train.txt, metrics.jsonl, config.json and skipped_images.csv in its folder.
+
+Of several processes the first one writes.
+"""
 
 import csv
 import io
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils import processes
 from utils.atomic import atomic_file
 from utils.images import Skipped
 
@@ -34,9 +39,19 @@ class RunLog:
         """The file of `record`: one JSON object a line."""
         return self.folder / "metrics.jsonl"
 
+    def forget_after(self, epoch: int) -> None:
+        """Drop what was recorded of later epochs, which a run that goes on from `epoch` does again."""
+        if self.metrics_path.exists() and processes.is_first():
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _epoch_of(line) <= epoch]
+            if len(kept) < len(lines):
+                with atomic_file(self.metrics_path) as file:
+                    file.write("".join(kept).encode())
+
     def line(self, text: str) -> None:
         """Print `text`, above any progress bar, and append it to log_train.txt."""
-        tqdm.write(text)
+        if processes.is_first():
+            tqdm.write(text)
         self._append("log_train.txt", text)
 
     def record(self, entries: Mapping[str, Any]) -> None:
@@ -45,9 +60,12 @@ class RunLog:
 
     def settings(self, entries: Mapping[str, Any]) -> None:
         """Write `entries` as config.json, whole or not at all."""
-        write_json(self.folder / "config.json", entries)
+        if processes.is_first():
+            write_json(self.folder / "config.json", entries)
 
     def _append(self, name: str, text: str) -> None:
+        if not processes.is_first():
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -64,6 +82,8 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
     Its columns are path and reason. Rows of an older file stay, unless they are of a folder that one of `scans` looked
     at again. Without a row there is no file. Should two processes write in the same instant, rows are lost at worst.
     """
+    if not processes.is_first():
+        return
     path = Path(folder) / "skipped_images.csv"
     rows: list[tuple[str, str]] = []
     if path.exists():
@@ -100,6 +120,14 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"got a {type(value).__name__}, which JSON cannot hold")
+
+
+def _epoch_of(line: str) -> int:
+    """The epoch of a line of metrics.jsonl; of half a line, which a kill leaves, one that is never kept."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize
 
 
 def _end_last_line(path: Path) -> None:

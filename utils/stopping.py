@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: a run ends between two steps, with all of its files whole."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_HEEDED = (signal.SIGINT, signal.SIGTERM)
+_asked: list[int] = []  # the signal that came, once one has
+
+
+class Stopped(Exception):
+    """The run was asked to stop, by the signal `number`."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Within, the first SIGINT or SIGTERM is kept for `check`; a second one acts as if this were not here.
+
+    Does nothing outside the main thread, to which the system delivers signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _HEEDED}
+
+    def hear(number: int, _frame: object) -> None:
+        _asked.append(number)
+        for each in _HEEDED:
+            signal.signal(each, before[each])
+        print("stopping after this step; once more stops at once", file=sys.stderr)
+
+    for number in _HEEDED:
+        signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        _asked.clear()
+        for number in _HEEDED:
+            signal.signal(number, before[number])
+
+
+def asked() -> bool:
+    """Whether the run was asked to stop."""
+    return bool(_asked)
+
+
+def check() -> None:
+    """Between two steps: raise Stopped where the run was asked to stop."""
+    if _asked:
+        raise Stopped(_asked[0])
