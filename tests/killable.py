@@ -14,7 +14,9 @@ import traceback
 
 sys.path.insert(0, os.getcwd())
 
+import matplotlib.pyplot  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401  (which the first optimiser would import, seconds each time)
 
 import diffusionmix  # noqa: F401
 import guided_diffusion.image_train  # noqa: F401
