@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test table bench clean
+.PHONY: help demo test soak table bench clean
 
 help:
 	@echo "make demo   run the whole method once, small, on the CPU"
 	@echo "make test   ruff, then the tests"
+	@echo "make soak   kill each command at 100 points and see that it goes on; long"
 	@echo "make table  the result table of glyphs: benchmarks/RESULTS.md; hours on a CPU, goes on where it stopped"
 	@echo "            DATA_ROOT=data/mine POOL=ckpt/pools/mine adds that of your images, tested on their meta_val"
 	@echo "make bench  how fast sampling, testing and training are on the CPU, small: 5 minutes on 2 quiet cores"
@@ -25,6 +26,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q
+
+soak: $(STAMP)
+	KILLS=100 $(VENV)/bin/python -m pytest -q tests/test_survival.py
 
 table: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.table --publish
