@@ -24,7 +24,7 @@ from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages
 from datasets.sources import load_real
 from guided_diffusion.dist_util import in_batches, pick_device
-from guided_diffusion.mix import diffusion_mixes, mix_labels
+from guided_diffusion.mix import diffusion_mixes, mix_labels, mix_timesteps
 from guided_diffusion.pool import Pool, PoolModel
 from models.class_learner import load_statistics
 from models.episode_head import Heads, Stage, fit_heads, predict
@@ -58,6 +58,8 @@ class Testing:
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
         self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if s.mix else None
+        for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
+            mix_timesteps(s.mix_level, s.mix_steps, self.pool.load(m).flags["diffusion_steps"])
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Accuracy in percent of every episode, with mixes and without: (E,), (E,)."""

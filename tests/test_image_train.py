@@ -34,7 +34,7 @@ def train(call, folder, out, *flags):
 
 def test_one_model(call, folder, tmp_path):
     payload = train(call, folder, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.pt", "samples.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "model.pt", "samples.png"]
     assert (payload["step"], payload["num_classes"], payload["flags"]["num_channels"]) == (3, 5, 8)
     model = Pool(tmp_path / "out" / "model.pt").load(0)
     assert model.image_size == 16 and not model.class_cond
