@@ -66,7 +66,7 @@ def command(place, name, out):
     if name == "image_train":
         flags = (
             "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --batch_size 4 "
-            "--steps 12 --save_interval 3 --diffusion_steps 50 --noise_schedule cosine --device cpu --ema_rate 0.5 "
+            "--steps 12 --save_interval 3 --diffusion_steps 8 --noise_schedule cosine --device cpu --ema_rate 0.5 "
             "--lr 1e-2 --classes_per_model 3"
         ).split()
         return "guided_diffusion.image_train", ("--data_dir", place / "data" / "meta_train", "--pool", out, *flags)
@@ -125,7 +125,10 @@ def test_killed_at_any_point_it_ends_the_same(server, place, undisturbed, name, 
         log.unlink(missing_ok=True)
         module, argv = command(place, name, out)
         statuses, _ = server(module, argv, log, processes, kill_after=seconds * (kill + 0.5) / kills)
-        killed += statuses[0] == -signal.SIGKILL
+        if statuses[0] == -signal.SIGKILL:
+            killed += 1
+        else:  # it was faster than the undisturbed run, on a machine with other work
+            seconds *= 0.8
         statuses, _ = server(module, argv, log, processes)
         assert statuses == [0] * processes, log.read_text()
         assert same(outcome(name, out), expected), f"killed at {kill + 0.5} of {kills}: {log.read_text()}"
