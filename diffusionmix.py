@@ -9,23 +9,21 @@ the support set again; and for comparison one fitted on the support alone. All h
 
 import hashlib
 import json
-import shutil
 import time
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages
 from datasets.sources import load_real
-from guided_diffusion.dist_util import in_batches, pick_device
+from guided_diffusion.dist_util import pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels, mix_timesteps
 from guided_diffusion.pool import Pool, PoolModel
+from guided_diffusion.pool_work import work_through
 from models.class_learner import load_statistics
 from models.episode_head import Heads, Stage, fit_heads, predict
 from models.meta_model import MetaModel
@@ -34,7 +32,7 @@ from utils.cli import run
 from utils.images import to_float
 from utils.lock import locked
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
-from utils.pieces import Pieces
+from utils.pieces import Pieces, discard
 from utils.run_log import write_json, write_skipped
 from utils.seeding import generator, noise, numpy_generator
 
@@ -95,30 +93,22 @@ class Testing:
         One pool model after the other, so that each checkpoint is read once; its mixes in full batches, which are kept
         until the test is done. Several processes share them out.
         """
-        s, e = self.s, self.episodes
-        count, shots = e.support.shape
-        batches = {
-            f"model{m:03d}-mixes{start:07d}": (m, start)
-            for m in range(len(self.pool))
-            for start in range(0, count * shots, s.sample_batch)
-        }
-        mine = self.pieces.mine(list(batches))
-        by_model = [(m, list(names)) for m, names in groupby(mine, key=lambda name: batches[name][0])]
-        models = self.pool.each(self.device, s.precision, [m for m, _ in by_model])
-        with tqdm(total=len(mine), desc="mixes", unit="batch", leave=False) as bar:
-            for (m, names), member in zip(by_model, models, strict=True):
-                order, weight = self.partners(m)
-                first, second = e.support.flatten(), e.support.gather(1, order).flatten()
-                for name in names:
-                    numbers = torch.arange(count * shots)[batches[name][1] :][: s.sample_batch]
-                    work = partial(self.mix_part, member, m, numbers, first, second, weight.flatten())
-                    self.pieces.keep(name, torch.cat([f for _, f in in_batches(work, len(numbers), len(numbers))]))
-                    bar.update()
-        features = torch.cat(self.pieces.collect(list(batches))).unflatten(0, (len(self.pool), count, shots))
-        labels = []
-        for m in range(len(self.pool)):
-            order, weight = self.partners(m)
-            labels.append(mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight))
+        s, (count, shots) = self.s, self.episodes.support.shape
+        partners = [self.partners(m) for m in range(len(self.pool))]
+        features = work_through(
+            self.pool,
+            [count * shots] * len(self.pool),
+            partial(self.mix_part, partners),
+            self.pieces,
+            batch=s.sample_batch,
+            device=self.device,
+            precision=s.precision,
+            desc="mixes",
+        )["features"].unflatten(0, (len(self.pool), count, shots))
+        labels = [
+            mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight)
+            for order, weight in partners
+        ]
         return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1)
 
     def partners(self, m: int) -> tuple[Tensor, Tensor]:
@@ -130,20 +120,21 @@ class Testing:
         return order, weight.float()
 
     def mix_part(
-        self, member: PoolModel, m: int, numbers: Tensor, first: Tensor, second: Tensor, weight: Tensor, index: Tensor
-    ) -> Tensor:
-        """Features of the mixes `numbers[index]` of pool model m; first, second, weight: of all its mixes."""
-        s, size, part = self.s, member.image_size, numbers[index]
-        x_a, x_b = (self.resized(self.images.images[index[part]], size) for index in (first, second))
+        self, partners: list[tuple[Tensor, Tensor]], member: PoolModel, m: int, part: Tensor
+    ) -> dict[str, Tensor]:
+        """The `features` of mixes number `part` of pool model m."""
+        s, size, support, (order, weight) = self.s, member.image_size, self.episodes.support, partners[m]
+        pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
+        x_a, x_b = (self.resized(self.images.images[index], size) for index in pairs)
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
         local = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
         mixed = diffusion_mixes(
-            member, x_a, x_b, weight[part].to(self.device), eps,
+            member, x_a, x_b, weight.flatten()[part].to(self.device), eps,
             level=s.mix_level, steps=s.mix_steps, local_labels=local,
         )  # fmt: skip
         if size != self.size:
             mixed = torch.nn.functional.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.features(mixed)
+        return {"features": self.features(mixed)}
 
     def resized(self, images: Tensor, size: int) -> Tensor:
         """uint8 images as floats on the device, at a pool model's size."""
@@ -219,10 +210,9 @@ def main() -> None:
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
     with locked(settings.run_folder):
         results = evaluate(settings, tests)
-        processes.meet()  # all have read what the others made
         if processes.is_first():
             report(settings, results)
-            shutil.rmtree(settings.run_folder / "mixes", ignore_errors=True)
+        discard(settings.run_folder / "mixes")
 
 
 def report(settings: Settings, results: dict) -> None:

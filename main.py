@@ -9,7 +9,6 @@ stopped.
 """
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -32,6 +31,7 @@ from models.pair import Pair
 from utils import checkpoint, processes
 from utils.cli import run
 from utils.lock import locked
+from utils.pieces import discard
 from utils.plots import curves
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
@@ -121,8 +121,7 @@ class Training:
             return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
         folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
         data = kept(folder, partial(self.synthesise, round_index))
-        if processes.is_first():
-            shutil.rmtree(self.plan(round_index).folder, ignore_errors=True)  # its images are in the data set now
+        discard(self.plan(round_index).folder)  # its images are in the data set now
         return self.clustered(data) if self.clusters and round_index == 0 and not self.by_model() else data
 
     def synthesise(self, round_index: int) -> tuple[PseudoDataset, dict]:
@@ -140,7 +139,7 @@ class Training:
         images, labels, hits = synthesise(self.pool, plan, self.device, function, wanted)
         if not guided:
             labels = plan.first_of(labels)  # stands for all classes of its model
-        rate = None if hits is None else float(hits.float().mean())
+        rate = float(hits.float().mean()) if guided else None
         if guided:
             self.log.line(f"round {round_index}: guided hit rate {100 * rate:.1f} %")
         notes = {"round": round_index, "source": s.source, "hit_rate": rate}

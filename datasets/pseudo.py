@@ -118,9 +118,7 @@ class PseudoDataset:
         contact_sheet(rows.flatten(0, 1), per_class, path, captions)
 
 
-def kept(
-    folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]
-) -> PseudoDataset:  # fmt: skip
+def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]) -> PseudoDataset:
     """The data set in `folder`; where it is not there yet, what `make` returns, saved with its notes and a sheet.
 
     All processes of a run call this together, and `make` too; the first one writes.

@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 PRECISIONS = ("auto", "float32", "bf16")
+_T = TypeVar("_T")
 _WIDE = 64  # channels; narrower networks are slower in bf16 on a CPU, whatever it has
 
 
@@ -64,15 +66,15 @@ def compile_in_place(network: nn.Module, backend: str | Callable = "inductor") -
     network.compile(backend=backend, dynamic=False)
 
 
-def in_batches(work: Callable[[Tensor], Tensor], count: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (index, work(index)) over 0 .. count - 1, `batch` of them at a time, in order.
+def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int = 0) -> Iterator[tuple[Tensor, _T]]:
+    """Pairs (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
 
     Where memory does not suffice the batch is halved, which is said on stderr, and the same part tried again: `work`
     must not depend on how it is split. Out of memory at one at a time is the caller's.
     """
-    start = 0
-    while start < count:
-        index = torch.arange(start, min(start + batch, count))
+    start, stop = first, first + count
+    while start < stop:
+        index = torch.arange(start, min(start + batch, stop))
         try:
             done = work(index)
         except RuntimeError as error:

@@ -115,15 +115,15 @@ class Pool:
     ) -> Iterator[PoolModel]:
         """The models `only` (None: all), as `load` gives them; the next is read while the last one given is at work."""
         wanted = range(len(self)) if only is None else only
+        if not wanted:
+            return
         with ThreadPoolExecutor(1) as thread:
-            coming = [thread.submit(self.load, index, device, precision) for index in wanted[:1]]
-            for following in [*wanted[1:], None]:
-                if not coming:
-                    return
-                model = coming.pop().result()
-                if following is not None:
-                    coming.append(thread.submit(self.load, following, device, precision))
+            coming = thread.submit(self.load, wanted[0], device, precision)
+            for following in wanted[1:]:
+                model = coming.result()
+                coming = thread.submit(self.load, following, device, precision)
                 yield model
+            yield coming.result()
 
     def load(self, index: int, device: torch.device | str = "cpu", precision: str = "float32") -> PoolModel:
         """Read model `index` (from 0) onto `device`, strictly, with weights as `inference_dtype` has them.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from utils import processes
 
 
 def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "ScheduleSampler":
@@ -67,7 +68,7 @@ class LossSecondMomentResampler(ScheduleSampler):
     """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
 
     Uniform until every t has `history_per_term` losses; then `uniform_prob` of the mass stays uniform, so
-    that no timestep is forgotten. Several processes stay alike where each is given the losses of all.
+    that no timestep is forgotten. Several processes learn from the losses of all, and so stay alike.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -84,8 +85,9 @@ class LossSecondMomentResampler(ScheduleSampler):
         return (1.0 - self.uniform_prob) * terms / terms.sum() + self.uniform_prob * uniform
 
     def update_with_local_losses(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
+        timesteps, losses = map(processes.all_of, (timesteps, losses.detach()))
         length = self.history.shape[1]
-        for t, loss in zip(timesteps.tolist(), losses.detach().tolist(), strict=True):
+        for t, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
             self.history[t, int(self.seen[t]) % length] = loss  # overwrites the oldest
             self.seen[t] += 1
 

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from guided_diffusion.dist_util import in_batches
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import Pool, PoolModel
+from guided_diffusion.pool_work import work_through
 from utils.images import to_uint8
 from utils.pieces import Pieces
 from utils.seeding import noise
@@ -75,59 +73,47 @@ def synthesise(
     if wanted is None:
         wanted = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
     own = [part.to(device) for part in wanted.split([count * plan.per_class for count in plan.classes])]
-    batches = {
-        f"model{m:03d}-images{start:06d}-{min(start + plan.batch, len(asked)):06d}": (m, start)
-        for m, asked in enumerate(own)
-        for start in range(0, len(asked), plan.batch)
-    }
     guided = log_probability is not None
-    pieces = Pieces(plan.folder and plan.folder / ("guided" if guided else "unguided"))
-    mine = [(m, list(names)) for m, names in groupby(pieces.mine(list(batches)), key=lambda name: batches[name][0])]
-    models, room = pool.each(device, plan.precision, [m for m, _ in mine]), plan.batch
-    with tqdm(total=sum(len(names) for _, names in mine), desc="synthesis", unit="batch", leave=False) as bar:
-        for (m, names), model in zip(mine, models, strict=True):
-            for name in names:
-                start = batches[name][1]
-                asked = own[m][start : start + plan.batch]
-                drawn, parts = partial(_draw, model, m, plan, asked, start, log_probability), []
-                for index, images in in_batches(drawn, len(asked), room):
-                    parts.append({"images": to_uint8(_resized(images, plan.size)).cpu()})
-                    if guided:
-                        with torch.no_grad():
-                            guess = log_probability(images, torch.zeros(len(images), device=device)).argmax(1)
-                        parts[-1]["hits"] = (guess == asked[index]).cpu()
-                if len(parts) > 1:  # memory was short, and will be again
-                    room = len(parts[0]["images"])
-                pieces.keep(name, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-                bar.update()
-    parts = pieces.collect(list(batches))
-    hits = torch.cat([part["hits"] for part in parts]) if guided else None
-    return torch.cat([part["images"] for part in parts]), wanted, hits
+    drawn = work_through(
+        pool,
+        [len(asked) for asked in own],
+        partial(_draw, plan, own, log_probability),
+        Pieces(plan.folder and plan.folder / ("guided" if guided else "unguided")),
+        batch=plan.batch,
+        device=device,
+        precision=plan.precision,
+        desc="synthesis",
+    )
+    return drawn["images"], wanted, drawn.get("hits")
 
 
 def _draw(
-    model: PoolModel, m: int, plan: Synthesis, asked: Tensor, start: int, log_probability: LogProbability | None,
+    plan: Synthesis, own: Sequence[Tensor], log_probability: LogProbability | None, model: PoolModel, m: int,
     index: Tensor,
-) -> Tensor:  # fmt: skip
-    """Images number `start + index` of model m, asked for classes `asked[index]`, at the model's size.
+) -> dict[str, Tensor]:  # fmt: skip
+    """Images number `index` of model m, asked for classes own[m][index]: `images` uint8, and with guidance `hits`.
 
-    Returns float (N, 3, H, W) in [-1, 1]. Raises ValueError where they are not finite.
+    Raises ValueError where the images are not finite.
     """
-    size, wanted = model.image_size, asked[index]
-    x_t = noise((3, size, size), (start + index).tolist(), plan.seed, "synthesis", plan.stream, m).to(wanted.device)
-    cond_fn = classifier_guidance(log_probability, wanted, plan.scale) if log_probability is not None else None
+    size, asked = model.image_size, own[m][index]
+    x_t = noise((3, size, size), index.tolist(), plan.seed, "synthesis", plan.stream, m).to(asked.device)
     images = sample(
         model.network,
         model.diffusion(f"ddim{plan.steps}"),
         x_t,
-        cond_fn=cond_fn,
+        cond_fn=classifier_guidance(log_probability, asked, plan.scale) if log_probability is not None else None,
         guide_on=plan.guide_on,
-        local_labels=wanted - plan.first_class(m) if model.class_cond else None,
+        local_labels=asked - plan.first_class(m) if model.class_cond else None,
         sampler=plan.sampler,
     )
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{model.path}: drew images that are not finite; try --precision float32, or a lower scale")
-    return images
+    drawn = {"images": to_uint8(_resized(images, plan.size)).cpu()}
+    if log_probability is not None:
+        with torch.no_grad():
+            guess = log_probability(images, torch.zeros(len(images), device=images.device)).argmax(1)
+        drawn["hits"] = (guess == asked).cpu()
+    return drawn
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

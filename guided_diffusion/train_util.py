@@ -149,9 +149,7 @@ class TrainLoop:
             kwargs = {"y": labels[part]} if self.flags.get("class_cond") else {}
             with autocast(s.precision, self.device):
                 terms = self.diffusion.training_losses(self.network, images[part], t[part], kwargs, noise[part])
-            if s.schedule_sampler != "uniform":  # which learns nothing from them
-                seen = (t[part], terms["loss"].detach())
-                self.sampler.update_with_local_losses(*map(processes.all_of, seen))
+            self.sampler.update_with_local_losses(t[part], terms["loss"].detach())
             loss = (terms["loss"] * weights[part]).sum() / len(images)
             loss.backward()
             total += loss.detach()

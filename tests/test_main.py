@@ -52,7 +52,7 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
     folder = tmp_path / "run"
     out = train(folder, *SOURCES[source])
     draws = source not in ("real", "none")
-    expected = ALWAYS | ({"pseudo"} if draws else set()) - set()
+    expected = ALWAYS | ({"pseudo"} if draws else set())
     expected -= {"last.previous.pt"} if source == "none" else set()
     assert {path.name for path in folder.iterdir()} == expected
     settings = json.loads((folder / "config.json").read_text())

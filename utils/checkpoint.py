@@ -91,13 +91,12 @@ def _check_claims(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         claimed = sum(record.file_size for record in archive.infolist())
-    held = path.stat().st_size
-    if claimed > held:
-        raise CheckpointError(
-            f"{path}: is a zip of records that claim {claimed:,} bytes, expected at most the {held:,} of the file; "
-            "get it again from its source, or save it again with torch.save"
-        )
-    with zipfile.ZipFile(path) as archive:
+        held = path.stat().st_size
+        if claimed > held:
+            raise CheckpointError(
+                f"{path}: is a zip of records that claim {claimed:,} bytes, expected at most the {held:,} of the file; "
+                "get it again from its source, or save it again with torch.save"
+            )
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(f"{path}: {damaged} in it does not match its checksum; copy or download it again")

@@ -40,11 +40,12 @@ class Pieces:
             processes.meet()
         return [checkpoint.load(self._path(name)) if self.folder else self._held[name] for name in names]
 
-    def remove(self) -> None:
-        """Delete the folder, once every process has read what it needs."""
-        processes.meet()
-        if self.folder and processes.is_first():
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
+
+
+def discard(folder: str | os.PathLike) -> None:
+    """Delete a folder of pieces, once every process has read what it needs."""
+    processes.meet()
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)

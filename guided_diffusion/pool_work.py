@@ -1,0 +1,49 @@
+"""Work that every model of the pool has a part in, batch by batch: kept as it is done, shared out over processes."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from guided_diffusion.dist_util import in_batches
+from guided_diffusion.pool import Pool, PoolModel
+from utils.pieces import Pieces
+
+Work = Callable[[PoolModel, int, Tensor], dict[str, Tensor]]
+
+
+def work_through(
+    pool: Pool, counts: Sequence[int], work: Work, pieces: Pieces, *,
+    batch: int, device: torch.device, precision: str, desc: str,
+) -> dict[str, Tensor]:  # fmt: skip
+    """What `work` gives for items 0 .. counts[m] - 1 of every pool model m, model after model, on the CPU.
+
+    Each process reads a model once, for those of its batches that `pieces` does not have yet.
+
+    work: (model, m, item numbers (N,) int64) -> tensors (N, ...) by name, which must not depend on how items are split.
+    batch: items at once; where memory does not suffice, fewer from there on.
+    """
+    batches = {
+        f"model{m:03d}-items{start:07d}-{min(start + batch, count):07d}": (m, start, min(start + batch, count))
+        for m, count in enumerate(counts)
+        for start in range(0, count, batch)
+    }
+    mine = [(m, list(names)) for m, names in groupby(pieces.mine(list(batches)), key=lambda name: batches[name][0])]
+    models, room = pool.each(device, precision, [m for m, _ in mine]), batch
+    with tqdm(total=sum(len(names) for _, names in mine), desc=desc, unit="batch", leave=False) as bar:
+        for (m, names), model in zip(mine, models, strict=True):
+            for name in names:
+                _, start, stop = batches[name]
+                done = [each for _, each in in_batches(partial(work, model, m), stop - start, room, start)]
+                if len(done) > 1:  # memory was short, and will be again
+                    room = len(next(iter(done[0].values())))
+                pieces.keep(name, _joined(done))
+                bar.update()
+    return _joined(pieces.collect(list(batches)))
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
