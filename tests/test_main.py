@@ -32,9 +32,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-ALWAYS = set(
-    ".lock config.json log_train.txt metrics.jsonl last.pt last.previous.pt best_model.pt curves.png".split()
-)
+ALWAYS = set(".lock config.json log_train.txt metrics.jsonl last.pt last.previous.pt best_model.pt curves.png".split())
 CLUSTERS = ("--warm-up", 1, "--refresh-every", 2, "--max-epoch", 4)
 SOURCES = {
     "guided": (),
