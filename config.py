@@ -27,9 +27,13 @@ class Settings:
     # what and where
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
     data_root: str = setting("", "folder with meta_train, meta_val and meta_test; with commas one of each domain")
-    pool: str = setting("", "folder of the pool, or one checkpoint file; default: the scenario's")
+    pool: str = setting(
+        "",
+        "folder of the pool or one checkpoint file, or the gs://, az:// or https:// address of either; "
+        "default: the scenario's",
+    )
     save_dir: str = setting("", "run folder; default ckpt/runs/DATASET/N-shot")
-    resume: str = setting("", "checkpoint to start from (main.py) or to test (diffusionmix.py)")
+    resume: str = setting("", "checkpoint (or its address) to start from (main.py) or to test (diffusionmix.py)")
     recipe: str = setting("paper", "paper: design of the publication; clusters: what was measured to be better; the "
                           "scenario's unless given", choices=("paper", "clusters"))  # fmt: skip
     source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
@@ -163,9 +167,9 @@ class Settings:
         return Path(self.save_dir or f"ckpt/runs/{self.dataset}/{self.nExemplars}-shot")
 
     @property
-    def pool_path(self) -> Path:
-        """Where the pool is: the glyphs pool ships with the program."""
-        return Path(self.pool or ("ckpt/glyphs" if self.dataset == "glyphs" else f"ckpt/pools/{self.dataset}"))
+    def pool_place(self) -> str:
+        """Path or address of the pool: that of glyphs ships with the program."""
+        return self.pool or ("ckpt/glyphs" if self.dataset == "glyphs" else f"ckpt/pools/{self.dataset}")
 
     @property
     def data_paths(self) -> list[Path]:
@@ -261,12 +265,13 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
 
 def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_change: set[str]) -> None:
     """Refuse to go on in a run folder with other settings than its file `path` was made with: ValueError."""
-    other = [name for name, value in made_with.items() if here.get(name) != value and name not in may_change]
+    other = [
+        f"{name} {value!r} (got {here.get(name)!r})"
+        for name, value in made_with.items()
+        if here.get(name) != value and name not in may_change
+    ]
     if other:
-        raise ValueError(
-            f"{path}: was made with {other[0]} {made_with[other[0]]!r}, got {here.get(other[0])!r}; "
-            "give the same settings, or another --save-dir"
-        )
+        raise ValueError(f"{path}: was made with {', '.join(other)}; give the same settings, or another --save-dir")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -33,6 +33,7 @@ from utils.images import to_float
 from utils.lock import locked
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import Pieces, discard
+from utils.remote import local
 from utils.run_log import write_json, write_skipped
 from utils.seeding import generator, noise, numpy_generator
 
@@ -47,7 +48,7 @@ class Testing:
     def __init__(self, settings: Settings, root: Path):
         s = self.s = settings
         self.device = pick_device(s.device_name)
-        path = Path(s.resume) if s.resume else s.run_folder / "best_model.pt"
+        path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size = load_model(path, self.device)
         same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE} | {"root": str(root)}
         made_with = hashlib.sha256(path.read_bytes() + json.dumps(same).encode()).hexdigest()
@@ -55,7 +56,7 @@ class Testing:
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.size)
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
-        self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if s.mix else None
+        self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             mix_timesteps(s.mix_level, s.mix_steps, self.pool.load(m).flags["diffusion_steps"])
 

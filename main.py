@@ -33,6 +33,7 @@ from utils.cli import run
 from utils.lock import locked
 from utils.pieces import discard
 from utils.plots import curves
+from utils.remote import local
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
@@ -48,8 +49,8 @@ class Training:
     def __init__(self, settings: Settings):
         s = self.s = settings
         self.device = pick_device(s.device_name)
-        needs_pool = s.source in ("guided", "unguided") or s.pool_path.exists()
-        self.pool = Pool(s.pool_path, s.bare_checkpoint_flags()) if needs_pool else None
+        needs_pool = s.source in ("guided", "unguided") or Path(s.pool_place).exists()
+        self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
         self.validation = load_real(s.dataset, s.data_paths, "meta_val", size)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
@@ -222,7 +223,7 @@ class Training:
         """Go on from last.pt of this folder, which is returned, or start from the weights of --resume."""
         last = self.s.run_folder / "last.pt"
         state = checkpoint.load_newest(last, self.device)
-        path = last if state is not None else Path(self.s.resume) if self.s.resume else None
+        path = last if state is not None else local(self.s.resume) if self.s.resume else None
         config = self.s.run_folder / "config.json"
         if path != last and config.exists():  # of a run killed in its first epoch, whose pseudo images are there
             check_same(config, json.loads(config.read_text()), self.resolved(), MAY_CHANGE - {"resume"})

@@ -74,7 +74,7 @@ def scores(judge: MetaModel, images: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Train guide and judge, draw, count."""
     parser = argparse.ArgumentParser(description="Measure how well guidance steers.")
-    parser.add_argument("--pool", default=str(Settings().pool_path))
+    parser.add_argument("--pool", default=Settings().pool_place)
     parser.add_argument("--epochs", type=int, default=12, help="of guide and of judge")
     parser.add_argument("--scales", type=float, nargs="+", default=[20.0, 50.0])
     parser.add_argument("--guide-on", default="x_0", choices=("x_t", "x_0"))

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -70,29 +71,37 @@ def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int 
     """Pairs (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
 
     Where memory does not suffice the batch is halved, which is said on stderr, and the same part tried again: `work`
-    must not depend on how it is split. Out of memory at one at a time is the caller's.
+    must not depend on how it is split. Raises MemoryError, with a line to show, where one at a time is too much.
     """
     start, stop = first, first + count
     while start < stop:
         index = torch.arange(start, min(start + batch, stop))
-        try:
-            done = work(index)
-        except RuntimeError as error:
-            if batch == 1 or not _out_of_memory(error):
-                raise
-            done = None  # and the traceback's hold on the tensors ends here
+        done = or_too_much(partial(work, index))
         if done is None:
-            batch = max(1, len(index) // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: going on with batches of {batch}", file=sys.stderr)
+            batch = smaller(len(index))
             continue
         yield index, done
         start += len(index)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+def or_too_much(work: Callable[[], _T]) -> _T | None:
+    """What `work` gives, or None where memory did not suffice for it."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+    if torch.cuda.is_available():  # out of the except clause, which holds on to the tensors
+        torch.cuda.empty_cache()
+    return None
+
+
+def smaller(batch: int) -> int:
+    """Half of a batch that memory did not suffice for, which is said on stderr. MemoryError where that was one."""
+    if batch <= 1:
+        raise MemoryError("out of memory for a single image; use a machine with more memory, or a smaller network")
+    tqdm.write(f"out of memory: going on with batches of {batch // 2}", file=sys.stderr)
+    return batch // 2
 
 
 def _wants_bf16(precision: str, device: torch.device) -> bool:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, worth_compiling
+from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, or_too_much, smaller, worth_compiling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -102,6 +103,7 @@ class TrainLoop:
             self.network = nn.parallel.DistributedDataParallel(self.model)
         self.sampler = create_named_schedule_sampler(settings.schedule_sampler, diffusion)
         self.step = 0
+        self.micro = settings.microbatch if settings.microbatch > 0 else settings.batch_size
 
     def run(self) -> Path:
         """Train to the end and return the path of the finished checkpoint."""
@@ -141,18 +143,11 @@ class TrainLoop:
         t, weights = self.sampler.sample(len(images), self.device, rng)
         noise = torch.randn(images.shape, generator=rng).to(self.device)
         images, labels, t, weights, noise = map(processes.own_share, (images, labels, t, weights, noise))
-        total = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        micro = s.microbatch if s.microbatch > 0 else len(images)
-        for start in range(0, len(images), micro):
-            part = slice(start, start + micro)
-            kwargs = {"y": labels[part]} if self.flags.get("class_cond") else {}
-            with autocast(s.precision, self.device):
-                terms = self.diffusion.training_losses(self.network, images[part], t[part], kwargs, noise[part])
-            self.sampler.update_with_local_losses(t[part], terms["loss"].detach())
-            loss = (terms["loss"] * weights[part]).sum() / len(images)
-            loss.backward()
-            total += loss.detach()
+        work = partial(self.gradients, images, labels, t, weights, noise)
+        while (total := or_too_much(work)) is None:
+            if processes.count() > 1:  # the others wait for gradients of as many parts
+                raise MemoryError("out of memory in one of several processes; give a lower --microbatch")
+            self.micro = smaller(min(self.micro, len(images)))
         if s.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
         self.optimizer.step()
@@ -161,6 +156,23 @@ class TrainLoop:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         return total
+
+    def gradients(
+        self, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Gather those of a batch, `micro` images at a time; returns the mean loss, a scalar on the device."""
+        losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(images), self.micro):
+            part = slice(start, start + self.micro)
+            kwargs = {"y": labels[part]} if self.flags.get("class_cond") else {}
+            with autocast(self.settings.precision, self.device):
+                terms = self.diffusion.training_losses(self.network, images[part], t[part], kwargs, noise[part])
+            ((terms["loss"] * weights[part]).sum() / len(images)).backward()
+            losses.append(terms["loss"].detach())
+        every = torch.cat(losses)
+        self.sampler.update_with_local_losses(t, every)
+        return (every * weights).sum() / len(images)
 
     def save(self) -> None:
         """Save what the run goes on from, with the save before it beside it, and a sheet of EMA samples."""

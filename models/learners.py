@@ -267,7 +267,8 @@ def check_finite(entries: Mapping[str, object], epoch: int) -> None:
         loss = entries.get(name, 0.0)
         if not math.isfinite(loss):
             raise ValueError(
-                f"got {name} {loss} in epoch {epoch + 1} at rate {entries['lr']}; lower --lr: last.pt is still good"
+                f"got {name} {loss} in epoch {epoch + 1} at rate {entries['lr']}; "
+                "lower --lr; what was saved before is whole"
             )
 
 

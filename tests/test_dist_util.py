@@ -31,11 +31,11 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(capsys, error):
     assert "batches of 4" in err and "batches of 2" in err
 
 
-def test_out_of_memory_at_one_image_and_other_errors_are_the_callers():
+def test_out_of_memory_at_one_image_and_other_errors_end_it():
     def fails(index):
         raise RuntimeError("can't allocate memory" if len(index) else "")
 
-    with pytest.raises(RuntimeError, match="can't allocate"):
+    with pytest.raises(MemoryError, match="out of memory for a single image; use"):
         list(in_batches(fails, 4, 4))
 
     def broken(index):

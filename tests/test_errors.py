@@ -1,8 +1,17 @@
-"""What a user gets for a mistake: one line, exit status 2, and no half-made folder."""
+"""What a user gets for a mistake: one line, exit status 2, and no half-made folder.
+
+The table in docs/robustness.md has the line of every case here; WRITE_TABLE=1 writes it anew, else it is compared.
+"""
 
 import os
+import re
+import resource
+import signal
 import subprocess
 import sys
+import zipfile
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +21,14 @@ import diffusionmix
 import guided_diffusion.image_train as image_train
 import main
 from guided_diffusion.pool import subset_path
+from guided_diffusion.unet import UNetModel
 from tests.conftest import ROOT, TINY
+from tests.test_checkpoint import Hostile, rewritten
+from tests.test_checkpoint import safetensors as write_safetensors
 from utils import checkpoint
+from utils.lock import locked
+
+DOCUMENT = ROOT / "docs" / "robustness.md"
 
 
 @pytest.fixture
@@ -40,7 +55,47 @@ def place(tmp_path, make_pool, picture_folder, monkeypatch):
     checkpoint.save("list.pt", [1, 2])
     checkpoint.save("bare.pt", checkpoint.load(subset_path("pool", 1))["model"])
     checkpoint.save("dict.pt", {"model": {"w": torch.zeros(1)}})
+    hostile_files()
     return tmp_path
+
+
+def hostile_files():
+    """Checkpoints and pictures in the working folder that nobody should be fed."""
+    sound = checkpoint.load(subset_path("pool", 1))
+    weights = sound["model"]
+    name = "time_embed.0.bias"
+
+    def save(path, change, flags=None):
+        checkpoint.save(path, {**sound, "model": {**weights, **change}, "flags": {**sound["flags"], **(flags or {})}})
+
+    torch.save({"w": Hostile("made-by-the-pickle")}, "runs-code.pt")
+    torch.save({"w": Hostile("made-by-the-pickle")}, "runs-code-older.pt", _use_new_zipfile_serialization=False)
+    torch.save(torch.nn.Linear(1, 1), "module.pt")
+    with zipfile.ZipFile("program.pt", "w") as archive:
+        for record in ("version", "data.pkl", "constants.pkl"):  # the last one makes it TorchScript
+            archive.writestr(f"program/{record}", b"3")
+    save("nan.pt", {name: weights[name] * float("nan")})
+    save("wrong-shape.pt", {name: torch.zeros(3)})
+    save("extra-weight.pt", {"more": torch.zeros(3)})
+    save("complex.pt", {name: weights[name].to(torch.complex64)})
+    save("huge-flags.pt", {}, {"num_channels": 10**9})
+    save("worded-flags.pt", {}, {"num_heads": "four"})
+    save("overflows.pt", {name: weights[name] + 1e38})
+    checkpoint.save("number.pt", 3)
+    checkpoint.save("flipped.pt", sound)
+    content = bytearray(Path("flipped.pt").read_bytes())
+    content[content.index(weights["input_blocks.0.0.weight"].numpy().tobytes()) + 5] ^= 1
+    Path("flipped.pt").write_bytes(content)
+    checkpoint.save("bomb.pt", {"w": torch.zeros(10)})
+    zeros = bytes(5_000_000)
+    rewritten("bomb.pt", lambda name, old: zeros if name.endswith("data/0") else old, zipfile.ZIP_DEFLATED)
+    write_safetensors(Path("short.safetensors"), [10**12], 40)
+    Path("page.pt").write_text("<html>404 not found</html>")
+    Path("empty.pt").touch()
+    for folder in (Path("all-bad/c0"), *(Path(f"some-bad/meta_val/c{i}") for i in range(5))):
+        folder.mkdir(parents=True)
+        for number in range(12):
+            (folder / f"{number}.png").write_text("no image")
 
 
 MAIN = ("--dataset", "custom", "--data-root", "data", "--pool", "pool", "--save-dir", "out", *TINY)
@@ -98,6 +153,36 @@ CASES = [
     (main, MAIN, "--resume dict.pt", "dict.pt: is no checkpoint of main.py"),
     (main, MAIN, "--resume list.pt", "list.pt: is no checkpoint of main.py"),
     (main, MAIN, "--save-dir a_file", "a_file: got a file"),
+    (main, MAIN, "--resume https://nowhere.invalid/a.pt", "check address, network"),
+    (main, MAIN, "--pool gs://../pool", "without .."),
+    (main, MAIN, "--data-root some-bad", "no class with a readable image"),
+    # checkpoints of strangers
+    (main, MAIN, "--num-classes 5 --pool runs-code.pt", "the object posix.mkdir, and loading that could run code"),
+    (main, MAIN, "--num-classes 5 --pool runs-code-older.pt", "the object posix.mkdir, and loading that could run"),
+    (main, MAIN, "--num-classes 5 --pool module.pt", "the object torch.nn.modules.linear.Linear"),
+    (main, MAIN, "--num-classes 5 --pool program.pt", "TorchScript program, which is code"),
+    (main, MAIN, "--num-classes 5 --pool nan.pt", "NaN or infinite: time_embed.0.bias"),
+    (main, MAIN, "--num-classes 5 --pool wrong-shape.pt", "wrong shape: time_embed.0.bias (got (3,)"),
+    (main, MAIN, "--num-classes 5 --pool extra-weight.pt", "unexpected: more"),
+    (main, MAIN, "--num-classes 5 --pool complex.pt", "not a tensor of plain numbers: time_embed.0.bias"),
+    (main, MAIN, "--num-classes 5 --pool huge-flags.pt", "num_channels"),
+    (main, MAIN, "--num-classes 5 --pool worded-flags.pt", "num_heads"),
+    (main, MAIN, "--num-classes 5 --pool number.pt", "got int, expected a state dict"),
+    (main, MAIN, "--num-classes 5 --pool flipped.pt", "does not match its checksum"),
+    (main, MAIN, "--num-classes 5 --pool bomb.pt", "is a zip of records that claim 5,"),
+    (main, MAIN, "--num-classes 5 --pool short.safetensors", "is cut short"),
+    (main, MAIN, "--num-classes 5 --pool page.pt", "is no checkpoint"),
+    (main, MAIN, "--num-classes 5 --pool empty.pt", "is cut short"),
+    (main, MAIN, "--resume runs-code.pt", "could run code"),
+    (diffusionmix, MIX, "--resume runs-code.pt", "could run code"),
+    (diffusionmix, MIX, "--resume run.pt --pool nan.pt", "NaN or infinite"),
+    # folders of other runs
+    (main, MAIN, "--save-dir run --source none --seed 2", "run/last.pt: was made with seed 1 (got 2); give"),
+    (main, MAIN, "--save-dir run --source none --lr 0.2 --flip no", "with lr 0.1 (got 0.2), flip True (got False)"),
+    (main, MAIN, "--save-dir run", "was made with source 'none' (got 'guided')"),
+    (main, MAIN, "--save-dir busy", "busy: another run is at work"),
+    (diffusionmix, MIX, "--save-dir busy --resume run.pt", "busy: another run is at work"),
+    (image_train, TRAIN, "--save_dir busy", "busy: another run is at work"),
     # meta-testing
     (diffusionmix, MIX, "", "out/best_model.pt: no such checkpoint; make it with python main.py"),
     (diffusionmix, MIX, "--resume dict.pt", "dict.pt: is no checkpoint of main.py"),
@@ -112,6 +197,7 @@ CASES = [
     # pretraining
     (image_train, TRAIN, "--data_dir nowhere", "nowhere"),
     (image_train, TRAIN, "--data_dir empty", "holds no images"),
+    (image_train, TRAIN, "--data_dir all-bad", "12"),
     (image_train, TRAIN, "--frob 1", "unrecognized arguments"),
     (image_train, TRAIN, "--class_cond maybe", "true or false"),
     (image_train, TRAIN, "--class_cond True --data_dir flat", "got no class folders"),
@@ -135,25 +221,113 @@ CASES = [
 ]  # fmt: skip
 
 
+# while at work: what was saved before is whole, and what was not is not there
+AT_WORK = [
+    (main, MAIN, "--lr 1e30", "", "got loss nan in epoch 1 at rate 1e+30; lower --lr"),
+    (main, MAIN, "--num-classes 5 --pool overflows.pt", "", "drew images that are not finite"),
+    (main, MAIN, "", "disk", "the disk is full: 9,"),
+    (main, MAIN, "", "memory", "out of memory for a single image"),
+    (diffusionmix, MIX, "--resume run.pt", "memory", "out of memory for a single image"),
+    (diffusionmix, MIX, "--resume run.pt", "disk", "the disk is full"),
+    (image_train, TRAIN, "--lr 1e30 --steps 3 --log_interval 1", "", "loss"),
+    (image_train, TRAIN, "", "disk", "the disk is full"),
+    (image_train, TRAIN, "", "memory", "out of memory for a single image"),
+]  # fmt: skip
+MEANING = {"disk": " (on a full disk)", "memory": " (with no memory left)", "": ""}
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Rows of the table in the document, by command. Checks, or with WRITE_TABLE=1 writes, that table."""
+    rows = {}
+    yield rows
+    text = DOCUMENT.read_text()
+    start = text.index("| command | answer |")
+    if os.environ.get("WRITE_TABLE") == "1":
+        lines = ["| command | answer |", "| --- | --- |", *(f"| `{key}` | {line} |" for key, line in rows.items())]
+        DOCUMENT.write_text(text[:start] + "\n".join(lines) + "\n")
+
+
+def note(table, module, fixed, flags, meaning, line):
+    """Take a row down, or hold it against the document."""
+    script = {image_train: "guided_diffusion/image_train.py", prepare: "-m datasets.prepare"}.get(module)
+    words = [script or f"{module.__name__}.py", "--pool out" if fixed is POOL else "", flags]
+    key = " ".join(filter(None, words)) + meaning
+    table[key] = re.sub(r"\b[0-9a-f]{16}\b", "...", line.removeprefix("error: ")).replace("|", "\\|")
+    if os.environ.get("WRITE_TABLE") != "1":
+        assert plain(f"| `{key}` | {table[key]} |") in plain(DOCUMENT.read_text())
+
+
+def plain(text):
+    """Without what differs between machines and Pythons: causes in brackets, quotes, lengths of files."""
+    return re.sub(r"\([^)]*\)|'|\d+,\d+", "", text)
+
+
+def test_the_document_has_these_rows_and_no_more():
+    rows = DOCUMENT.read_text().partition("| command | answer |")[2].count("\n| `")
+    assert rows == len(CASES) + len(AT_WORK) >= 60
+
+
 def last_lines(err):
     """What stays on a terminal: text after the last carriage return of each line."""
     lines = [line.rsplit("\r", 1)[-1] for line in err.split("\n")]
     return [line for line in lines if line.strip()]
 
 
+def prepare_run(call, flags):
+    """Make what the flags name: a checkpoint of a run, or its folder."""
+    if "run" in flags.replace("runs-code", ""):
+        assert call(main, *MAIN, "--source", "none", "--save-dir", "run")[0] == 0
+        if "run.pt" in flags:
+            os.rename("run/last.pt", "run.pt")
+
+
 @pytest.mark.parametrize("module, fixed, flags, words", CASES, ids=lambda v: v if isinstance(v, str) else None)
-def test_one_line_status_2_and_nothing_written(module, fixed, flags, words, call, place):
-    if "run.pt" in flags:
-        assert call(main, *MAIN, "--source", "none", "--save-dir", "made")[0] == 0
-        os.rename("made/last.pt", "run.pt")
-    before = sorted(place.iterdir())
-    status, _, err = call(module, *fixed, *flags.split())
+def test_one_line_status_2_and_nothing_written(module, fixed, flags, words, call, place, table):
+    prepare_run(call, flags)
+    os.mkdir("busy")
+    with locked(Path("busy")):
+        before = sorted(place.rglob("*"))
+        status, _, err = call(module, *fixed, *flags.split())
     lines = last_lines(err)
     assert len(lines) == 1, lines
     line = lines[0]
     assert status == 2 and line.startswith("error: ") and words in line
-    assert sorted(place.iterdir()) == before  # no folder is left behind
-    assert str(ROOT) not in line
+    assert sorted(place.rglob("*")) == before  # nothing is left behind, and no pickle made a folder
+    assert str(ROOT) not in line and str(place) not in line
+    note(table, module, fixed, flags, "", line)
+
+
+@pytest.mark.parametrize("module, fixed, flags, lack, words", AT_WORK, ids=lambda v: v if isinstance(v, str) else None)
+def test_going_wrong_at_work(module, fixed, flags, lack, words, call, place, table, monkeypatch):
+    prepare_run(call, flags)
+    if lack == "memory":
+        monkeypatch.setattr(UNetModel, "forward", no_memory)
+    with small_disk() if lack == "disk" else nullcontext():
+        status, _, err = call(module, *fixed, *flags.split())
+    line = last_lines(err)[-1]
+    assert status == 2 and line.startswith("error: ") and words in line and "Traceback" not in err
+    assert not list(place.rglob("*.tmp"))
+    for path in place.joinpath("out").rglob("*.pt"):
+        checkpoint.load(path)
+    note(table, module, fixed, flags, MEANING[lack], line)
+
+
+def no_memory(*_, **__):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+
+@contextmanager
+def small_disk():
+    """No file may grow beyond 2 kB, which ends a write as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, former)
 
 
 def test_as_a_command(place):

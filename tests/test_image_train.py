@@ -153,6 +153,24 @@ def test_microbatches_give_the_gradient_of_the_batch(folder, tmp_path):
         torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
 
 
+def test_out_of_memory_halves_the_part_and_loses_nothing(folder, tmp_path, capsys):
+    plain, short = (loop_of(folder, tmp_path, schedule_sampler="loss-second-moment") for _ in range(2))
+    losses = short.diffusion.training_losses
+
+    def small_machine(network, images, *rest):
+        if len(images) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return losses(network, images, *rest)
+
+    short.diffusion.training_losses = small_machine
+    for _ in range(2):
+        assert float(plain.train_step()) == pytest.approx(float(short.train_step()), rel=1e-5)
+    assert [line[-2:] for line in capsys.readouterr().err.splitlines()] == [" 2", " 1"]  # said once, then kept to
+    assert torch.equal(plain.sampler.seen, short.sampler.seen)
+    for whole, parts in zip(plain.model.parameters(), short.model.parameters(), strict=True):
+        torch.testing.assert_close(parts.grad, whole.grad, atol=1e-6, rtol=1e-4)
+
+
 def test_rate_is_annealed(folder, tmp_path):
     loop, rates = loop_of(folder, tmp_path, lr=1.0, anneal=True, steps=4), []
     for _ in range(4):

@@ -178,5 +178,5 @@ def test_optimizers():
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_diverged(loss):
     check_finite({"loss": 3.0, "lr": 0.1}, 0)
-    with pytest.raises(ValueError, match="epoch 3 at rate 0.1.*last.pt is still good"):
+    with pytest.raises(ValueError, match="epoch 3 at rate 0.1.*what was saved before is whole"):
         check_finite({"loss": 1.0, "class_learner_loss": loss, "lr": 0.1}, 2)

@@ -173,10 +173,10 @@ def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             train(folder)  # killed after the images of round 0, before any checkpoint
     assert (folder / "pseudo" / "round00" / "manifest.json").exists() and not (folder / "last.pt").exists()
-    assert "config.json: was made with seed 1, got 2" in train(folder, "--seed", 2, status=2)
+    assert "config.json: was made with seed 1 (got 2)" in train(folder, "--seed", 2, status=2)
     train(folder)
-    assert "last.pt: was made with seed 1, got 2" in train(folder, "--seed", 2, status=2)
-    assert "max_epoch 2, got 3" in train(folder, "--max-epoch", 3, status=2)  # the rates' schedule depends on it
+    assert "last.pt: was made with seed 1 (got 2)" in train(folder, "--seed", 2, status=2)
+    assert "max_epoch 2 (got 3)" in train(folder, "--max-epoch", 3, status=2)  # the rates' schedule depends on it
     assert "going on" in train(folder, "--sample-batch", 3)
 
 

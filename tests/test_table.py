@@ -73,7 +73,7 @@ def test_what_is_made_is_kept(calls, tmp_path):
 
 def test_results_of_other_settings_or_older_than_the_weights_are_not_taken(calls, tmp_path):
     rows(tmp_path)
-    with pytest.raises(ValueError, match="was made with --episodes None, got '9'"):
+    with pytest.raises(ValueError, match=r"was made with --episodes None \(got '9'\)"):
         rows(tmp_path, "--episodes", "9")
     calls.clear()
     weights = tmp_path / "runs" / "seed1" / "real" / "best_model.pt"

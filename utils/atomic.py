@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LITTLE = 4096  # bytes free: a disk with less is full
 
 
@@ -45,7 +45,7 @@ def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = Fals
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter is how torch's writer passes the former on
         full = temporary.exists() and shutil.disk_usage(path.parent).free < max(size, _LITTLE)
-        if not full and getattr(error, "errno", None) not in _FULL:
+        if not full and not {getattr(each, "errno", None) for each in (error, error.__context__)} & _FULL:
             raise
         needed = max(size, temporary.stat().st_size if temporary.exists() else 0)
         raise DiskFull(

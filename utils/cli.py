@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from utils import processes, stopping
 
-_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, MemoryError)
 
 
 def run(main: Callable[[], object]) -> None:
     """Call `main()` and turn an error that its user can mend into one line on stderr.
 
-    ValueError, FileNotFoundError, NotADirectoryError and PermissionError become `error: ...` and exit
+    ValueError, FileNotFoundError, NotADirectoryError, PermissionError and MemoryError become `error: ...` and exit
     status 2. Ctrl-C and SIGTERM end the run after the step that it is at, with exit status 130 and 143. Any other
     error is a fault of the program and keeps its traceback. With TRACEBACK=1 in the environment every error keeps it.
     Processes that torchrun started are joined meanwhile.

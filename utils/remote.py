@@ -1,0 +1,158 @@
+"""Pools and checkpoints at addresses: read once into a local cache, and held against their checksums from then on."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import blobfile
+from tqdm import tqdm
+
+from utils import processes
+from utils.atomic import atomic_file
+
+CACHE = Path("ckpt/cache")
+_SCHEMES = ("gs", "az", "https", "http")
+_ONE_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_NAMES = ("model.pt", "model.safetensors")  # of a pool's model
+_PATIENCE = 30  # seconds without an answer
+_TRIES = 4  # of blobfile, which else goes on for ever
+_PIECE = 1 << 20  # bytes
+
+
+def local(place: str) -> Path:
+    """Where `place` is on this machine: a path as it is, an address (gs://, az://, https://) in the cache.
+
+    What is not in the cache yet is read into it. An address that ends like a checkpoint is one file; any other is a
+    pool's folder, with subset1/ckpt/model.pt and so on. The cache, `CACHE`, mirrors the addresses without what follows
+    a question mark; beside each file is its SHA-256, beside a folder's files their list. What no longer matches
+    its checksum is read again, which is said on stderr. Of several processes the first one reads.
+
+    Raises ValueError where nothing is at the address, or it cannot be read.
+    """
+    if place.partition("://")[0] not in _SCHEMES or "://" not in place:
+        return Path(place)
+    url = urlsplit(place)
+    parts = PurePosixPath(f"{url.netloc}{url.path}").parts
+    if ".." in parts or not url.netloc:
+        raise ValueError(f"got the address {place}, expected one such as gs://bucket/pool, without ..")
+    target = CACHE.joinpath(url.scheme, *parts)
+    if processes.is_first():
+        if target.suffix in _ONE_FILE:
+            _fetch(place, target)
+        else:
+            for name in _listed(place.rstrip("/"), target):
+                _fetch(f"{place.rstrip('/')}/{name}", target / name)
+    processes.meet()
+    return target
+
+
+def _listed(place: str, target: Path) -> list[str]:
+    """Names of a pool's files, from the list in the cache, which is made where it is not there."""
+    kept = target / "files.txt"
+    if kept.exists():
+        return kept.read_text().split("\n")
+    if _is_blob(place):
+        with _in_one_line(place):
+            found = sorted(_blobs().glob(f"{place}/subset*/ckpt/model.*"))
+        names = [path[len(place) + 1 :] for path in found if path.endswith(_NAMES)]
+    else:
+        names = []
+        while name := _next_name(place, len(names) + 1, target):
+            names.append(name)
+    if not names:
+        raise ValueError(f"{place}: got no diffusion models there, expected subset1/ckpt/model.pt and so on")
+    for name in names:  # before the list, so that what it names is there
+        _fetch(f"{place}/{name}", target / name)
+    with atomic_file(kept) as file:
+        file.write("\n".join(names).encode())
+    return names
+
+
+def _next_name(place: str, m: int, target: Path) -> str:
+    """The file of model m, "" where there is none. A plain web server lists nothing, so it is asked for."""
+    for name in _NAMES:
+        try:
+            _fetch(f"{place}/subset{m}/ckpt/{name}", target / f"subset{m}" / "ckpt" / name)
+        except _Nothing:
+            continue
+        return f"subset{m}/ckpt/{name}"
+    return ""
+
+
+def _fetch(place: str, target: Path) -> None:
+    """Read `place` to `target`, unless what is there matches the checksum beside it."""
+    checksum = target.with_name(f"{target.name}.sha256")  # as sha256sum -c reads it
+    if target.exists() and checksum.exists():
+        with open(target, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == checksum.read_text().split(" ")[0]:
+                return
+        print(f"{target}: does not match its checksum, reading {place} again", file=sys.stderr)
+    digest = hashlib.sha256()
+    with _in_one_line(place), _opened(place) as (source, size):
+        with atomic_file(target, size=size or 0) as file:
+            with tqdm(total=size, desc=target.name, unit="B", unit_scale=True, leave=False) as bar:
+                while piece := source.read(_PIECE):
+                    digest.update(piece)
+                    file.write(piece)
+                    bar.update(len(piece))
+                if size is not None and bar.n != size:
+                    raise ValueError(f"{place}: ended after {bar.n:,} of {size:,} bytes; give the same command again")
+    with atomic_file(checksum) as file:
+        file.write(f"{digest.hexdigest()}  {target.name}\n".encode())
+
+
+@contextmanager
+def _opened(place: str) -> Iterator[tuple[BinaryIO, int | None]]:
+    """The stream of a file and its length in bytes, None where the server does not tell."""
+    if _is_blob(place):
+        context = _blobs()
+        size = context.stat(place).size
+        with context.BlobFile(place, "rb", streaming=True) as source:
+            yield source, size
+        return
+    with urlopen(place, timeout=_PATIENCE) as source:
+        length = source.headers.get("Content-Length")
+        yield source, int(length) if length else None
+
+
+class _Nothing(ValueError):
+    """No file is at an address."""
+
+
+@contextmanager
+def _in_one_line(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (HTTPError, FileNotFoundError) as error:
+        if getattr(error, "code", 404) == 404:
+            raise _Nothing(f"{place}: nothing is there; check the address") from error
+        raise ValueError(_unread(place, error)) from error
+    except (blobfile.Error, HTTPException, OSError) as error:
+        if getattr(error, "filename", None):  # of the cache: a full disk, a folder that may not be written
+            raise
+        raise ValueError(_unread(place, error)) from error
+
+
+def _unread(place: str, error: Exception) -> str:
+    return (
+        f"{place}: cannot be read ({str(error).splitlines()[0][:200]}); "
+        "check address, network and credentials, or copy it here and give its path"
+    )
+
+
+def _is_blob(place: str) -> bool:
+    """Whether blobfile reads it: Google's and Azure's stores, with their credentials. Other addresses are plain."""
+    return place.startswith(("gs://", "az://")) or urlsplit(place).netloc.endswith(".blob.core.windows.net")
+
+
+def _blobs() -> blobfile.Context:
+    return blobfile.create_context(
+        log_callback=lambda message: None, retry_limit=_TRIES, connect_timeout=_PATIENCE, read_timeout=_PATIENCE
+    )
