@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +166,43 @@ def test_several_processes_train_a_diffusion_model_alike(undisturbed):
     for name in ("subset1", "subset2"):
         for key, weight in one[name]["model"].items():
             assert float((weight - two[name]["model"][key]).abs().max()) < 1e-3, key  # rounding, through 12 steps
+
+
+# ---- torchrun itself
+
+
+def torchrun(place, out, *flags):
+    """Start main.py in two processes of torchrun; returns its process."""
+    _, argv = command(place, "main", out)
+    words = ["--standalone", "--nproc_per_node", "2", *flags, ROOT / "main.py", *argv]
+    with open(place / "torchrun.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *map(str, words)], cwd=ROOT, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def kill_one(process, out):
+    """SIGKILL one of torchrun's children once the run has images; returns whether there was one to kill."""
+    while process.poll() is None:
+        if list(out.glob("pseudo/batches-*/*/*.pt")):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find torchrun's processes")
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_a_process_that_dies_ends_the_job_or_has_it_taken_up_again(place, undisturbed, restarts):
+    out = place / f"torchrun{restarts}"
+    process = torchrun(place, out, "--max-restarts", restarts)
+    assert kill_one(process, out), (place / "torchrun.log").read_text()
+    died = time.monotonic()
+    status = process.wait(timeout=240)
+    if restarts:
+        assert status == 0, (place / "torchrun.log").read_text()
+        assert same(outcome("main", out), undisturbed("main")[0])
+    else:
+        assert status != 0 and time.monotonic() - died < 60

@@ -1,6 +1,7 @@
 """The processes of one run: one, or those that torchrun started. How they share work and meet."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from utils import stopping
 
 _PATIENCE = timedelta(days=1)  # for the slowest; of one that died torchrun hears at once and ends the others
 _T = TypeVar("_T")
@@ -20,9 +23,43 @@ def together() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    store, number, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=_of_this_attempt(store, number, size),
+        rank=number, world_size=size, timeout=_PATIENCE,
+    )  # fmt: skip
     yield
     dist.destroy_process_group()  # not after an error: the others may wait for what will not come
+
+
+def _of_this_attempt(store: dist.Store, number: int, size: int) -> dist.Store:
+    """A part of the job's store that no attempt before a restart (--max-restarts) has written to.
+
+    Of those the store still has the addresses, which torch would call. So the first process numbers the attempts, and
+    all begin once each has taken a number that it did not have before.
+    """
+    if number == 0:
+        attempt = store.add("attempt", 1)
+        while not store.check([f"attempt{attempt}/{other}" for other in range(1, size)]):
+            _pause()
+        store.set(f"attempt{attempt}", "begins")
+        return dist.PrefixStore(f"attempt{attempt}", store)
+    known, begun = f"last attempt of {number}", False
+    attempt = store.add(known, 0)
+    while not begun:
+        while (newest := store.add("attempt", 0)) <= attempt:
+            _pause()
+        store.add(known, newest - attempt)
+        attempt = newest
+        store.set(f"attempt{attempt}/{number}", "is here")
+        while not (begun := store.check([f"attempt{attempt}"])) and store.add("attempt", 0) == attempt:
+            _pause()
+    return dist.PrefixStore(f"attempt{attempt}", store)
+
+
+def _pause() -> None:
+    stopping.check()
+    time.sleep(0.05)
 
 
 def count() -> int:
