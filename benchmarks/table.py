@@ -14,7 +14,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from benchmarks.machine import commit, hardware
@@ -182,10 +182,11 @@ def publish(rows: list[Row], folder: Path = RESULTS) -> None:
     for dataset in dict.fromkeys(r.dataset for r in rows):
         own = [r for r in rows if r.dataset == dataset]
         r = own[0]
+        commits = ", ".join(dict.fromkeys(one for row in own for one in row.commit.split(" / ")))
         parts += [
             f"## {dataset}, {r.split}, 5-way",
             "",
-            f"{r.seeds} training seeds, {r.episodes} episodes. {r.hardware}, torch {r.torch}, commit {r.commit}.",
+            f"{r.seeds} training seeds, {r.episodes} episodes. {r.hardware}, torch {r.torch}, commit {commits}.",
             "",
             as_text(own),
             "",
@@ -222,6 +223,8 @@ def main() -> None:
         parse([*train, *RUNS[name]], description="table")
     dataset = settings.dataset
     rows = run_rows(args.folder or Path("ckpt/runs/table") / dataset, args.seeds, args.shots, runs, train, args.test)
+    if dataset == "custom":  # which says nothing: the folder's name does
+        rows = [replace(row, dataset="+".join(path.name for path in settings.data_paths)) for row in rows]
     if args.publish:
         publish(rows)
     print(f"\n{len(args.seeds)} seeds, {rows[0].episodes} episodes in all\n\n{as_text(rows)}")

@@ -119,5 +119,5 @@ def _keep_freed_memory() -> None:
     except (OSError, AttributeError):  # not glibc
         return
     trim_threshold, mmap_threshold = -1, -3  # from malloc.h
-    mallopt(mmap_threshold, 1 << 30)
+    mallopt(mmap_threshold, 2**31 - 1)  # a batch of the paper's size has blocks above 1 GiB
     mallopt(trim_threshold, 2**31 - 1)

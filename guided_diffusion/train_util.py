@@ -96,7 +96,7 @@ class TrainLoop:
             self.model.to(memory_format=torch.channels_last)
             compile_in_place(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=device.type == "cuda"
+            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.network = self.model  # what takes the steps: of several processes, each with its share of the batch
         if processes.count() > 1:
