@@ -99,14 +99,19 @@ def defaults() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse, check, and train what was asked for."""
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags, with their help and defaults."""
     parser = OneLineParser(
         description="Pretrain an unconditional or class-conditional diffusion model, or a pool of them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_dict_to_argparser(parser, defaults(), HELP)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Parse, check, and train what was asked for."""
+    args = create_argparser().parse_args()
     if not args.data_dir:
         raise ValueError("got no --data_dir; give a folder of images to train on")
     if not 0 <= args.hold_out < 1:
