@@ -14,7 +14,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 
 
 def commands(text):
-    """Every line that begins with python or torchrun and names a script: continued lines joined, variables filled in."""
+    """Lines that begin with python or torchrun and name a script, continued lines joined, variables filled in."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     known = {name: value for line in lines for name, value in re.findall(r'^\s*([A-Z_]+)="(.*)"$', line)}
     for line in lines:
