@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffusionmix
+import few_shot
 import main
 from tests.conftest import TINY
 from utils.images import to_float
@@ -106,7 +107,7 @@ def test_partners_and_labels_of_mixes_agree(trained, toy_pool, tmp_path, monkeyp
         seen.append((x_a, x_b, weight, noise))
         return x_a
 
-    monkeypatch.setattr(diffusionmix, "diffusion_mixes", spy)
+    monkeypatch.setattr(few_shot, "diffusion_mixes", spy)
     flags = ("--save-dir", trained, "--pool", toy_pool, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
     settings = diffusionmix.parse([str(flag) for flag in flags], description="test")
     testing = diffusionmix.Testing(settings, settings.data_paths[0])
