@@ -276,8 +276,10 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
     wanted = ("model", "model_statistics", "num_classes", "image_size", "settings")
     if not isinstance(state, dict) or any(name not in state for name in wanted):
         raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
-    settings, unused = state["settings"], torch.Generator()  # of weights that are replaced; torch's own is not ours
-    model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"], generator=unused).to(device)
+    settings = state["settings"]
+    with torch.random.fork_rng(devices=[]):  # the weights that it is made with are replaced: leave no trace of them
+        model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"])
+    model.to(device)
     checkpoint.load_state(model, state["model"], path)
     load_statistics(model, state["model_statistics"])
     return model.eval(), state["image_size"]

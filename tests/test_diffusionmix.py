@@ -8,8 +8,6 @@ import torch
 
 import diffusionmix
 import few_shot
-import main
-from tests.conftest import TINY
 from utils.images import to_float
 from utils.metrics import mean_confidence_interval, paired_difference
 
@@ -20,18 +18,6 @@ KEYS = (
 QUICK = "--episodes 4 --nTestNovel 10 --mix-steps 2 --head-steps 5 --device cpu --sample-batch 7".split()
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
-
-
-@pytest.fixture(scope="module")
-def trained(toy_pool, tmp_path_factory):
-    """A run folder whose meta-model has random weights. For copying only."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
-        flags = ("--source", "none", "--save-dir", folder, "--pool", toy_pool, "--data-root", folder.parent / "none")
-        patch.setattr("sys.argv", ["main.py", *TINY, *map(str, flags)])
-        main.main()
-    return folder
 
 
 @pytest.fixture
