@@ -152,7 +152,8 @@ class FewShotClassifier:
     central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value an image.
 
     All that is random comes from `seed`. It does not matter in which order the classes are given, while that of the
-    images of a class decides which are mixed. scikit-learn is not needed; its `clone`, and `pickle`, work.
+    images of a class decides which are mixed. scikit-learn is not needed; its `clone`, pipelines and cross-validation,
+    and `pickle`, work.
 
     Args:
         model: best_model.pt or last.pt of a run of main.py, or its address.
@@ -202,6 +203,12 @@ class FewShotClassifier:
                 raise ValueError(f"got the parameter {name!r}, expected one of {', '.join(known)}")
             setattr(self, name, value)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn (1.6 or newer), which alone calls this, asks of a classifier."""
+        from sklearn.utils import ClassifierTags, Tags, TargetTags
+
+        return Tags("classifier", TargetTags(required=True), classifier_tags=ClassifierTags())
 
     def __repr__(self) -> str:
         return f"FewShotClassifier({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"

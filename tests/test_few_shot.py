@@ -291,11 +291,17 @@ def test_a_failed_fit_leaves_the_last_one_and_a_pickle_predicts(classifier):
         classifier.score(images, ["a"])
 
 
-def test_scikit_learn_clones_it(classifier):
+def test_scikit_learn_takes_it(model):
     base = pytest.importorskip("sklearn.base")
-    images, labels = pictures({"a": 2, "b": 1})
-    copy = base.clone(classifier.fit(images, labels))
-    assert copy.get_params() == classifier.get_params() and not hasattr(copy, "heads_")
+    selection = pytest.importorskip("sklearn.model_selection")
+    images, labels = pictures({"a": 4, "b": 4})
+    plain = FewShotClassifier(model, head_steps=50, head_scale=30)
+    copy = base.clone(plain.fit(images, labels))
+    assert copy.get_params() == plain.get_params() and not hasattr(copy, "heads_")
+    assert base.is_classifier(plain)
+    assert len(selection.cross_val_score(plain, images, labels, cv=2)) == 2
+    search = selection.GridSearchCV(plain, {"head_scale": [1, 30]}, cv=2).fit(list(images), labels)
+    assert search.predict(images).tolist() == search.best_estimator_.predict(images).tolist()
 
 
 # ---- the command
