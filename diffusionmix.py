@@ -129,8 +129,8 @@ class OwnPictures:
 
     def __init__(self, settings: Settings):
         """Read them. Raises ValueError for fewer than 2 classes, a class without a picture, and nothing to label."""
-        s = self.s = settings
-        self.fitter = HeadFitter(s)
+        s, self.started = settings, time.perf_counter()
+        self.s, self.fitter = s, HeadFitter(s)
         self.support = load_split(s.support, "", self.fitter.size, every_class=True)
         if len(self.support.class_names) < 2:
             raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
@@ -172,8 +172,8 @@ class OwnPictures:
         below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
         contact_sheet(larger, 10, path.with_suffix(".png"), below)
         print(
-            f"labelled {len(labels)} pictures with {len(names)} classes, learnt from {len(self.support.labels)}; "
-            f"{path}, {path.with_suffix('.png')} (the surest {len(surest)})"
+            f"labelled {len(labels)} pictures with {len(names)} classes, learnt from {len(self.support.labels)}, "
+            f"{time.perf_counter() - self.started:.0f} s; {path}, {path.with_suffix('.png')} (the surest {len(surest)})"
         )
 
 
