@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Settings
+from config import BARE, Settings
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels, mix_timesteps
 from guided_diffusion.pool import Pool, PoolModel
@@ -42,9 +42,9 @@ class HeadFitter:
     """A trained meta-model and the pool that mixes for it: fits the heads of episodes.
 
     A head is fitted on the support set, on diffusion mixes of it from every pool model, and on the support set again
-    (Wei et al., IEEE TCSVT 2024). Where an episode has more images of one class than of another, each
-    class counts alike: the cross-entropy of class c is weighted by S / (way * images of c), in the mixes as in the
-    support set. With equal shots that is 1.
+    (Wei et al., IEEE TCSVT 2024). Where an episode has more images of one class than of another, each class counts
+    alike: the cross-entropy of class c is weighted by S / (way * images of c), in the mixes as in the support set. With
+    equal shots that is 1.
 
     Attributes:
         s: the settings.
@@ -123,18 +123,24 @@ class HeadFitter:
         part: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """The `features` of mixes number `part` of pool model m."""
-        s, size, (order, weight) = self.s, member.image_size, partners[m]
+        mixed = self.mixed(images, support, partners[m], member, m, part)
+        if member.image_size != self.size:
+            mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
+        return {"features": self.features(mixed)}
+
+    def mixed(
+        self, images: Tensor, support: Tensor, partners: tuple[Tensor, Tensor], member: PoolModel, m: int, part: Tensor
+    ) -> Tensor:
+        """Mixes number `part` of pool model m: (N, 3, size, size) float in [-1, 1], at that model's size."""
+        s, size, (order, weight) = self.s, member.image_size, partners
         pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
         x_a, x_b = (self.resized(images[index], size) for index in pairs)
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
         local_labels = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
-        mixed = diffusion_mixes(
+        return diffusion_mixes(
             member, x_a, x_b, weight.flatten()[part].to(self.device), eps,
             level=s.mix_level, steps=s.mix_steps, local_labels=local_labels,
         )  # fmt: skip
-        if size != self.size:
-            mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        return {"features": self.features(mixed)}
 
     def resized(self, images: Tensor, size: int) -> Tensor:
         """uint8 images as floats on the device, at a pool model's size."""
@@ -217,6 +223,8 @@ class FewShotClassifier:
         """The parameters as settings of `diffusionmix.py`. Raises ValueError for one out of range."""
         params = self.get_params()
         model, pool, flags = (params.pop(name) for name in ("model", "pool", "pool_flags"))
+        if odd := sorted(set(flags or {}) - set(BARE)):
+            raise ValueError(f"got pool_flags with {', '.join(odd)}, expected some of {', '.join(BARE)}")
         places = {"resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
         return Settings(**places, **params, **(flags or {}))
 

@@ -11,7 +11,9 @@ from PIL import Image
 
 import diffusionmix
 from few_shot import RATES, FewShotClassifier
+from guided_diffusion.pool import subset_path
 from models.episode_head import predict
+from utils import checkpoint
 from utils.images import to_float
 
 QUICK = dict(mix_steps=2, head_steps=5, device="cpu", sample_batch=7)
@@ -235,7 +237,7 @@ GOOD = np.zeros((2, 16, 16, 3), np.uint8)
         (GOOD[:, :0], ["a", "b"], r"is \(0, 16, 3\) uint8"),
         ([GOOD[0], {}], ["a", "b"], "image number 1 .*is of type dict"),
         ([GOOD[0], GOOD.astype(object)[1]], ["a", "b"], "object"),
-        ([GOOD[0], "no/such.png"], ["a", "b"], "no/such.png: is a link to a file that is not there"),
+        ([GOOD[0], "no/such.png"], ["a", "b"], "no/such.png: no such file"),
     ],
 )  # fmt: skip
 def test_what_it_refuses(model, images, labels, words):
@@ -253,6 +255,7 @@ def test_what_it_refuses(model, images, labels, words):
         (dict(head_init="ones"), "--head-init"),
         (dict(device="toaster"), "lacks"),
         (dict(seed=-1), "--seed"),
+        (dict(pool_flags={"heads": 4}), "pool_flags with heads, expected some of image_size, num_heads"),
     ],
 )
 def test_parameters_are_checked_by_fit(classifier, params, words):
@@ -355,6 +358,22 @@ def test_the_command_without_mixes_and_with_many_pictures(label, tmp_path, monke
     status, out, err = label("--mix", "False", pool="no/such/pool")
     assert status == 0 and err == "" and "(the surest 4)" in out
     assert len(rows_of(tmp_path / "run" / "predictions.csv")) == 9
+
+
+def test_class_names_that_the_font_lacks(label, tmp_path):
+    folders(tmp_path / "few", *pictures({"日本語の本": 1, "b\nc": 2}))
+    folders(tmp_path / "more", *pictures({"x": 2}))
+    assert label("--mix", "False")[0] == 0
+    assert list(rows_of(tmp_path / "run" / "predictions.csv")[0])[2:] == ["b\\nc", "日本語の本"]
+
+
+def test_public_checkpoints_as_the_pool(model, toy_pool, tmp_path):
+    checkpoint.save(tmp_path / "bare.pt", checkpoint.load(subset_path(toy_pool, 1))["model"])
+    images, labels = pictures({"a": 2, "b": 1})
+    flags = dict(image_size=16, num_heads=1)
+    bare = FewShotClassifier(model, tmp_path / "bare.pt", pool_flags=flags, **QUICK).fit(images, labels)
+    own = FewShotClassifier(model, subset_path(toy_pool, 1), **QUICK).fit(images, labels)
+    assert (bare.predict_proba(images) == own.predict_proba(images)).all()
 
 
 def test_damaged_pictures_are_left_out_with_their_reason(label, tmp_path):

@@ -122,6 +122,8 @@ def pixels_of(image: object, size: int) -> np.ndarray:
         ImageError: as for `read_image`, or anything else is given. Its message has no path and no number.
     """
     if isinstance(image, str | os.PathLike):
+        if not os.path.lexists(image):
+            raise ImageError("no such file")
         return read_image(image, size)
     if isinstance(image, Image.Image):
         try:
