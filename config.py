@@ -116,6 +116,12 @@ class Settings:
     head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
     head_scale: float = setting(1.0, "factor of the unit-length features in the head", low=0, group="testing")
 
+    # own pictures
+    support: str = setting("", "folder with one folder of pictures a class, to learn from", group="own pictures")
+    query: str = setting("", "folder of pictures to label, also those in the folders in it", group="own pictures")
+    out: str = setting("", "where to write what they are; default predictions.csv in the run folder",
+                       group="own pictures")  # fmt: skip
+
     def __post_init__(self) -> None:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
@@ -148,6 +154,11 @@ class Settings:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
         if self.mix_steps > self.mix_level:
             raise ValueError(f"got --mix-steps {self.mix_steps}, expected at most --mix-level, {self.mix_level}")
+        if bool(self.support) != bool(self.query) or (self.out and not self.query):
+            given = " and ".join(f"--{name}" for name in ("support", "query", "out") if getattr(self, name))
+            raise ValueError(f"got {given}, expected --support and --query: pictures to learn from, and to label")
+        if self.out and not self.out.endswith(".csv"):
+            raise ValueError(f"got --out {self.out}, expected a name that ends in .csv; its sheet ends in .png")
 
     # what the fields above come to
 

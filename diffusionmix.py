@@ -2,44 +2,43 @@
 
     python diffusionmix.py                            # the glyphs run of main.py, on its novel classes
     python diffusionmix.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --split meta_val
+    python diffusionmix.py --support data/few --query data/unlabelled       # labels one's own pictures: predictions.csv
 
 Each episode has a head of its own, fitted on its support set, on diffusion mixes of it from every pool model, and on
 the support set again; and for comparison one fitted on the support alone. All heads are fitted together.
 """
 
+import csv
 import hashlib
+import io
 import json
+import sys
 import time
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from config import Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
-from datasets.folder import LabelledImages
+from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
-from guided_diffusion.dist_util import pick_device
-from guided_diffusion.mix import diffusion_mixes, mix_labels, mix_timesteps
-from guided_diffusion.pool import Pool, PoolModel
-from guided_diffusion.pool_work import work_through
-from models.class_learner import load_statistics
-from models.episode_head import Heads, Stage, fit_heads, predict
-from models.meta_model import MetaModel
-from utils import checkpoint, processes
+from few_shot import FewShotClassifier, HeadFitter
+from models.episode_head import predict
+from utils import processes
+from utils.atomic import atomic_file
 from utils.cli import run
-from utils.images import to_float
+from utils.images import describe, extensions, find_images, read_images, shown, to_float, to_uint8
 from utils.lock import locked
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import Pieces, discard
-from utils.remote import local
+from utils.plots import contact_sheet
 from utils.run_log import write_json, write_skipped
-from utils.seeding import generator, noise, numpy_generator
 
-RATES = (0.05, 0.01, 0.05)  # of the head's three stages
-MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
-MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices")  # between a stopped test and its going on
+# between a stopped test and its going on; of own pictures what is in them counts
+MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out")
+SHEET = 100  # pictures on the sheet of answers
 
 
 class Testing:
@@ -47,102 +46,37 @@ class Testing:
 
     def __init__(self, settings: Settings, root: Path):
         s = self.s = settings
-        self.device = pick_device(s.device_name)
-        path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
-        self.model, self.size = load_model(path, self.device)
-        same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE} | {"root": str(root)}
-        made_with = hashlib.sha256(path.read_bytes() + json.dumps(same).encode()).hexdigest()
-        self.pieces = Pieces(s.run_folder / "mixes" / made_with[:16])  # of this model and these settings alone
-        self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.size)
+        self.fitter = HeadFitter(s)
+        self.pieces = pieces_of(self.fitter, "mixes", str(root).encode())
+        self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size)
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
-        self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
-        for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
-            mix_timesteps(s.mix_level, s.mix_steps, self.pool.load(m).flags["diffusion_steps"])
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Accuracy in percent of every episode, with mixes and without: (E,), (E,)."""
-        s = self.s
-        features = self.features(to_float(self.images.images))
+        features = self.fitter.features(to_float(self.images.images))
         e = self.episodes
         support, query = features[e.support], features[e.query]  # (E, S, D), (E, Q, D)
-        targets = torch.nn.functional.one_hot(e.support_labels, s.way).float()
-        plain = self.score(support, targets, [(support, targets), (support, targets)], (RATES[0], RATES[2]), query)
-        mixed = plain
-        if self.pool:
-            mixes, mix_targets = self.mixes(targets)
-            sets = [(support, targets), (mixes, mix_targets), (support, targets)]
-            mixed = self.score(support, targets, sets, RATES, query)
+        targets = torch.nn.functional.one_hot(e.support_labels, self.s.way).float()
+        plain = self.score(support, targets, None, query)
+        mixed = self.score(support, targets, self.mixes(targets), query) if self.fitter.pool else plain
         return mixed, plain
 
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Unit-length features (N, D) of images (N, 3, H, W), on the CPU."""
-        return torch.cat([self.model.embed(part.to(self.device)).cpu() for part in images.split(500)])
-
-    def score(self, support: Tensor, targets: Tensor, sets: list, rates: tuple, query: Tensor) -> Tensor:
-        """Accuracy (E,) in percent of heads fitted on `sets` one after the other."""
-        s = self.s
-        stages = [Stage(x, y, s.head_steps, rate) for (x, y), rate in zip(sets, rates, strict=True)]
-        rngs = [generator(s.seed, "head", i) for i in range(len(support))] if s.head_init == "random" else None
-        heads: Heads = fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
-        return accuracy(predict(heads, query), self.episodes.query_labels)
-
     def mixes(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model.
+        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model."""
+        return self.fitter.mixes(self.images.images, self.episodes.support, targets, self.pieces)
 
-        One pool model after the other, so that each checkpoint is read once; its mixes in full batches, which are kept
-        until the test is done. Several processes share them out.
-        """
-        s, (count, shots) = self.s, self.episodes.support.shape
-        partners = [self.partners(m) for m in range(len(self.pool))]
-        features = work_through(
-            self.pool,
-            [count * shots] * len(self.pool),
-            partial(self.mix_part, partners),
-            self.pieces,
-            batch=s.sample_batch,
-            device=self.device,
-            precision=s.precision,
-            desc="mixes",
-        )["features"].unflatten(0, (len(self.pool), count, shots))
-        labels = [
-            mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight)
-            for order, weight in partners
-        ]
-        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1)
+    def score(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None, query: Tensor) -> Tensor:
+        """Accuracy (E,) in percent of heads fitted on the support, on `mixes` where there are any, and on it again."""
+        return accuracy(predict(self.fitter.fit(support, targets, mixes), query), self.episodes.query_labels)
 
-    def partners(self, m: int) -> tuple[Tensor, Tensor]:
-        """Of each support image its partner in the mixes of model m (E, S), and its own share of them (E, S)."""
-        episodes, shots = self.episodes.support.shape
-        rngs = [numpy_generator(self.s.seed, "mix", m, i) for i in range(episodes)]
-        order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
-        weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs])
-        return order, weight.float()
 
-    def mix_part(
-        self, partners: list[tuple[Tensor, Tensor]], member: PoolModel, m: int, part: Tensor
-    ) -> dict[str, Tensor]:
-        """The `features` of mixes number `part` of pool model m."""
-        s, size, support, (order, weight) = self.s, member.image_size, self.episodes.support, partners[m]
-        pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
-        x_a, x_b = (self.resized(self.images.images[index], size) for index in pairs)
-        eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
-        local = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
-        mixed = diffusion_mixes(
-            member, x_a, x_b, weight.flatten()[part].to(self.device), eps,
-            level=s.mix_level, steps=s.mix_steps, local_labels=local,
-        )  # fmt: skip
-        if size != self.size:
-            mixed = torch.nn.functional.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        return {"features": self.features(mixed)}
-
-    def resized(self, images: Tensor, size: int) -> Tensor:
-        """uint8 images as floats on the device, at a pool model's size."""
-        pictures = to_float(images.to(self.device))
-        if size == self.size:
-            return pictures
-        return torch.nn.functional.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+def pieces_of(fitter: HeadFitter, folder: str, *data: bytes) -> Pieces:
+    """Where in the run folder the features of mixes are: of this meta-model, these settings and these data alone."""
+    s = fitter.s
+    same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE}
+    made_with = hashlib.sha256(b"".join([fitter.path.read_bytes(), json.dumps(same).encode(), *data])).hexdigest()
+    return Pieces(s.run_folder / folder / made_with[:16])
 
 
 def evaluate(settings: Settings, tests: list[Testing]) -> dict:
@@ -151,7 +85,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
     outcomes = [test.run() for test in tests]
     write_skipped(s.run_folder, *(test.images.skipped for test in tests))
     mixed, plain = (torch.cat(part) for part in zip(*outcomes, strict=True))
-    pool, device = tests[0].pool, tests[0].device
+    pool, device = tests[0].fitter.pool, tests[0].fitter.device
     results = {
         "dataset": s.dataset,
         "split": s.test_split,
@@ -190,24 +124,71 @@ def figures(mixed: Tensor, plain: Tensor) -> dict[str, float]:
     }
 
 
-def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
-    """The meta-model of a run in eval mode, and the size of the images that it was trained on."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such checkpoint; make it with python main.py, or name one with --resume")
-    state = checkpoint.load(path, device)
-    wanted = ("model", "model_statistics", "num_classes", "image_size", "settings")
-    if not isinstance(state, dict) or any(name not in state for name in wanted):
-        raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
-    settings = state["settings"]
-    model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"]).to(device)
-    checkpoint.load_state(model, state["model"], path)
-    load_statistics(model, state["model_statistics"])
-    return model.eval(), state["image_size"]
+class OwnPictures:
+    """The pictures of --support, a folder a class, and of --query, and what the former say that the latter are."""
+
+    def __init__(self, settings: Settings):
+        """Read them. Raises ValueError for fewer than 2 classes, a class without a picture, and nothing to label."""
+        s, self.started = settings, time.perf_counter()
+        self.s, self.fitter = s, HeadFitter(s)
+        self.support = load_split(s.support, "", self.fitter.size, every_class=True)
+        if len(self.support.class_names) < 2:
+            raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
+        paths, not_searched = find_images(s.query)
+        images, unreadable = read_images(paths, self.fitter.size)
+        left_out = not_searched + unreadable
+        what = f"left out {describe(left_out, Path(s.query))}" if left_out else ""
+        if not images:
+            raise ValueError(f"{s.query}: has no readable image ({what or extensions()}); expected some to label")
+        if what and processes.is_first():
+            print(f"{shown(s.query)}: {what}", file=sys.stderr)
+        self.paths = sorted(set(paths) - {path for path, _ in unreadable})
+        self.query = np.stack(images).transpose(0, 2, 3, 1)  # (N, size, size, 3) uint8
+        self.skipped = {shown(s.query): [(shown(path), reason) for path, reason in left_out]}
+
+    def label(self) -> np.ndarray:
+        """Learn from the ones, and give the probabilities (N, way) of the others."""
+        support = self.support
+        pieces = pieces_of(self.fitter, "own_mixes", support.images.numpy().tobytes(), support.labels.numpy().tobytes())
+        pixels, names = support.images.permute(0, 2, 3, 1), [support.class_names[c] for c in support.labels.tolist()]
+        classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
+        return classifier.predict_proba(self.query)
+
+    def write(self, probabilities: np.ndarray) -> None:
+        """Write predictions.csv, and beside it a sheet of the surest, and say so."""
+        path = Path(self.s.out or self.s.run_folder / "predictions.csv")
+        names = [shown(name) for name in self.support.class_names]
+        labels = [names[number] for number in probabilities.argmax(1)]
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["path", "label", *names])
+        for picture, label, row in zip(self.paths, labels, probabilities, strict=True):
+            table.writerow([shown(picture), label, *(f"{value:.6f}" for value in row)])
+        with atomic_file(path) as file:
+            file.write(text.getvalue().encode())
+        surest = probabilities.max(1).argsort(kind="stable")[::-1][:SHEET]
+        pictures = torch.from_numpy(self.query[surest]).permute(0, 3, 1, 2)
+        larger = to_uint8(torch.nn.functional.interpolate(to_float(pictures), (96, 96)))  # room for the text
+        below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
+        contact_sheet(larger, 10, path.with_suffix(".png"), below)
+        print(
+            f"labelled {len(labels)} pictures with {len(names)} classes, learnt from {len(self.support.labels)}, "
+            f"{time.perf_counter() - self.started:.0f} s; {path}, {path.with_suffix('.png')} (the surest {len(surest)})"
+        )
 
 
 def main() -> None:
-    """Parse, test, report."""
-    settings = parse(description="Meta-test with diffusion mixes.")
+    """Parse; test and report, or label one's own pictures."""
+    settings = parse(description="Meta-test with diffusion mixes, or label your own pictures.")
+    if settings.support:
+        own = OwnPictures(settings)
+        with locked(settings.run_folder):
+            write_skipped(settings.run_folder, own.support.skipped, own.skipped)
+            probabilities = own.label()
+            if processes.is_first():
+                own.write(probabilities)
+            discard(settings.run_folder / "own_mixes")
+        return
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
     with locked(settings.run_folder):
         results = evaluate(settings, tests)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import measure
-from diffusionmix import MIX_BETA, RATES
+from few_shot import MIX_BETA, RATES
 from guided_diffusion.dist_util import inference_dtype, pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels
 from guided_diffusion.pool import PoolModel

@@ -28,19 +28,22 @@ class LabelledImages:
     skipped: Skipped = field(default_factory=dict)
 
 
-def load_split(root: str | os.PathLike, split: str, size: int, max_per_class: int | None = None) -> LabelledImages:
+def load_split(
+    root: str | os.PathLike, split: str, size: int, max_per_class: int | None = None, *, every_class: bool = False
+) -> LabelledImages:
     """Read `<root>/<split>/<class>/*`, one folder a class, into memory.
 
     Files that cannot be read, and classes left without an image, are left out, and one line on stderr says so.
 
     Args:
         root: the data folder.
-        split: the folder in it, such as meta_val.
+        split: the folder in it, such as meta_val; "" for the data folder itself.
         size: side of the images in pixels.
         max_per_class: read only the first of each class that can be read, by name; None reads all.
+        every_class: refuse a class without a readable image.
 
     Raises:
-        ValueError: the folder is missing, or has no class with a readable image.
+        ValueError: the folder is missing, or has no class with a readable image, or not `every_class` has one.
     """
     folder = Path(root) / split
     holds = f"it should hold one folder a class with images ({extensions()})"
@@ -70,6 +73,10 @@ def load_split(root: str | os.PathLike, split: str, size: int, max_per_class: in
     what = f"left out {' and '.join(parts)}"
     if not names:
         raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
+    if empty and every_class:
+        raise ValueError(
+            f"{shown(empty[0])}: is a class without a readable image; add one, or take the folder away ({what})"
+        )
     if parts:
         print(f"{shown(folder)}: {what}", file=sys.stderr)
     left_out += [(path, "is a class folder without a readable image") for path in empty]

@@ -32,12 +32,14 @@ class Stage:
         targets: (E, S, way), float soft labels; each sums to 1.
         steps: full-batch steps.
         rate: learning rate.
+        weights: (E, S), float, 0 or more, of each sample in the mean over samples; None: all count alike.
     """
 
     inputs: Tensor
     targets: Tensor
     steps: int = 50
     rate: float = 0.01
+    weights: Tensor | None = None
 
 
 def meta_test_stages(
@@ -137,6 +139,8 @@ def _descend(weight: Tensor, bias: Tensor, stage: Stage, scale: float, momentum:
     for _ in range(stage.steps):
         logits = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))  # (E, S, way)
         residual = (logits.softmax(-1) - targets) / inputs.shape[1]
+        if stage.weights is not None:
+            residual *= stage.weights[..., None]
         gradient = torch.baddbmm(weight, residual.transpose(1, 2), inputs, beta=weight_decay)  # (E, way, D)
         weight_step.mul_(momentum).add_(gradient)
         bias_step.mul_(momentum).add_(residual.sum(1)).add_(bias, alpha=weight_decay)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import main
 from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from utils import checkpoint
@@ -127,6 +128,18 @@ def paint_pool(make_pool, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("paint") / "pool"
     return make_pool(folder, [4] * 5, paint, predict_xstart=True, learn_sigma=False)
+
+
+@pytest.fixture(scope="session")
+def trained(toy_pool, tmp_path_factory) -> Path:
+    """A run folder whose meta-model has random weights. For copying only."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
+        flags = ("--source", "none", "--save-dir", folder, "--pool", toy_pool, "--data-root", folder.parent / "none")
+        patch.setattr("sys.argv", ["main.py", *TINY, *map(str, flags)])
+        main.main()
+    return folder
 
 
 @pytest.fixture

@@ -103,6 +103,9 @@ def test_ranges(field):
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
         ("--sampler euler", "dpmpp2m"),
+        ("--support S", "got --support, expected --support and --query"),
+        ("--query Q --out P.csv", "got --query and --out, expected"),
+        ("--support S --query Q --out P", "ends in .csv"),
     ],
 )
 def test_refused(text, words):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import diffusionmix
-import main
-from tests.conftest import TINY
+import few_shot
 from utils.images import to_float
 from utils.metrics import mean_confidence_interval, paired_difference
 
@@ -19,18 +18,6 @@ KEYS = (
 QUICK = "--episodes 4 --nTestNovel 10 --mix-steps 2 --head-steps 5 --device cpu --sample-batch 7".split()
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
-
-
-@pytest.fixture(scope="module")
-def trained(toy_pool, tmp_path_factory):
-    """A run folder whose meta-model has random weights. For copying only."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
-        flags = ("--source", "none", "--save-dir", folder, "--pool", toy_pool, "--data-root", folder.parent / "none")
-        patch.setattr("sys.argv", ["main.py", *TINY, *map(str, flags)])
-        main.main()
-    return folder
 
 
 @pytest.fixture
@@ -106,7 +93,7 @@ def test_partners_and_labels_of_mixes_agree(trained, toy_pool, tmp_path, monkeyp
         seen.append((x_a, x_b, weight, noise))
         return x_a
 
-    monkeypatch.setattr(diffusionmix, "diffusion_mixes", spy)
+    monkeypatch.setattr(few_shot, "diffusion_mixes", spy)
     flags = ("--save-dir", trained, "--pool", toy_pool, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
     settings = diffusionmix.parse([str(flag) for flag in flags], description="test")
     testing = diffusionmix.Testing(settings, settings.data_paths[0])

@@ -43,6 +43,8 @@ def place(tmp_path, make_pool, picture_folder, monkeypatch):
     picture_folder(tmp_path / "few_images" / "meta_val", {name: [1, 2] for name in levels})
     picture_folder(tmp_path / "few_images" / "meta_train", {name: [1, 2] for name in levels})
     picture_folder(tmp_path / "flat", {".": [1, 2]})
+    picture_folder(tmp_path / "one", {"c0": [1, 2]})
+    picture_folder(tmp_path / "lacking", {"c0": [1, 2], "c1": []})
     (tmp_path / "empty" / "meta_val").mkdir(parents=True)
     (tmp_path / "a_file").write_text("x")
     make_pool(tmp_path / "pool", [3, 3])
@@ -194,6 +196,21 @@ CASES = [
     (diffusionmix, MIX, "--resume run.pt --data-root few_images --split meta_val", "an episode needs 3"),
     (diffusionmix, MIX, "--resume run.pt --pool nowhere", "got no diffusion models"),
     (diffusionmix, MIX, "--resume run.pt --pool cut", "subset2/ckpt/model.pt: is cut short"),
+    # own pictures
+    (diffusionmix, MIX, "--support data/meta_val", "got --support, expected --support and --query"),
+    (diffusionmix, MIX, "--query data/meta_val", "got --query, expected --support and --query"),
+    (diffusionmix, MIX, "--out x.csv", "got --out, expected --support and --query"),
+    (diffusionmix, MIX, "--support s --query q --out x.png", "a name that ends in .csv"),
+    (diffusionmix, MIX, "--support data/meta_val --query flat", "out/best_model.pt: no such checkpoint"),
+    (diffusionmix, MIX, "--resume run.pt --support nowhere --query flat", "nowhere: no such folder"),
+    (diffusionmix, MIX, "--resume run.pt --support flat --query flat", "no class with a readable image"),
+    (diffusionmix, MIX, "--resume run.pt --support one --query flat", "one: got 1 class, expected 2 or more"),
+    (diffusionmix, MIX, "--resume run.pt --support lacking --query flat", "is a class without a readable image"),
+    (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query nowhere", "nowhere: no such folder"),
+    (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query empty", "has no readable image"),
+    (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query all-bad", "has no readable image"),
+    (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query flat --pool cut", "is cut short"),
+    (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query flat --save-dir busy", "another run is at"),
     # pretraining
     (image_train, TRAIN, "--data_dir nowhere", "nowhere"),
     (image_train, TRAIN, "--data_dir empty", "holds no images"),

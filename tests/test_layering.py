@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "models": {"models", "utils"},
     "datasets": {"datasets", "utils"},
 }
-PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "benchmarks", "tests"}
+PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "few_shot", "benchmarks", "tests"}
 
 
 def sources(part):

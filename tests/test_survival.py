@@ -65,6 +65,10 @@ def command(place, name, out):
     if name == "diffusionmix":
         flags = "--episodes 12 --nTestNovel 10 --mix-steps 2 --head-steps 3 --sample-batch 8 --nExemplars 2".split()
         return "diffusionmix", (*shared, *flags, "--resume", place / "trained.pt", "--save-dir", out)
+    if name == "own pictures":
+        flags = "--mix-steps 20 --head-steps 3 --sample-batch 8".split()
+        own = ("--support", place / "data" / "meta_val", "--query", place / "data" / "meta_test")
+        return "diffusionmix", (*shared, *own, *flags, "--resume", place / "trained.pt", "--save-dir", out)
     if name == "image_train":
         flags = (
             "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --batch_size 4 "
@@ -85,6 +89,8 @@ def outcome(name, out):
     if name == "diffusionmix":
         results = json.loads((out / "results.json").read_text())
         return {key: value for key, value in results.items() if key not in TIMES}
+    if name == "own pictures":
+        return {path.name: path.read_bytes() for path in out.glob("predictions.*")}
     if name == "image_train":
         models = {path.parent.parent.name: checkpoint.load(path) for path in sorted(out.glob("subset*/ckpt/model.pt"))}
         return models | {"pool.json": json.loads((out / "pool.json").read_text())}
@@ -103,7 +109,7 @@ def undisturbed(server, place):
     known = {}
 
     def get(name, processes=1):
-        if name == "diffusionmix" and not (place / "trained.pt").exists():
+        if name in ("diffusionmix", "own pictures") and not (place / "trained.pt").exists():
             get("main")
             shutil.copyfile(place / "main-1" / "best_model.pt", place / "trained.pt")
         if (name, processes) not in known:
@@ -117,7 +123,7 @@ def undisturbed(server, place):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["main", "diffusionmix", "image_train"])
+@pytest.mark.parametrize("name", ["main", "diffusionmix", "own pictures", "image_train"])
 def test_killed_at_any_point_it_ends_the_same(server, place, undisturbed, name, processes):
     expected, seconds = undisturbed(name, processes)
     kills = KILLS if processes == 1 else max(2, KILLS // 4)
@@ -134,7 +140,7 @@ def test_killed_at_any_point_it_ends_the_same(server, place, undisturbed, name, 
         statuses, _ = server(module, argv, log, processes)
         assert statuses == [0] * processes, log.read_text()
         assert same(outcome(name, out), expected), f"killed at {kill + 0.5} of {kills}: {log.read_text()}"
-        assert not list(out.rglob("*batches-*")) and not (out / "mixes").exists() and not list(out.rglob("state*.pt"))
+        assert not list(out.rglob("*batches-*")) and not list(out.glob("*mixes")) and not list(out.rglob("state*.pt"))
         shutil.rmtree(out)
     assert killed > kills // 2
 
@@ -156,7 +162,7 @@ def test_asked_to_stop_it_says_how_to_go_on(server, place, undisturbed, name, nu
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", ["main", "diffusionmix"])
+@pytest.mark.parametrize("name", ["main", "diffusionmix", "own pictures"])
 def test_several_processes_give_what_one_gives(undisturbed, name, processes):
     assert same(undisturbed(name, processes)[0], undisturbed(name)[0])
 

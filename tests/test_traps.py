@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusionmix
+import few_shot
 import main
 from config import SCENARIOS
 from datasets.augment import AugmentSettings
@@ -133,7 +134,7 @@ def test_class_c_comes_from_its_model_in_every_round(command, custom, paint_pool
 def test_labels_weigh_as_images_and_noise_is_of_the_schedule(command, custom, toy_pool, monkeypatch):
     """Black and white images: the grey of a noise-free blend tells its weights, the rest is noise."""
     seen, labels, weights = [], [], []
-    forward, mix_labels = UNetModel.forward, diffusionmix.mix_labels
+    forward, mix_labels = UNetModel.forward, few_shot.mix_labels
 
     def spy(network, x, timesteps, y=None):
         if int(timesteps[0]) == 199:
@@ -148,9 +149,9 @@ def test_labels_weigh_as_images_and_noise_is_of_the_schedule(command, custom, to
     root = custom("meta_val", "meta_test")
     command(main, root, "--source", "none")
     monkeypatch.setattr(UNetModel, "forward", spy)
-    monkeypatch.setattr(diffusionmix, "mix_labels", noted)
-    asked, noise = [], diffusionmix.noise
-    monkeypatch.setattr(diffusionmix, "noise", lambda *a: asked.append(noise(*a)) or asked[-1])
+    monkeypatch.setattr(few_shot, "mix_labels", noted)
+    asked, noise = [], few_shot.noise
+    monkeypatch.setattr(few_shot, "noise", lambda *a: asked.append(noise(*a)) or asked[-1])
     classes, sampler = [], diffusionmix.EpisodeSampler.sample_indexed
 
     def drawn(*args):
@@ -227,7 +228,7 @@ def watched_features(spy):
 def test_every_network_of_testing_sees_minus_one_to_one(command, custom, monkeypatch):
     root, seen, mixed = custom("meta_val", "meta_test"), [], []
     command(main, root, "--source", "none")
-    forward, mixes = Conv4.forward, diffusionmix.diffusion_mixes
+    forward, mixes = Conv4.forward, few_shot.diffusion_mixes
 
     def spy_mix(model, x_a, x_b, *args, **kwargs):
         mixed.append(torch.cat([x_a, x_b]))
@@ -239,7 +240,7 @@ def test_every_network_of_testing_sees_minus_one_to_one(command, custom, monkeyp
         return forward(network, images)
 
     monkeypatch.setattr(Conv4, "forward", spy_conv4)
-    monkeypatch.setattr(diffusionmix, "diffusion_mixes", spy_mix)
+    monkeypatch.setattr(few_shot, "diffusion_mixes", spy_mix)
     command(diffusionmix, root)
     assert extremes(seen[0]) == (-1.0, 1.0)  # the real images: black is -1, white is 1, nothing is taken away
     assert len(seen) > 5 and all(-1 <= low and high <= 1 for low, high in map(extremes, seen))

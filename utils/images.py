@@ -104,13 +104,62 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     try:
         _check_file(path)
         with Image.open(path, formats=FORMATS) as file:  # reads the header alone
-            if file.width * file.height > MAX_PIXELS:
-                raise ImageError(f"is {file.width} x {file.height} pixels, expected at most {MAX_PIXELS:,} in all")
-            image = _as_rgb(ImageOps.exif_transpose(file))
+            return _pixels(file, size)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything out of Pillow
         raise ImageError(_reason(error)) from error
+
+
+def pixels_of(image: object, size: int) -> np.ndarray:
+    """One image as `read_image` gives it, (3, size, size) uint8 RGB, from wherever it is.
+
+    Args:
+        image: a path; a PIL image; or a NumPy array or tensor, (H, W, 3) uint8 or (3, H, W) float in [-1, 1].
+        size: side in pixels.
+
+    Raises:
+        ImageError: as for `read_image`, or anything else is given. Its message has no path and no number.
+    """
+    if isinstance(image, str | os.PathLike):
+        if not os.path.lexists(image):
+            raise ImageError("no such file")
+        return read_image(image, size)
+    if isinstance(image, Image.Image):
+        try:
+            return _pixels(image, size)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # its file is read only now
+            raise ImageError(_reason(error)) from error
+    return _pixels(Image.fromarray(_as_uint8(image).numpy()), size)
+
+
+def _as_uint8(array: object) -> torch.Tensor:
+    """(H, W, 3) uint8 of an array or tensor."""
+    expected = "expected a path, a PIL image, or an array (H, W, 3) uint8 or (3, H, W) float in [-1, 1]"
+    if not isinstance(array, np.ndarray | torch.Tensor):
+        raise ImageError(f"is of type {type(array).__name__}, {expected}")
+    kind = f"{tuple(array.shape)} {str(array.dtype).removeprefix('torch.')}"
+    try:
+        found = torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array).detach().cpu()
+    except TypeError:  # of types that torch lacks
+        raise ImageError(f"is {kind}, {expected}") from None
+    whole = found.ndim == 3 and found.numel()
+    if whole and found.dtype == torch.uint8 and found.shape[2] == 3:
+        return found.contiguous()
+    if not (whole and found.is_floating_point() and found.shape[0] == 3):
+        raise ImageError(f"is {kind}, {expected}")
+    low, high = float(found.min()), float(found.max())
+    if not -1.001 < low <= high < 1.001:  # refuses NaN, too
+        raise ImageError(f"has values from {low:g} to {high:g}, expected [-1, 1]: 2 x - 1 of floats in [0, 1]")
+    return to_uint8(found).permute(1, 2, 0).contiguous()
+
+
+def _pixels(image: Image.Image, size: int) -> np.ndarray:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"is {image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all")
+    image = _as_rgb(ImageOps.exif_transpose(image))
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     square = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))

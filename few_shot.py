@@ -1,0 +1,367 @@
+"""Few-shot classification: linear heads on a frozen meta-model, fitted on images and on diffusion mixes of them.
+
+    classifier = FewShotClassifier("ckpt/runs/glyphs/1-shot/best_model.pt", pool="ckpt/glyphs")
+    classifier.fit(images, labels)
+    classifier.predict(images)
+
+`HeadFitter` is the method, for many episodes at once as `diffusionmix.py` tests it; `FewShotClassifier` is one episode.
+"""
+
+import inspect
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import BARE, Settings
+from guided_diffusion.dist_util import pick_device
+from guided_diffusion.mix import diffusion_mixes, mix_labels, mix_timesteps
+from guided_diffusion.pool import Pool, PoolModel
+from guided_diffusion.pool_work import work_through
+from models.class_learner import load_statistics
+from models.episode_head import Heads, Stage, fit_heads, predict
+from models.meta_model import MetaModel
+from utils import checkpoint
+from utils.images import ImageError, pixels_of, shown, to_float
+from utils.pieces import Pieces
+from utils.remote import local
+from utils.seeding import generator, noise, numpy_generator
+
+RATES = (0.05, 0.01, 0.05)  # of the head's three stages
+MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
+
+
+class HeadFitter:
+    """A trained meta-model and the pool that mixes for it: fits the heads of episodes.
+
+    A head is fitted on the support set, on diffusion mixes of it from every pool model, and on the support set again
+    (Wei et al., IEEE TCSVT 2024). Where an episode has more images of one class than of another, each class counts
+    alike: the cross-entropy of class c is weighted by S / (way * images of c), in the mixes as in the support set. With
+    equal shots that is 1.
+
+    Attributes:
+        s: the settings.
+        path: the checkpoint of the meta-model.
+        device: where networks are.
+        model: the meta-model, in eval mode.
+        size: side of the images that it takes, in pixels.
+        pool: None without mixes.
+    """
+
+    def __init__(self, settings: Settings):
+        """Load what `settings` name. Raises ValueError for a checkpoint that is missing, damaged or of another kind."""
+        s = self.s = settings
+        self.device = pick_device(s.device_name)
+        self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
+        self.model, self.size = load_model(self.path, self.device)
+        self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
+        for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
+            mix_timesteps(s.mix_level, s.mix_steps, self.pool.load(m).flags["diffusion_steps"])
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Unit-length features (N, D), on the CPU, of images (N, 3, H, W) float in [-1, 1]."""
+        return torch.cat([self.model.embed(part.to(self.device)).cpu() for part in images.split(500)])
+
+    def fit(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None) -> Heads:
+        """The heads of E episodes.
+
+        support: (E, S, D) features; targets: (E, S, way) float, one-hot; mixes: what `mixes` gives, None without.
+        """
+        s, counts = self.s, targets.sum(1, keepdim=True)  # (E, 1, way)
+        equal = bool((counts == counts[..., :1]).all())
+        class_weights = None if equal else targets.shape[1] / (targets.shape[2] * counts)
+        sets = [((support, targets), RATES[0]), ((support, targets), RATES[2])]
+        if mixes is not None:
+            sets.insert(1, (mixes, RATES[1]))
+        stages = [_stage(*samples, class_weights, s.head_steps, rate) for samples, rate in sets]
+        rngs = [generator(s.seed, "head", i) for i in range(len(support))] if s.head_init == "random" else None
+        return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
+
+    def mixes(self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model.
+
+        One pool model after the other, so that each checkpoint is read once; its mixes in full batches, which `pieces`
+        keeps. Several processes share them out.
+
+        images: (N, 3, size, size) uint8; support: (E, S) int64, which of them; targets: (E, S, way), their labels.
+        """
+        s, (count, shots) = self.s, support.shape
+        partners = [self.partners(m, count, shots) for m in range(len(self.pool))]
+        features = work_through(
+            self.pool,
+            [count * shots] * len(self.pool),
+            partial(self.mix_part, images, support, partners),
+            pieces,
+            batch=s.sample_batch,
+            device=self.device,
+            precision=s.precision,
+            desc="mixes",
+        )["features"].unflatten(0, (len(self.pool), count, shots))
+        labels = [
+            mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight)
+            for order, weight in partners
+        ]
+        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1)
+
+    def partners(self, m: int, episodes: int, shots: int) -> tuple[Tensor, Tensor]:
+        """Of each support image its partner in the mixes of model m (E, S), and its own share of them (E, S)."""
+        rngs = [numpy_generator(self.s.seed, "mix", m, i) for i in range(episodes)]
+        order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
+        weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs])
+        return order, weight.float()
+
+    def mix_part(
+        self, images: Tensor, support: Tensor, partners: list[tuple[Tensor, Tensor]], member: PoolModel, m: int,
+        part: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The `features` of mixes number `part` of pool model m."""
+        mixed = self.mixed(images, support, partners[m], member, m, part)
+        if member.image_size != self.size:
+            mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
+        return {"features": self.features(mixed)}
+
+    def mixed(
+        self, images: Tensor, support: Tensor, partners: tuple[Tensor, Tensor], member: PoolModel, m: int, part: Tensor
+    ) -> Tensor:
+        """Mixes number `part` of pool model m: (N, 3, size, size) float in [-1, 1], at that model's size."""
+        s, size, (order, weight) = self.s, member.image_size, partners
+        pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
+        x_a, x_b = (self.resized(images[index], size) for index in pairs)
+        eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
+        local_labels = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
+        return diffusion_mixes(
+            member, x_a, x_b, weight.flatten()[part].to(self.device), eps,
+            level=s.mix_level, steps=s.mix_steps, local_labels=local_labels,
+        )  # fmt: skip
+
+    def resized(self, images: Tensor, size: int) -> Tensor:
+        """uint8 images as floats on the device, at a pool model's size."""
+        pictures = to_float(images.to(self.device))
+        if size == self.size:
+            return pictures
+        return F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+
+
+class FewShotClassifier:
+    """Learns classes from a few images each, with scikit-learn's methods.
+
+    Images are given as a list of paths, PIL images, or single arrays; or as one array or tensor, (N, H, W, 3) uint8 or
+    (N, 3, H, W) float in [-1, 1], RGB (those in [0, 1] are 2 x - 1 there). They may be of any sizes: of each the
+    central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value an image.
+
+    All that is random comes from `seed`. It does not matter in which order the classes are given, while that of the
+    images of a class decides which are mixed. scikit-learn is not needed; its `clone`, pipelines and cross-validation,
+    and `pickle`, work.
+
+    Args:
+        model: best_model.pt or last.pt of a run of main.py, or its address.
+        pool: folder, checkpoint or address of the diffusion models that mix; None fits on the images alone.
+        mix_level, mix_steps, head_steps, head_init, head_scale, seed, sample_batch, precision, device: as the flags of
+            `diffusionmix.py`; config.py has their ranges. (Its glyphs scenario mixes in 1 step.)
+        pool_flags: what bare public checkpoints in the pool do not tell, such as {"num_heads": 4}.
+
+    Attributes:
+        classes_: (way,) array, the labels in order: sorted, or where they cannot be, by type and text.
+        fitter_: the loaded model and pool.
+        heads_: the head, of one episode.
+    """
+
+    _estimator_type = "classifier"
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        pool: str | os.PathLike | None = None,
+        *,
+        mix_level: int = Settings.mix_level,
+        mix_steps: int = Settings.mix_steps,
+        head_steps: int = Settings.head_steps,
+        head_init: str = Settings.head_init,
+        head_scale: float = Settings.head_scale,
+        seed: int = Settings.seed,
+        sample_batch: int = Settings.sample_batch,
+        precision: str = Settings.precision,
+        device: str = Settings.device,
+        pool_flags: Mapping[str, Any] | None = None,
+    ):
+        self.model, self.pool, self.pool_flags = model, pool, pool_flags  # as given, as scikit-learn's clone expects
+        self.mix_level, self.mix_steps = mix_level, mix_steps
+        self.head_steps, self.head_init, self.head_scale = head_steps, head_init, head_scale
+        self.seed, self.sample_batch, self.precision, self.device = seed, sample_batch, precision, device
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments of the constructor, by name; `deep` changes nothing."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> "FewShotClassifier":
+        """Change arguments of the constructor, for the next `fit`. Raises ValueError for one that it does not have."""
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                raise ValueError(f"got the parameter {name!r}, expected one of {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn (1.6 or newer), which alone calls this, asks of a classifier."""
+        from sklearn.utils import ClassifierTags, Tags, TargetTags
+
+        return Tags("classifier", TargetTags(required=True), classifier_tags=ClassifierTags())
+
+    def __repr__(self) -> str:
+        return f"FewShotClassifier({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
+
+    def settings(self) -> Settings:
+        """The parameters as settings of `diffusionmix.py`. Raises ValueError for one out of range."""
+        params = self.get_params()
+        model, pool, flags = (params.pop(name) for name in ("model", "pool", "pool_flags"))
+        if odd := sorted(set(flags or {}) - set(BARE)):
+            raise ValueError(f"got pool_flags with {', '.join(odd)}, expected some of {', '.join(BARE)}")
+        places = {"resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
+        return Settings(**places, **params, **(flags or {}))
+
+    def fit(
+        self, images: Iterable, labels: Iterable[Hashable], *, fitter: HeadFitter | None = None,
+        pieces: Pieces | None = None,
+    ) -> "FewShotClassifier":  # fmt: skip
+        """Fit the head on labelled images. Any number of classes (2 or more), each with any number of images.
+
+        Each class counts alike, however many images it has; see `HeadFitter`. `images` and `labels`: see the class.
+
+        fitter: a model and pool that are loaded already; its settings count. None loads those of the parameters.
+        pieces: where the mixes' features are kept until all are made; None: in memory.
+
+        Returns itself. Raises ValueError for images or labels of another kind or number, and for a model or pool that
+        does not load.
+        """
+        fitter = fitter or HeadFitter(self.settings())
+        classes, numbers = _encoded(labels)
+        pixels = _read(images, fitter.size)
+        if len(pixels) != len(numbers):
+            raise ValueError(f"got {len(pixels)} images and {len(numbers)} labels, expected one label an image")
+        order = numbers.argsort(stable=True)
+        pixels, targets = pixels[order], F.one_hot(numbers[order], len(classes)).float()[None]  # (1, S, way)
+        mixes = None
+        if fitter.pool:
+            mixes = fitter.mixes(pixels, torch.arange(len(pixels))[None], targets, pieces or Pieces())
+        self.heads_ = fitter.fit(fitter.features(to_float(pixels))[None], targets, mixes)
+        self.fitter_, self.classes_ = fitter, classes
+        return self
+
+    def predict_proba(self, images: Iterable) -> np.ndarray:
+        """Probabilities (N, way) float64 of images, columns as in `classes_`: the softmax of the head's logits.
+
+        An image's row depends on no other image. The head's steps are few and small, so the highest is often not much
+        above 1 / way: its order tells more than its value, which `head_scale` raises.
+        """
+        if not hasattr(self, "heads_"):
+            raise ValueError("this FewShotClassifier is not fitted yet; call fit(images, labels) first")
+        features = self.fitter_.features(to_float(_read(images, self.fitter_.size)))
+        return predict(self.heads_, features[None])[0].double().softmax(-1).numpy()
+
+    def predict(self, images: Iterable) -> np.ndarray:
+        """The likeliest label (N,) of each image."""
+        best = self.predict_proba(images).argmax(1)
+        return self.classes_[best]
+
+    def score(self, images: Iterable, labels: Iterable[Hashable]) -> float:
+        """The share of images, 0 to 1, whose predicted label is theirs."""
+        found, wanted = self.predict(images), _plain(labels)
+        if len(found) != len(wanted):
+            raise ValueError(f"got {len(found)} images and {len(wanted)} labels, expected one label an image")
+        return float(np.mean([a == b for a, b in zip(found.tolist(), wanted, strict=True)]))
+
+
+def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
+    """The meta-model of a run in eval mode, and the size of the images that it was trained on.
+
+    Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint; make it with python main.py, or name one with --resume")
+    state = checkpoint.load(path, device)
+    wanted = ("model", "model_statistics", "num_classes", "image_size", "settings")
+    if not isinstance(state, dict) or any(name not in state for name in wanted):
+        raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
+    settings = state["settings"]
+    with torch.random.fork_rng(devices=[]):  # the weights that it is made with are replaced: leave no trace of them
+        model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"])
+    model.to(device)
+    checkpoint.load_state(model, state["model"], path)
+    load_statistics(model, state["model_statistics"])
+    return model.eval(), state["image_size"]
+
+
+def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
+    """SGD on cross-entropy -sum_c w_c y_c log p_c, with class weights w (E, 1, way); None: all 1."""
+    if class_weights is None:
+        return Stage(inputs, targets, steps, rate)
+    weighted = class_weights * targets
+    mass = weighted.sum(-1, keepdim=True)  # (E, S, 1)
+    return Stage(inputs, weighted / mass, steps, rate, mass[..., 0])
+
+
+def _plain(labels: Iterable[Hashable]) -> list:
+    """Labels of a list, array, tensor or the like as plain values, which hash and compare as such."""
+    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
+        raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one an image")
+    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
+
+
+def _encoded(labels: Iterable[Hashable]) -> tuple[np.ndarray, Tensor]:
+    """The classes in order, and the number of each label's among them, (N,) int64."""
+    labels = _plain(labels)
+    try:
+        found = set(labels)
+    except TypeError:
+        raise ValueError("got labels that are lists or the like, expected one hashable value an image") from None
+    if any(label != label for label in found):
+        raise ValueError("got NaN among the labels, expected one value of its class an image")
+    if len(found) < 2:
+        raise ValueError(f"got {len(found)} classes, expected 2 or more: give labelled images of another class too")
+    try:
+        ordered = sorted(found)
+    except TypeError:  # of types that do not compare
+        ordered = sorted(found, key=lambda label: (type(label).__name__, repr(label)))
+    alike = len({type(label) for label in ordered}) == 1 and isinstance(ordered[0], str | int | float)
+    classes = np.array(ordered) if alike else np.empty(len(ordered), object)
+    for number, label in enumerate(ordered):  # one by one, as tuples would be taken for axes
+        classes[number] = label
+    numbers = {label: number for number, label in enumerate(ordered)}
+    return classes, torch.tensor([numbers[label] for label in labels])
+
+
+def _read(images: Iterable, size: int) -> Tensor:
+    """Images as the class takes them, as (N, 3, size, size) uint8."""
+    single = isinstance(images, str | os.PathLike) or not isinstance(images, Iterable)
+    if single or (isinstance(images, np.ndarray | Tensor) and images.ndim not in (1, 4)):
+        got = getattr(images, "shape", type(images).__name__)
+        raise ValueError(
+            f"got images {got if isinstance(got, str) else tuple(got)}, expected a list of them, or an array "
+            "(N, H, W, 3) uint8 or (N, 3, H, W) float in [-1, 1]; put a single one into a list"
+        )
+    images = list(images)
+    if not images:
+        raise ValueError("got no images, expected one or more")
+
+    def read(image: object) -> np.ndarray | str:
+        try:
+            return pixels_of(image, size)
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as threads:
+        done = list(threads.map(read, images))
+    for number, (image, result) in enumerate(zip(images, done, strict=True)):
+        if isinstance(result, str):
+            name = shown(image) if isinstance(image, str | os.PathLike) else f"image number {number} (from 0)"
+            raise ValueError(f"{name}: {result}")
+    return torch.from_numpy(np.stack(done))
