@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,17 +29,21 @@ from models.class_learner import load_statistics
 from models.episode_head import Heads, Stage, fit_heads, predict
 from models.meta_model import MetaModel
 from utils import checkpoint, processes
+from utils.atomic import atomic_file
 from utils.cli import run
-from utils.images import to_float
+from utils.images import to_float, to_uint8
 from utils.lock import locked
+from utils.machine import note_start
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import Pieces, discard
 from utils.remote import local
+from utils.report import Report
 from utils.run_log import write_json, write_skipped
 from utils.seeding import generator, noise, numpy_generator
 
 RATES = (0.05, 0.01, 0.05)  # of the head's three stages
 MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
+SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices")  # between a stopped test and its going on
 
 
@@ -50,7 +55,7 @@ class Testing:
         self.device = pick_device(s.device_name)
         path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size = load_model(path, self.device)
-        same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE} | {"root": str(root)}
+        same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE} | {"root": str(root), "shown": SHOWN}
         made_with = hashlib.sha256(path.read_bytes() + json.dumps(same).encode()).hexdigest()
         self.pieces = Pieces(s.run_folder / "mixes" / made_with[:16])  # of this model and these settings alone
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.size)
@@ -135,7 +140,39 @@ class Testing:
         )  # fmt: skip
         if size != self.size:
             mixed = torch.nn.functional.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
+        for item, picture in zip(part.tolist(), to_uint8(mixed).cpu(), strict=True):
+            if self.shown(m, item):
+                self.pieces.keep(f"picture-model{m:03d}-item{item}", picture)
         return {"features": self.features(mixed)}
+
+    def shown(self, m: int, item: int) -> bool:
+        """Whether mix number `item` of pool model m is one of the few that the report shows."""
+        shots = self.episodes.support.shape[1]
+        return m < SHOWN and item in range(0, shots, -(-shots // SHOWN))  # of the first episode, of several classes
+
+    def save_mixes(self) -> None:
+        """Write the mixes that the report shows as mixes.npz, once `run` has made them; without mixes, none.
+
+        x_a, x_b and mix: (M, K, 3, H, W) uint8, of the first M pool models; share: (M, K), of x_a.
+        """
+        path, support = self.s.run_folder / "mixes.npz", self.episodes.support[0]
+        items = [i for i in range(len(support)) if self.shown(0, i)]
+        models = range(min(SHOWN, len(self.pool)) if self.pool else 0)
+        mixes = self.pieces.collect([f"picture-model{m:03d}-item{i}" for m in models for i in items])
+        if not processes.is_first():
+            return
+        if not mixes:
+            path.unlink(missing_ok=True)  # of an earlier test
+            return
+        partners = [self.partners(m) for m in models]
+        with atomic_file(path) as file:
+            np.savez(
+                file,
+                x_a=self.images.images[support[items]].expand(len(models), -1, -1, -1, -1).numpy(),
+                x_b=torch.stack([self.images.images[support[order[0][items]]] for order, _ in partners]).numpy(),
+                mix=torch.stack(mixes).unflatten(0, (len(models), len(items))).numpy(),
+                share=torch.stack([weight[0][items] for _, weight in partners]).numpy(),
+            )
 
     def resized(self, images: Tensor, size: int) -> Tensor:
         """uint8 images as floats on the device, at a pool model's size."""
@@ -210,13 +247,16 @@ def main() -> None:
     settings = parse(description="Meta-test with diffusion mixes.")
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
     with locked(settings.run_folder):
+        note_start(settings.run_folder, "diffusionmix.py", tests[0].device, settings.notes())
         results = evaluate(settings, tests)
+        tests[0].save_mixes()
         if processes.is_first():
-            report(settings, results)
+            say(settings, results)
         discard(settings.run_folder / "mixes")
+        Report(settings.run_folder).write()
 
 
-def report(settings: Settings, results: dict) -> None:
+def say(settings: Settings, results: dict) -> None:
     """Write results.json and say what came out."""
     path = settings.run_folder / "results.json"
     write_json(path, results)
