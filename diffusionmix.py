@@ -254,6 +254,9 @@ def main() -> None:
             say(settings, results)
         discard(settings.run_folder / "mixes")
         Report(settings.run_folder).write()
+    trained = settings.run_folder.parent
+    if (trained / "metrics.jsonl").exists():  # the test lies in the folder of its training, whose report shows it too
+        Report(trained).write()
 
 
 def say(settings: Settings, results: dict) -> None:

@@ -120,7 +120,7 @@ def losses(runs: Mapping[str, Run]) -> Html | None:
 
 def levels(run: Run) -> Html | None:
     """The class-learner's accuracy by epoch, a line for each quarter of the noise levels."""
-    chart = Chart("accuracy of the class-learner on noised images, in %", "epoch")
+    chart = Chart("accuracy of the class-learner, in %", "epoch")
     known = [each for each in run.epochs if isinstance(each.get("class_learner_accuracy"), list)]
     for quarter, name in enumerate(("least noise", "second quarter", "third quarter", "most noise")):
         by_epoch = [(each["epoch"], each["class_learner_accuracy"][quarter : quarter + 1]) for each in known]

@@ -26,20 +26,18 @@ def title(run: Run) -> str:
 
 def heading(run: Run, written: str) -> Html:
     """Title, folder, how far it is."""
-    epochs, most = [e["epoch"] for e in run.epochs], number(run.settings.get("max_epoch"))
-    far = "no epoch yet" if run.settings.get("source") != "none" else "nothing to train"
-    if epochs:
-        far = f"epoch {epochs[-1]}" + (f" of {most}" if most else "")
-    if (run.folder / "config.json").exists():
-        far = f"{far}, {'finished' if epochs and most and epochs[-1] >= most else 'as far as it was'} on {written}"
-    else:
-        far = f"meta-test, written {written}"
+    done, most = run.epochs[-1]["epoch"] if run.epochs else 0, number(run.settings.get("max_epoch")) or 0
+    far = f"epoch {done} of {most}, {'finished' if done >= most else 'not finished yet'}"
+    if run.settings.get("source") == "none":
+        far = "random weights, nothing to train"
+    elif not (run.folder / "config.json").exists():
+        far = "a test"
     damaged = element("p", f"Cannot be read: {', '.join(sorted(set(run.damaged)))}", class_="warn")
     return element(
         "header",
         element("h1", title(run)),
         element("p", str(run.folder.resolve()), class_="path soft"),
-        element("p", far, class_="soft"),
+        element("p", f"{far}. This page was written {written}.", class_="soft"),
         damaged if run.damaged else None,
     )
 
@@ -48,16 +46,19 @@ def tiles(run: Run) -> Html | None:
     """The few numbers that one looks for first."""
     found = []
     if best := run.best():
-        found.append((plus_minus(best, "val_accuracy", "val_ci95"), f"best on meta_val, epoch {best['epoch']}"))
+        found.append((plus_minus(best, "val_accuracy", "val_ci95"), f"% best on meta_val, in epoch {best['epoch']}"))
     for result in run.results.values():
-        mixed, what = _mixed(result), f"{result.get('shot')}-shot on {result.get('split')}"
-        found.append((_accuracy(result, mixed), f"{what}, {'with' if mixed else 'without'} mixes"))
-        if mixed:
-            found.append((_accuracy(result, False), f"{what}, without mixes"))
+        mixed, what = _mixed(result), f"% {result.get('shot')}-shot on {result.get('split')}"
+        without = f"; {_accuracy(result, False)} without" if mixed else ""
+        found.append((_accuracy(result, mixed), f"{what}, {'with' if mixed else 'without'} mixes{without}"))
     for each in run.rounds()[-1:]:
         if (rate := number(each.manifest.get("hit_rate"))) is not None:
-            found.append((f"{100 * rate:.1f} %", f"guided hit rate, round {each.number}"))
-    boxes = [element("div", element("b", value), element("span", what), class_="tile") for value, what in found]
+            found.append((f"{100 * rate:.1f}", f"% guided hit rate, in round {each.number}"))
+    boxes = []
+    for value, what in found:
+        middle, sign, half = value.partition(" ± ")
+        first = element("b", middle, element("small", sign, half) if half else None)
+        boxes.append(element("div", first, element("span", what), class_="tile"))
     return element("div", *boxes, class_="tiles") if boxes else None
 
 
@@ -69,7 +70,9 @@ def what_was_run(run: Run) -> Html | None:
     rows = [(name, s[name]) for name in _MAIN if s.get(name) not in (None, "")]
     facts = [(name, f"{value}: {_SOURCES[value]}" if name == "source" and value in _SOURCES else value)
              for name, value in rows]  # fmt: skip
-    parts: list[Content] = [table(("setting", "value"), facts, class_="pairs")]
+    parts: list[Content] = [
+        element("dl", *(element("div", element("dt", a), element("dd", b)) for a, b in facts), class_="facts")
+    ]
     if changed:
         parts += [
             element("h3", f"Given in place of the preset of {s.get('dataset')} with the recipe {s.get('recipe')}"),
@@ -138,6 +141,8 @@ def curves(run: Run) -> Html | None:
         "a validation. The class-learner can know little where there is most noise; it steers well when it knows much "
         "where there is least."
     )
+    if run.settings.get("restart"):
+        told += " The last round trains the meta-model from new weights, so its curves start anew there."
     return section("Learning", told, element("div", *drawn, class_="charts"))
 
 
@@ -147,14 +152,11 @@ def hit_rates(run: Run) -> Html | None:
     if not known:
         return None
     points = [(each.number, number(each.manifest.get("hit_rate")), _by_class(each)) for each in known]
-    rounds = [
-        (f"round {n}", _percent(rate), *_least(rates)) for n, rate, rates in points
-    ]  # fmt: skip
-    head = ("", "over all", "classes below 50 %", "lowest: class (rate)")
-    told = (
-        "The share of a round's images that the class-learner which steered them takes for the class asked for."
-    )
-    chart = element("div", charts.hit_rates(points), class_="charts") if any(rates for *_, rates in points) else None
+    detailed = any(rates for *_, rates in points)  # older runs noted the rate over all classes alone
+    rounds = [(f"round {n}", _percent(rate), *(_least(rates) if detailed else ())) for n, rate, rates in points]
+    head = ("", "over all", *(("classes below 50 %", "lowest: class (rate)") if detailed else ()))
+    told = "The share of a round's images that the class-learner which steered them takes for the class asked for."
+    chart = element("div", charts.hit_rates(points), class_="charts") if detailed else None
     return section("Did guidance hit?", told, table(head, rounds, class_="pairs"), chart)
 
 
@@ -191,7 +193,7 @@ def pool(run: Run) -> Html | None:
         for name, path in found[:_MODELS]
     ]
     more = f" Shown are the first {_MODELS} of {len(found)}." if len(found) > _MODELS else ""
-    told = "Unguided samples of each model, from the end of its training: nothing steered can be better than these."
+    told = "Unguided samples of each model, from the end of its training: what is wrong in these, guidance cannot mend."
     return section("The pool", told + more, element("div", *figures, class_="grids"))
 
 
@@ -210,11 +212,9 @@ def mixes(run: Run) -> Html | None:
     for place, result in run.results.items():
         by_episode = [result.get("by_episode_without_mix"), result.get("by_episode")]
         if _mixed(result) and all(isinstance(values, list) for values in by_episode):
-            both = [
-                (a, b) for a, b in zip(*by_episode, strict=False) if number(a) is not None and number(b) is not None
-            ]
+            both = [pair for pair in zip(*by_episode, strict=False) if None not in map(number, pair)]
             change = plus_minus(result, "paired_difference", "paired_ci95", sign=True)
-            name = f"{result.get('shot')}-shot{f' ({place})' if place else ''}: {change} with mixes"
+            name = f"{_test(place, result)}: {change} with mixes"
             drawn += [charts.pairs(name, *zip(*both, strict=True))] if both else []
     if drawn:
         parts.append(element("div", *drawn, class_="charts"))
@@ -247,7 +247,7 @@ def time_by_phase(run: Run) -> Html | None:
     phases = [("drawing images", total(run.epochs, "synthesis_seconds")), ("training", total(run.epochs, "seconds"))]
     phases = [each for each in phases if each[1]]
     for place, result in run.results.items():
-        name = f"test, {result.get('shot')}-shot{f' ({place})' if place else ''}"
+        name = f"test, {_test(place, result)}"
         phases += [(name, seconds)] if (seconds := number(result.get("seconds"))) else []
     if not phases:
         return None
@@ -273,17 +273,16 @@ def environment(run: Run) -> Html | None:
         return None
     tables = []
     for row in rows:
-        pairs = [
-            (name, element("code", value) if name == "command" else value)
-            for name, value in zip(names, row, strict=True)
-        ]
-        tables.append(table(("", ""), pairs, class_="pairs"))
+        facts = dict(zip(names, row, strict=True))
+        facts["command"] = element("code", facts["command"])
+        items = (element("div", element("dt", a), element("dd", b)) for a, b in facts.items())
+        tables.append(element("dl", *items, class_="facts"))
     told = "A start is noted when it differs from those before it; one that goes on after a stop is not."
     return section("Environment", told, *tables)
 
 
 SECTIONS: list[Callable[[Run], Html | None]] = [
-    results, curves, hit_rates, contact_sheets, mixes, pool, what_was_run, time_by_phase, environment,
+    what_was_run, results, curves, hit_rates, contact_sheets, mixes, pool, time_by_phase, environment,
 ]  # fmt: skip
 
 
@@ -299,6 +298,11 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _test(place: str, result: Mapping[str, Any]) -> str:
+    name = f"{result.get('shot')}-shot"
+    return name if place in (HERE, name) else f"{name} ({place})"
 
 
 def _image(image, alt: str) -> Html:
