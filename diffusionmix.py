@@ -148,7 +148,7 @@ class Testing:
     def shown(self, m: int, item: int) -> bool:
         """Whether mix number `item` of pool model m is one of the few that the report shows."""
         shots = self.episodes.support.shape[1]
-        return m < SHOWN and item in range(0, shots, -(-shots // SHOWN))  # of the first episode, of several classes
+        return m < SHOWN and item in {i * shots // SHOWN for i in range(SHOWN)}  # of the first episode, several classes
 
     def save_mixes(self) -> None:
         """Write the mixes that the report shows as mixes.npz, once `run` has made them; without mixes, none.

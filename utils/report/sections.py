@@ -13,6 +13,8 @@ _SOURCES = {
     "real": "real images (the reference)",
     "none": "nothing (random weights)",
 }
+_HARD = "\N{NO-BREAK SPACE}"
+_PLUS_MINUS = f"{_HARD}±{_HARD}"
 _MAIN = ("dataset", "source", "recipe", "seed", "backbone", "num_classes", "samples_per_class", "data_root", "pool")
 
 
@@ -56,7 +58,7 @@ def tiles(run: Run) -> Html | None:
             found.append((f"{100 * rate:.1f}", f"% guided hit rate, in round {each.number}"))
     boxes = []
     for value, what in found:
-        middle, sign, half = value.partition(" ± ")
+        middle, sign, half = value.partition(_PLUS_MINUS)
         first = element("b", middle, element("small", sign, half) if half else None)
         boxes.append(element("div", first, element("span", what), class_="tile"))
     return element("div", *boxes, class_="tiles") if boxes else None
@@ -157,7 +159,7 @@ def hit_rates(run: Run) -> Html | None:
     head = ("", "over all", *(("classes below 50 %", "lowest: class (rate)") if detailed else ()))
     told = "The share of a round's images that the class-learner which steered them takes for the class asked for."
     chart = element("div", charts.hit_rates(points), class_="charts") if detailed else None
-    return section("Did guidance hit?", told, table(head, rounds, class_="pairs"), chart)
+    return section("Did guidance hit?", told, table(head, rounds, class_="numbers"), chart)
 
 
 def contact_sheets(run: Run) -> Html | None:
@@ -233,7 +235,7 @@ def _gallery(place: str, models: Sequence[Sequence[tuple]]) -> Html:
         shown_ = [
             element(
                 "div", _image(a, "first image"), "+", _image(b, "second image"), "→", _image(mix, "their mix"),
-                f"λ {share:.2f}", class_="mix",
+                f"λ{_HARD}{share:.2f}", class_="mix",
             )
             for a, b, mix, share in triples
         ]  # fmt: skip
@@ -275,7 +277,10 @@ def environment(run: Run) -> Html | None:
     for row in rows:
         facts = dict(zip(names, row, strict=True))
         facts["command"] = element("code", facts["command"])
-        items = (element("div", element("dt", a), element("dd", b)) for a, b in facts.items())
+        items = (
+            element("div", element("dt", a), element("dd", b), class_="wide" if a == "command" else None)
+            for a, b in facts.items()
+        )
         tables.append(element("dl", *items, class_="facts"))
     told = "A start is noted when it differs from those before it; one that goes on after a stop is not."
     return section("Environment", told, *tables)
@@ -330,7 +335,7 @@ def plus_minus(entries: Mapping[str, Any], name: str, half: str, *, sign: bool =
     if value is None:
         return "–"
     text = f"{value:+.2f}" if sign else f"{value:.2f}"
-    return text if width is None else f"{text} ± {width:.2f}"
+    return text if width is None else f"{text}{_PLUS_MINUS}{width:.2f}"
 
 
 def _number(value: Any, digits: int) -> str:
