@@ -139,7 +139,7 @@ def _epoch_of(line: str) -> int:
     """The epoch of a line of metrics.jsonl; of half a line, which a kill leaves, one that is never kept."""
     try:
         return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return sys.maxsize
 
 

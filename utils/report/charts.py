@@ -1,5 +1,6 @@
 """The curves of a report as SVG, sharp at any size and in the colours of the page, light or dark."""
 
+import html
 import io
 import itertools
 import re
@@ -24,7 +25,8 @@ _numbers = itertools.count()  # one figure's names must not be another's on a pa
 class Chart:
     """A figure with one axis. `caption` is its text for those who do not see it, too."""
 
-    def __init__(self, caption: str, xlabel: str):
+    def __init__(self, caption: str, xlabel: str, *, counted: bool = True):
+        """counted: whether x counts something, and so has whole numbers alone."""
         from matplotlib.figure import Figure  # here, as it is slow to import
 
         self.caption, self.names = caption, []
@@ -35,6 +37,7 @@ class Chart:
         self.axis.tick_params(colors=_SOFT, labelsize=9, length=0)
         self.axis.grid(color=_LINE, linewidth=0.6)
         self.axis.set_axisbelow(True)
+        self.axis.xaxis.get_major_locator().set_params(integer=counted)
         for side, spine in self.axis.spines.items():
             spine.set(visible=side == "bottom", color=_LINE)
 
@@ -65,8 +68,6 @@ class Chart:
 
     def svg(self) -> Html:
         """The figure with its caption, as markup."""
-        if not self.axis.get_xlabel().startswith("without"):
-            self.axis.xaxis.get_major_locator().set_params(integer=True)
         file = io.StringIO()
         with _settings():
             self.figure.savefig(file, format="svg", transparent=True)
@@ -83,7 +84,7 @@ class Chart:
         return element(
             "figure",
             element("figcaption", self.caption),
-            Html(text.replace("<svg", '<svg role="img" aria-label="' + element("x", self.caption)[3:-4] + '"', 1)),
+            Html(text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)),
             legend(self.names) if len(self.names) > 1 else None,
         )
 
@@ -148,7 +149,7 @@ def hit_rates(by_round: Sequence[tuple[int, float | None, Sequence[float | None]
 
 def pairs(title: str, without: Sequence[float], with_: Sequence[float]) -> Html:
     """A dot an episode, or more where it is larger: its accuracy without mixes and with them."""
-    chart = Chart(title, "without mixes, in %")
+    chart = Chart(title, "without mixes, in %", counted=False)
     counts = Counter(zip(without, with_, strict=True))
     x, y = zip(*counts, strict=True)
     low, high = min(*x, *y) - 3, max(*x, *y) + 3

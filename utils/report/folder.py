@@ -29,7 +29,7 @@ class Run:
         settings: config.json, or of a folder of tests the settings of diffusionmix.py; {} where neither is there.
         epochs: the lines of metrics.jsonl, in order.
         results: results.json of the folder itself (`HERE`) and of the folders in it, by their names.
-        starts: environment.json, the oldest start first.
+        starts: environment.json, the oldest start first, then those of the tests in folders in this one.
         damaged: names of files that are there and cannot be read.
     """
 
@@ -46,10 +46,12 @@ class Run:
         if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json")):
             raise ValueError(f"{folder}: is no run folder; expected one that main.py or diffusionmix.py made")
         damaged: list[str] = []
-        starts = [each for each in _json(folder / "environment.json", list, damaged) if isinstance(each, dict)]
+        starts = _starts(folder, damaged)
         tested = next((each for each in reversed(starts) if each.get("program") == "diffusionmix.py"), {})
         settings = _json(folder / "config.json", dict, damaged) or tested.get("settings")
         paths = [folder / "results.json", *sorted(folder.glob("*/results.json"))]
+        for path in paths[1:]:
+            starts += [each for each in _starts(path.parent, damaged) if each.get("program") == "diffusionmix.py"]
         results = {_place(path, folder): _json(path, dict, damaged) for path in paths}
         return cls(
             folder=folder,
@@ -77,6 +79,11 @@ class Run:
         given = self.start.get("settings")
         given = given if isinstance(given, dict) else {}
         return {name: (given[name], value) for name, value in self.preset.items() if given.get(name, value) != value}
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last epoch, {} before the first."""
+        return self.epochs[-1] if self.epochs else {}
 
     def best(self) -> dict[str, Any] | None:
         """The epoch that was best on meta_val, the first of equals; None where none was validated."""
@@ -126,6 +133,10 @@ def _json(path: Path, kind: type, damaged: list[str]) -> Any:
         damaged.append(path.name)
         return kind()
     return value
+
+
+def _starts(folder: Path, damaged: list[str]) -> list[dict[str, Any]]:
+    return [each for each in _json(folder / "environment.json", list, damaged) if isinstance(each, dict)]
 
 
 def _place(path: Path, folder: Path) -> str:

@@ -28,7 +28,7 @@ def title(run: Run) -> str:
 
 def heading(run: Run, written: str) -> Html:
     """Title, folder, how far it is."""
-    done, most = run.epochs[-1]["epoch"] if run.epochs else 0, number(run.settings.get("max_epoch")) or 0
+    done, most = (number(value) or 0 for value in (run.last.get("epoch"), run.settings.get("max_epoch")))
     far = f"epoch {done} of {most}, {'finished' if done >= most else 'not finished yet'}"
     if run.settings.get("source") == "none":
         far = "random weights, nothing to train"
@@ -269,7 +269,7 @@ def time_by_phase(run: Run) -> Html | None:
 
 def environment(run: Run) -> Html | None:
     """What it ran on, of each start that differs."""
-    names = ("started", "command", "commit", "hardware", "processes", "python", "torch", "system")
+    names = ("command", "started", "commit", "hardware", "processes", "python", "torch", "system")
     rows = [tuple(shown(each.get(name, "")) for name in names) for each in run.starts]
     if not rows:
         return None
