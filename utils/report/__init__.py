@@ -70,7 +70,7 @@ def render_several(runs: Sequence[Run]) -> Html:
     head = ("run", "best on meta_val", *sections.RESULT_HEAD)
     parts: list[Content] = [section("Results", told, table(head, results, class_="numbers"))]
     if drawn:
-        parts.append(section("Learning", "All runs, by epoch.", element("div", *drawn, class_="charts")))
+        parts.append(section("Learning", "All runs, by epoch.", element("div", *drawn, class_="charts large")))
     if rows:
         table_ = table(("setting", *named), rows, class_="pairs")
         parts.append(section("Settings that differ", "All others are the same in all runs.", table_))

@@ -18,6 +18,7 @@ COLOURS = [f"var(--c{i})" for i in range(6)]
 _INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
 _DRAWN = [f"#0400{i:02x}" for i in range(len(COLOURS))]
 _OF_PAGE = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", **dict(zip(_DRAWN, COLOURS, strict=True))}
+_STYLES = ("solid", "dashed", "dotted")  # of lines, when there are no more colours
 _SIZE = (4.6, 2.9)  # inches of 72 points
 _numbers = itertools.count()  # one figure's names must not be another's on a page
 
@@ -47,13 +48,13 @@ class Chart:
         if not points:
             return
         x, y = zip(*points, strict=True)
-        drawn, style = _DRAWN[colour % len(_DRAWN)], ("-", "--", ":")[colour // len(_DRAWN) % 3]
-        few = len(points) < 40
-        self.axis.plot(x, y, style, color=drawn, linewidth=1.6, marker="o" if few else None, markersize=2.6)
+        drawn, style = _DRAWN[colour % len(_DRAWN)], _STYLES[colour // len(_DRAWN) % len(_STYLES)]
+        dots = colour < len(_DRAWN) and len(points) < 40 or len(points) == 1
+        self.axis.plot(x, y, linestyle=style, color=drawn, linewidth=1.6, marker="o" if dots else None, markersize=2.6)
         if len(half) == len(points):
             low, high = zip(*((b - h, b + h) for b, h in zip(y, half, strict=True)), strict=True)
             self.axis.fill_between(x, low, high, color=drawn, alpha=0.15, linewidth=0)
-        self.names.append((name, COLOURS[colour % len(COLOURS)]))
+        self.names.append((name, COLOURS[colour % len(COLOURS)], style))
 
     def rounds(self, epochs: Sequence[Mapping[str, Any]]) -> None:
         """A dotted line where each round starts, with its number."""
@@ -89,9 +90,9 @@ class Chart:
         )
 
 
-def legend(names: Sequence[tuple[str, str]]) -> Html:
-    """Names with the colours of their lines."""
-    items = [element("li", element("i", style=f"border-color: {colour}"), name) for name, colour in names]
+def legend(names: Sequence[tuple[str, str, str]]) -> Html:
+    """Names with the colours and the styles of their lines."""
+    items = [element("li", element("i", style=f"border-top: 3px {style} {c}"), name) for name, c, style in names]
     return element("ul", *items, class_="legend")
 
 
