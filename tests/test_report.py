@@ -120,8 +120,8 @@ def test_a_run_and_its_test_leave_whole_reports(made):
         ("metrics.jsonl", {"Learning"}),
         ("1-shot", {"Results", "Mixes"}),
         ("pseudo", {"The images of each round", "Did guidance hit?"}),
-        ("environment.json", {"Environment"}),
-        ("config.json environment.json", {"What was run", "The pool"}),
+        ("environment.json 1-shot/environment.json", {"Environment"}),
+        ("config.json environment.json 1-shot/environment.json", {"What was run", "The pool", "Environment"}),
     ],
 )
 def test_a_part_is_there_where_its_data_is(copied, gone, parts):

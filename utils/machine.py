@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from utils import processes
+from utils.atomic import DiskFull
 from utils.run_log import plain, write_json
 
 
@@ -43,7 +44,7 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
     """Add what `program` is started with to environment.json of a run folder, a list with the oldest start first.
 
     notes: entries of the caller's, such as its settings. A start that differs from an earlier one in its time alone,
-    as one that goes on after a stop, is not added.
+    as one that goes on after a stop, is not added. Where it cannot be written that is said, and the run goes on.
     """
     if not processes.is_first():
         return
@@ -66,5 +67,9 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
     except (OSError, ValueError):  # none yet, or damaged: nothing that a run depends on
         known = []
     known = [each for each in known if isinstance(each, dict)] if isinstance(known, list) else []
-    if all({**each, "started": None} != {**start, "started": None} for each in known):
+    if any({**each, "started": None} == {**start, "started": None} for each in known):
+        return
+    try:
         write_json(path, [*known, {**start, "started": datetime.now(UTC).isoformat(timespec="seconds")}])
+    except (OSError, DiskFull) as error:  # what a run needs is still to be written, and says more
+        print(f"no note of this start ({' '.join(str(error).split())})", file=sys.stderr)
