@@ -101,7 +101,7 @@ class Testing:
         """
         s, (count, shots) = self.s, self.episodes.support.shape
         partners = [self.partners(m) for m in range(len(self.pool))]
-        features = work_through(
+        made = work_through(
             self.pool,
             [count * shots] * len(self.pool),
             partial(self.mix_part, partners),
@@ -110,7 +110,8 @@ class Testing:
             device=self.device,
             precision=s.precision,
             desc="mixes",
-        )["features"].unflatten(0, (len(self.pool), count, shots))
+        )
+        features, self.pictures = made["features"].unflatten(0, (len(self.pool), count, shots)), made["pictures"]
         labels = [
             mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight)
             for order, weight in partners
@@ -128,7 +129,7 @@ class Testing:
     def mix_part(
         self, partners: list[tuple[Tensor, Tensor]], member: PoolModel, m: int, part: Tensor
     ) -> dict[str, Tensor]:
-        """The `features` of mixes number `part` of pool model m."""
+        """The `features` of mixes number `part` of pool model m, and `pictures` of those of them that are shown."""
         s, size, support, (order, weight) = self.s, member.image_size, self.episodes.support, partners[m]
         pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
         x_a, x_b = (self.resized(self.images.images[index], size) for index in pairs)
@@ -140,10 +141,8 @@ class Testing:
         )  # fmt: skip
         if size != self.size:
             mixed = torch.nn.functional.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        for item, picture in zip(part.tolist(), to_uint8(mixed).cpu(), strict=True):
-            if self.shown(m, item):
-                self.pieces.keep(f"picture-model{m:03d}-item{item}", picture)
-        return {"features": self.features(mixed)}
+        kept = [i for i, item in enumerate(part.tolist()) if self.shown(m, item)]
+        return {"features": self.features(mixed), "pictures": to_uint8(mixed[kept]).cpu()}
 
     def shown(self, m: int, item: int) -> bool:
         """Whether mix number `item` of pool model m is one of the few that the report shows."""
@@ -158,10 +157,7 @@ class Testing:
         path, support = self.s.run_folder / "mixes.npz", self.episodes.support[0]
         items = [i for i in range(len(support)) if self.shown(0, i)]
         models = range(min(SHOWN, len(self.pool)) if self.pool else 0)
-        mixes = self.pieces.collect([f"picture-model{m:03d}-item{i}" for m in models for i in items])
-        if not processes.is_first():
-            return
-        if not mixes:
+        if not models:
             path.unlink(missing_ok=True)  # of an earlier test
             return
         partners = [self.partners(m) for m in models]
@@ -170,7 +166,7 @@ class Testing:
                 file,
                 x_a=self.images.images[support[items]].expand(len(models), -1, -1, -1, -1).numpy(),
                 x_b=torch.stack([self.images.images[support[order[0][items]]] for order, _ in partners]).numpy(),
-                mix=torch.stack(mixes).unflatten(0, (len(models), len(items))).numpy(),
+                mix=self.pictures.unflatten(0, (len(models), len(items))).numpy(),
                 share=torch.stack([weight[0][items] for _, weight in partners]).numpy(),
             )
 
@@ -249,8 +245,8 @@ def main() -> None:
     with locked(settings.run_folder):
         note_start(settings.run_folder, "diffusionmix.py", tests[0].device, settings.notes())
         results = evaluate(settings, tests)
-        tests[0].save_mixes()
         if processes.is_first():
+            tests[0].save_mixes()
             say(settings, results)
         discard(settings.run_folder / "mixes")
         Report(settings.run_folder).write()

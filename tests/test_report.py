@@ -305,11 +305,9 @@ def test_mixes_that_are_shown_are_those_that_were_made(made):
     testing = diffusionmix.Testing(s, s.data_paths[0])
     partners = [testing.partners(m) for m in range(4)]
     member = testing.pool.load(2)
-    kept = {}
-    testing.pieces.keep = lambda name, value: kept.update({name: value})
-    testing.mix_part(partners, member, 2, torch.arange(3))
-    assert [name for name in kept] == [f"picture-model002-item{i}" for i in range(3)]
-    assert all(np.array_equal(value.numpy(), mix[2, i]) for i, value in enumerate(kept.values()))
+    got = testing.mix_part(partners, member, 2, torch.arange(1, 9))
+    assert len(got["features"]) == 8 and np.array_equal(got["pictures"].numpy(), mix[2, 1:])
+    assert not len(testing.mix_part(partners, testing.pool.load(4), 4, torch.arange(2))["pictures"])
 
 
 # ---- in a browser
