@@ -303,7 +303,7 @@ def test_mixes_that_are_shown_are_those_that_were_made(made):
     argv = json.loads((made / "1-shot" / "environment.json").read_text())[0]["settings"]
     s = diffusionmix.Settings(**argv)
     testing = diffusionmix.Testing(s, s.data_paths[0])
-    partners = [testing.partners(m) for m in range(4)]
+    partners = [testing.partners(m) for m in range(5)]
     member = testing.pool.load(2)
     got = testing.mix_part(partners, member, 2, torch.arange(1, 9))
     assert len(got["features"]) == 8 and np.array_equal(got["pictures"].numpy(), mix[2, 1:])
