@@ -139,7 +139,7 @@ class Settings:
                 )
         if self.height != self.width and self.width:
             raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
-        if self.source == "guided" and self.first_labels == "clusters":
+        if self.clusters:
             for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
                 if self.warm_up >= epochs:
                     raise ValueError(
@@ -160,7 +160,28 @@ class Settings:
         if self.out and not self.out.endswith(".csv"):
             raise ValueError(f"got --out {self.out}, expected a name that ends in .csv; its sheet ends in .png")
 
+    def check_suffices(self, size: int, classes: int) -> None:
+        """Refuse to train on images of `size` pixels, or of so few `classes`, that no step of it could be made."""
+        if size < 16:
+            raise ValueError(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
+        if classes < self.way and self.source != "none":
+            raise ValueError(
+                f"got {classes} classes to train on (--source {self.source}), a {self.way}-way episode needs "
+                f"{self.way}; give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower "
+                "--nKnovel"
+            )
+        needed = self.shot + self.train_nTestNovel // self.way
+        if self.source in ("guided", "unguided") and self.samples_per_class < needed:
+            raise ValueError(
+                f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more"
+            )
+
     # what the fields above come to
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the class-learner starts from clusters of unguided images."""
+        return self.source == "guided" and self.first_labels == "clusters"
 
     @property
     def way(self) -> int:
@@ -210,9 +231,17 @@ class Settings:
         """The device, with -g taken in."""
         return f"cuda:{self.gpu_devices}" if self.gpu_devices and self.device == "auto" else self.device
 
+    def preset(self) -> dict[str, Any]:
+        """What the fields would be had no flag but the scenario and the recipe been given."""
+        return Settings(**_defaults(self.dataset, self.recipe), dataset=self.dataset, recipe=self.recipe).as_dict()
+
     def bare_checkpoint_flags(self) -> dict[str, Any]:
         """What a checkpoint without settings does not tell, for the pool."""
         return {name: getattr(self, name) for name in BARE}
+
+    def notes(self) -> dict[str, Any]:
+        """What to note of a run that starts: its settings, those of its preset, and where its pool is."""
+        return {"settings": self.as_dict(), "preset": self.preset(), "pool": self.pool_place}
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, for config.json."""
@@ -269,9 +298,12 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     dataset = given.get("dataset", "glyphs")
     if dataset not in SCENARIOS:
         raise ValueError(f"got --dataset {dataset!r}, expected one of {', '.join(SCENARIOS)}")
-    scenario = SCENARIOS[dataset]
-    recipe = given.setdefault("recipe", scenario.recipe)
-    return Settings(**{**RECIPES.get(recipe, {}), **scenario.defaults, **given})
+    recipe = given.setdefault("recipe", SCENARIOS[dataset].recipe)
+    return Settings(**{**_defaults(dataset, recipe), **given})
+
+
+def _defaults(dataset: str, recipe: str) -> dict[str, Any]:
+    return {**RECIPES.get(recipe, {}), **SCENARIOS[dataset].defaults}
 
 
 def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_change: set[str]) -> None:

@@ -31,13 +31,16 @@ from utils.atomic import atomic_file
 from utils.cli import run
 from utils.images import describe, extensions, find_images, read_images, shown, to_float, to_uint8
 from utils.lock import locked
+from utils.machine import note_start
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import Pieces, discard
 from utils.plots import contact_sheet
+from utils.report import Report
 from utils.run_log import write_json, write_skipped
 
 # between a stopped test and its going on; of own pictures what is in them counts
 MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out")
+SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
 
 
@@ -47,7 +50,7 @@ class Testing:
     def __init__(self, settings: Settings, root: Path):
         s = self.s = settings
         self.fitter = HeadFitter(s)
-        self.pieces = pieces_of(self.fitter, "mixes", str(root).encode())
+        self.pieces = pieces_of(self.fitter, "mixes", f"{root}, {SHOWN} shown".encode())
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size)
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
@@ -64,11 +67,41 @@ class Testing:
 
     def mixes(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model."""
-        return self.fitter.mixes(self.images.images, self.episodes.support, targets, self.pieces)
+        *mixes, self.pictures = self.fitter.mixes(
+            self.images.images, self.episodes.support, targets, self.pieces, self.shown
+        )
+        return mixes
 
     def score(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None, query: Tensor) -> Tensor:
         """Accuracy (E,) in percent of heads fitted on the support, on `mixes` where there are any, and on it again."""
         return accuracy(predict(self.fitter.fit(support, targets, mixes), query), self.episodes.query_labels)
+
+    def shown(self, m: int, item: int) -> bool:
+        """Whether mix number `item` of pool model m is one of the few that the report shows."""
+        shots = self.episodes.support.shape[1]
+        return m < SHOWN and item in {i * shots // SHOWN for i in range(SHOWN)}  # of the first episode, several classes
+
+    def save_mixes(self) -> None:
+        """Write the mixes that the report shows as mixes.npz, once `run` has made them; without mixes, none.
+
+        x_a, x_b and mix: (M, K, 3, H, W) uint8, of the first M pool models; share: (M, K), of x_a.
+        """
+        path, support, pool = self.s.run_folder / "mixes.npz", self.episodes.support, self.fitter.pool
+        items = [i for i in range(support.shape[1]) if self.shown(0, i)]
+        models = range(min(SHOWN, len(pool)) if pool else 0)
+        if not models:
+            path.unlink(missing_ok=True)  # of an earlier test
+            return
+        partners = [self.fitter.partners(m, *support.shape) for m in models]
+        images, first = self.images.images, support[0]
+        with atomic_file(path) as file:
+            np.savez(
+                file,
+                x_a=images[first[items]].expand(len(models), -1, -1, -1, -1).numpy(),
+                x_b=torch.stack([images[first[order[0][items]]] for order, _ in partners]).numpy(),
+                mix=self.pictures.unflatten(0, (len(models), len(items))).numpy(),
+                share=torch.stack([weight[0][items] for _, weight in partners]).numpy(),
+            )
 
 
 def pieces_of(fitter: HeadFitter, folder: str, *data: bytes) -> Pieces:
@@ -191,13 +224,19 @@ def main() -> None:
         return
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
     with locked(settings.run_folder):
+        note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, settings.notes())
         results = evaluate(settings, tests)
         if processes.is_first():
-            report(settings, results)
+            tests[0].save_mixes()
+            say(settings, results)
         discard(settings.run_folder / "mixes")
+        Report(settings.run_folder).write()
+    trained = settings.run_folder.parent
+    if (trained / "metrics.jsonl").exists():  # the test lies in the folder of its training, whose report shows it too
+        Report(trained).write()
 
 
-def report(settings: Settings, results: dict) -> None:
+def say(settings: Settings, results: dict) -> None:
     """Write results.json and say what came out."""
     path = settings.run_folder / "results.json"
     write_json(path, results)

@@ -9,7 +9,7 @@
 
 import inspect
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from models.class_learner import load_statistics
 from models.episode_head import Heads, Stage, fit_heads, predict
 from models.meta_model import MetaModel
 from utils import checkpoint
-from utils.images import ImageError, pixels_of, shown, to_float
+from utils.images import ImageError, pixels_of, shown, to_float, to_uint8
 from utils.pieces import Pieces
 from utils.remote import local
 from utils.seeding import generator, noise, numpy_generator
@@ -85,31 +85,37 @@ class HeadFitter:
         rngs = [generator(s.seed, "head", i) for i in range(len(support))] if s.head_init == "random" else None
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
 
-    def mixes(self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
-        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model.
+    def mixes(
+        self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces,
+        keep: Callable[[int, int], bool] = lambda m, item: False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model, and some as images.
 
         One pool model after the other, so that each checkpoint is read once; its mixes in full batches, which `pieces`
         keeps. Several processes share them out.
 
         images: (N, 3, size, size) uint8; support: (E, S) int64, which of them; targets: (E, S, way), their labels.
+        keep: (m, item) -> whether mix number `item` (from 0, of all episodes) of model m is one of the K that also come
+            as images, (K, 3, size, size) uint8.
         """
         s, (count, shots) = self.s, support.shape
         partners = [self.partners(m, count, shots) for m in range(len(self.pool))]
-        features = work_through(
+        made = work_through(
             self.pool,
             [count * shots] * len(self.pool),
-            partial(self.mix_part, images, support, partners),
+            partial(self.mix_part, images, support, partners, keep),
             pieces,
             batch=s.sample_batch,
             device=self.device,
             precision=s.precision,
             desc="mixes",
-        )["features"].unflatten(0, (len(self.pool), count, shots))
+        )
+        features = made["features"].unflatten(0, (len(self.pool), count, shots))
         labels = [
             mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight)
             for order, weight in partners
         ]
-        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1)
+        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1), made["pictures"]
 
     def partners(self, m: int, episodes: int, shots: int) -> tuple[Tensor, Tensor]:
         """Of each support image its partner in the mixes of model m (E, S), and its own share of them (E, S)."""
@@ -119,14 +125,15 @@ class HeadFitter:
         return order, weight.float()
 
     def mix_part(
-        self, images: Tensor, support: Tensor, partners: list[tuple[Tensor, Tensor]], member: PoolModel, m: int,
-        part: Tensor,
+        self, images: Tensor, support: Tensor, partners: list[tuple[Tensor, Tensor]], keep: Callable[[int, int], bool],
+        member: PoolModel, m: int, part: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The `features` of mixes number `part` of pool model m."""
+        """The `features` of mixes number `part` of pool model m, and `pictures` of those of them to keep."""
         mixed = self.mixed(images, support, partners[m], member, m, part)
         if member.image_size != self.size:
             mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        return {"features": self.features(mixed)}
+        kept = [i for i, item in enumerate(part.tolist()) if keep(m, item)]
+        return {"features": self.features(mixed), "pictures": to_uint8(mixed[kept]).cpu()}
 
     def mixed(
         self, images: Tensor, support: Tensor, partners: tuple[Tensor, Tensor], member: PoolModel, m: int, part: Tensor
@@ -251,7 +258,7 @@ class FewShotClassifier:
         pixels, targets = pixels[order], F.one_hot(numbers[order], len(classes)).float()[None]  # (1, S, way)
         mixes = None
         if fitter.pool:
-            mixes = fitter.mixes(pixels, torch.arange(len(pixels))[None], targets, pieces or Pieces())
+            *mixes, _ = fitter.mixes(pixels, torch.arange(len(pixels))[None], targets, pieces or Pieces())
         self.heads_ = fitter.fit(fitter.features(to_float(pixels))[None], targets, mixes)
         self.fitter_, self.classes_ = fitter, classes
         return self

@@ -31,9 +31,12 @@ from models.pair import Pair
 from utils import checkpoint, processes
 from utils.cli import run
 from utils.lock import locked
+from utils.machine import note_start
+from utils.metrics import rate_by_class
 from utils.pieces import discard
 from utils.plots import curves
 from utils.remote import local
+from utils.report import Report
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
@@ -56,7 +59,7 @@ class Training:
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         guided = s.source == "guided"
-        self.clusters, self.likely = guided and s.first_labels == "clusters", guided and s.ask == "likely"
+        self.clusters, self.likely = s.clusters, guided and s.ask == "likely"
         self.per_model = []
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
@@ -72,6 +75,7 @@ class Training:
         restored = self.restore()
         processes.meet()  # before the first one writes what the others have just read
         self.log = RunLog(s.run_folder)  # last: what is refused above leaves no folder behind
+        self.report = Report(s.run_folder)
         write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         if restored:
             self.log.line(f"going on from {restored} at epoch {self.epoch}")
@@ -90,17 +94,8 @@ class Training:
     def check(self) -> None:
         """Refuse at once what would stop the run later."""
         s = self.s
-        if self.size < 16:
-            raise ValueError(f"got images of {self.size} pixels, the meta-model needs 16; give --height 32 --width 32")
         labels = len(self.per_model) if s.source == "unguided" or self.clusters else self.num_classes
-        if labels < s.way and s.source != "none":
-            raise ValueError(
-                f"got {labels} classes to train on (--source {s.source}), a {s.way}-way episode needs {s.way}; give "
-                f"{'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower --nKnovel"
-            )
-        needed = s.shot + s.train_nTestNovel // s.way
-        if s.source in ("guided", "unguided") and s.samples_per_class < needed:
-            raise ValueError(f"got --samples-per-class {s.samples_per_class}, an episode needs {needed}; ask for more")
+        s.check_suffices(self.size, labels)
         if self.per_model:
             self.pool.check(self.per_model, s.sample_steps, self.clusters or self.likely)
         if self.real:
@@ -143,7 +138,8 @@ class Training:
         rate = float(hits.float().mean()) if guided else None
         if guided:
             self.log.line(f"round {round_index}: guided hit rate {100 * rate:.1f} %")
-        notes = {"round": round_index, "source": s.source, "hit_rate": rate}
+        by_class = rate_by_class(hits, labels, self.num_classes) if guided else None
+        notes = {"round": round_index, "source": s.source, "hit_rate": rate, "hit_rate_by_class": by_class}
         return PseudoDataset(images, labels, self.num_classes), notes
 
     def earlier(self, round_index: int) -> list[PseudoDataset]:
@@ -250,6 +246,8 @@ class Training:
         s = self.s
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)
+        note_start(s.run_folder, "main.py", self.device, s.notes())
+        self.report.write()
         if self.epoch == 0 and s.source == "guided" and not self.clusters and not s.resume:
             few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
             learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
@@ -268,6 +266,7 @@ class Training:
             self.after_epoch({"epoch": 0, "round": 0})
         if processes.is_first():
             curves(self.log.metrics_path, self.log.folder / "curves.png")
+        self.report.write()
         self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder / 'best_model.pt'}")
 
     def after_epoch(self, entries: dict) -> None:
@@ -284,6 +283,7 @@ class Training:
         self.log.record(entries)
         self.log.line(text)
         self.save("last.pt", optimizers=self.pair.optimizer_states())
+        self.report.write_sometimes()
 
 
 def main() -> None:

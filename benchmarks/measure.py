@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks.machine import commit, hardware
 from guided_diffusion.dist_util import PRECISIONS
 from guided_diffusion.pool import Pool, PoolModel
 from guided_diffusion.script_util import MODEL_FLAGS, create_model, model_and_diffusion_defaults
 from utils import checkpoint
 from utils.cli import OneLineParser
+from utils.machine import commit, hardware
 from utils.seeding import seed_everything
 
 SEED = 0

@@ -17,10 +17,10 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from benchmarks.machine import commit, hardware
 from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
 from utils.atomic import atomic_file
 from utils.cli import run as run_command
+from utils.machine import commit, hardware
 from utils.metrics import mean_confidence_interval, paired_difference
 from utils.run_log import write_json
 

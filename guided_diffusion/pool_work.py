@@ -23,7 +23,8 @@ def work_through(
 
     Each process reads a model once, for those of its batches that `pieces` does not have yet.
 
-    work: (model, m, item numbers (N,) int64) -> tensors (N, ...) by name, which must not depend on how items are split.
+    work: (model, m, item numbers (N,) int64) -> tensors by name, which must not depend on how items are split: the
+        first (N, ...), others perhaps with rows of some of the items only.
     batch: items at once; where memory does not suffice, fewer from there on.
     """
     batches = {

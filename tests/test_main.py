@@ -32,7 +32,10 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-ALWAYS = set(".lock config.json log_train.txt metrics.jsonl last.pt last.previous.pt best_model.pt curves.png".split())
+ALWAYS = set(
+    ".lock config.json environment.json log_train.txt metrics.jsonl last.pt last.previous.pt best_model.pt curves.png "
+    "report.html".split()
+)
 CLUSTERS = ("--warm-up", 1, "--refresh-every", 2, "--max-epoch", 4)
 SOURCES = {
     "guided": (),

@@ -88,6 +88,9 @@ def outcome(name, out):
     """All that a run leaves, without times and paths."""
     if name == "diffusionmix":
         results = json.loads((out / "results.json").read_text())
+        with np.load(out / "mixes.npz") as mixes:
+            results |= {key: array.tobytes() for key, array in mixes.items()}
+        assert not list(out.glob("*.tmp")) and (out / "report.html").exists()
         return {key: value for key, value in results.items() if key not in TIMES}
     if name == "own pictures":
         return {path.name: path.read_bytes() for path in out.glob("predictions.*")}
@@ -99,6 +102,7 @@ def outcome(name, out):
     weights = {each: checkpoint.load(out / f"{each}.pt") for each in ("last", "best_model")}
     for state in weights.values():
         state.pop("settings")  # names the folder
+    assert (out / "report.html").exists() and json.loads((out / "environment.json").read_text())
     arrays = {str(p.relative_to(out)): np.load(p).tobytes() for p in sorted((out / "pseudo").rglob("*.npy"))}
     return {"metrics": metrics, "arrays": arrays, **weights}
 

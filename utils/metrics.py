@@ -69,6 +69,13 @@ def paired_difference(
     return mean_confidence_interval(left - right)
 
 
+def rate_by_class(hits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> list[float | None]:
+    """Share of `hits` (N,) bool among the items of each of `num_classes` classes, labels (N,); None of one without."""
+    right = torch.bincount(labels, weights=hits.double(), minlength=num_classes).tolist()
+    count = torch.bincount(labels, minlength=num_classes).tolist()
+    return [r / n if n else None for r, n in zip(right, count, strict=True)]
+
+
 def student_t_quantile(df: int, level: float = 0.95) -> float:
     """Two-sided Student-t quantile: the t with P(-t < T < t) = level, for `df` >= 1 degrees of freedom.
 

@@ -1,15 +1,15 @@
 """Pictures of a run: contact sheets of images, curves of training."""
 
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from utils.atomic import atomic_file
+from utils.run_log import read_metrics
 
 _GAP = 2  # pixels between images
 _TEXT = 12  # pixels of height for a label
@@ -56,41 +56,29 @@ def curves(
     """Plot training loss and validation accuracy by epoch as a PNG, with a line where a round starts.
 
     Args:
-        metrics_path: a metrics.jsonl whose lines have "epoch" and any of "round", `loss` and `accuracy`.
-            Of an epoch that is there twice, as after a resume, the later line counts.
+        metrics_path: a metrics.jsonl whose lines have "epoch" and any of "round", `loss` and `accuracy`, read as by
+            `read_metrics`.
         path: the PNG to write.
         loss, accuracy: the names of the two entries; accuracies in percent.
     """
     from matplotlib.figure import Figure  # here, as it is slow to import; Figure draws by Agg, without a display
 
-    by_epoch = {entry["epoch"]: entry for entry in _read_lines(Path(metrics_path))}
-    entries = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    entries = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, name, title in zip(axes, (loss, accuracy), ("training loss", "validation accuracy (%)"), strict=True):
         points = [(entry["epoch"], entry[name]) for entry in entries if entry.get(name) is not None]
         axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
-        for epoch in _round_starts(entries):
+        for epoch in round_starts(entries):
             axis.axvline(epoch, color="grey", linestyle=":", linewidth=0.8)
         axis.set(xlabel="epoch", title=title)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-def _round_starts(entries: list[dict]) -> list[int]:
+def round_starts(entries: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The first epoch of each round, of entries in the order of their epochs."""
     known = [entry for entry in entries if entry.get("round") is not None]
     return [
         entry["epoch"] for index, entry in enumerate(known) if index == 0 or entry["round"] != known[index - 1]["round"]
     ]
-
-
-def _read_lines(path: Path) -> list[dict]:
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # half a line of a killed run
-        if isinstance(entry, dict) and "epoch" in entry:
-            entries.append(entry)
-    return entries

@@ -70,6 +70,19 @@ class RunLog:
             file.write(text + "\n")
 
 
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl by epoch; none where it is missing.
+
+    Of an epoch that is there twice, as after a resume, the later line counts; half a line of a killed run does not.
+    """
+    path, by_epoch = Path(path), {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        epoch = _epoch_of(line)
+        if epoch != sys.maxsize:
+            by_epoch[epoch] = json.loads(line)
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON at `path`, whole or not at all; values as for `plain`."""
     with atomic_file(path) as file:
@@ -126,7 +139,7 @@ def _epoch_of(line: str) -> int:
     """The epoch of a line of metrics.jsonl; of half a line, which a kill leaves, one that is never kept."""
     try:
         return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return sys.maxsize
 
 

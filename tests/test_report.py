@@ -1,0 +1,372 @@
+"""report.html: its parts, what it needs, and that no run ends for it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffusionmix
+import main
+import utils.report.__main__ as command
+from config import SCENARIOS, parse
+from models import learners
+from tests.conftest import TINY
+from utils import report
+from utils.machine import note_start
+from utils.metrics import rate_by_class
+from utils.report.folder import Run
+from utils.report.page import element
+from utils.report.pictures import contact_sheet, shown_rounds
+
+pytestmark = pytest.mark.usefixtures("few_glyphs")
+
+PARTS = {
+    "What was run", "Results", "Learning", "Did guidance hit?", "The images of each round", "Mixes", "The pool", "Time",
+    "Environment",
+}  # fmt: skip
+TEST = "--episodes 4 --nTestNovel 10 --mix-steps 2 --head-steps 5 --device cpu --sample-batch 7".split()
+
+
+@pytest.fixture(scope="module")
+def made(toy_pool, tmp_path_factory):
+    """A finished toy run of two rounds, tested in its folder 1-shot. For copying only."""
+    place = tmp_path_factory.mktemp("report")
+    pool, folder = shutil.copytree(toy_pool, place / "pool"), place / "run"
+    for m in (1, 2):
+        Image.new("RGB", (60, 40), (200, 60 * m, 0)).save(pool / f"subset{m}" / "ckpt" / "samples.png")
+    shared = ("--pool", pool, "--data-root", place / "none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
+        patch.setattr("sys.argv", ["main.py", *TINY, *map(str, (*shared, "--save-dir", folder))])
+        main.main()
+        flags = (*shared, "--resume", folder / "best_model.pt", "--save-dir", folder / "1-shot", *TEST)
+        patch.setattr("sys.argv", ["diffusionmix.py", *map(str, flags)])
+        diffusionmix.main()
+    return folder
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "run")
+
+
+@pytest.fixture
+def train(call, toy_pool, tmp_path):
+    """train(folder, *flags): run main.py, tiny; returns its status and stderr."""
+
+    def go(folder, *flags):
+        status, _, err = call(
+            main, "--save-dir", folder, "--pool", toy_pool, "--data-root", tmp_path / "none", *TINY, *flags
+        )
+        return status, err
+
+    return go
+
+
+class Reader(HTMLParser):
+    """What a page shows and what it names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.named, self.headings, self.last = [], [], [], set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.last = tag
+        self.named += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
+        self.named += [v for k, v in attrs if k.startswith("on") or "url(" in (v or "") and "url(#" not in v]
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.last == "h2":
+            self.headings.add(data.strip())
+
+
+def rendered(folder):
+    return Reader(report.render(Run.read(folder)))
+
+
+def edit(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_a_run_and_its_test_leave_whole_reports(made):
+    page = Reader((made / "report.html").read_text())
+    assert page.headings - {""} >= PARTS, PARTS - page.headings
+    assert (made / "1-shot" / "report.html").exists()
+    text = "".join(page.text)
+    assert "guided on glyphs, seed 1" in text and "epoch 2 of 2, finished" in text
+    result = json.loads((made / "1-shot" / "results.json").read_text())
+    for name in ("accuracy", "accuracy_without_mix"):
+        assert f"{result[name]:.2f}\xa0±" in text
+    best = max(json.loads(line)["val_accuracy"] for line in (made / "metrics.jsonl").read_text().splitlines())
+    assert f"{best:.2f}" in text and "samples_per_class" in text
+    test = Reader((made / "1-shot" / "report.html").read_text()).headings
+    assert {"Results", "Mixes", "Environment", "What was run"} <= test and "Learning" not in test
+
+
+@pytest.mark.parametrize(
+    "gone, parts",
+    [
+        ("metrics.jsonl", {"Learning"}),
+        ("1-shot", {"Results", "Mixes"}),
+        ("pseudo", {"The images of each round", "Did guidance hit?"}),
+        ("environment.json 1-shot/environment.json", {"Environment"}),
+        ("config.json environment.json 1-shot/environment.json", {"What was run", "The pool", "Environment"}),
+    ],
+)
+def test_a_part_is_there_where_its_data_is(copied, gone, parts):
+    for name in gone.split():
+        path = copied / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = rendered(copied)
+    assert not page.headings & parts and not any("cannot be shown" in text for text in page.text)
+
+
+def test_nothing_comes_from_outside(made):
+    text = (made / "report.html").read_text()
+    page = Reader(text)
+    assert page.named and all(re.match(r"data:image/|#", name) for name in page.named)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not re.search(r"@import|url\((?!#)", text) and "default-src &#x27;none&#x27;" in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids)) and all(name[1:] in ids for name in page.named if name.startswith("#"))
+
+
+def test_the_preset_is_told_apart(copied):
+    run = Run.read(copied)
+    changed = run.changed()
+    assert changed["samples_per_class"] == (4, SCENARIOS["glyphs"].defaults["samples_per_class"])
+    assert "num_classes" not in changed and "sampler" not in changed  # the former is what the pool said
+    assert '<span class="changed">4</span>' in report.render(run)
+    for argv in ([], ["--dataset", "co_cifarfs"], ["--recipe", "paper"]):
+        assert parse([*argv, "--lr", "3"], description="").preset() == parse(argv, description="").as_dict()
+
+
+def test_text_is_no_markup(copied):
+    evil = "<script>alert('1')</script><img src=x onerror=y>\"&"
+    edit(copied / "config.json", dataset=evil, backbone=evil, source=evil)
+    edit(copied / "1-shot" / "results.json", split=evil, shot=evil, domains={evil: {"accuracy": evil}})
+    (copied / "1-shot").rename(copied / "<u>'")
+    starts = json.loads((copied / "environment.json").read_text())
+    starts[0] |= {"command": evil, "commit": [evil]}
+    starts[0]["settings"]["seed"] = evil
+    (copied / "environment.json").write_text(json.dumps(starts))
+    for path in copied.glob("pseudo/round*/manifest.json"):
+        edit(path, hit_rate=evil)
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    (copied / "metrics.jsonl").write_text(lines[0] + "\n" + json.dumps(json.loads(lines[1]) | {"loss": evil}) + "\n")
+    page = rendered(copied)
+    assert not {"script", "u"} & set(page.tags) and all(name.startswith(("data:", "#")) for name in page.named)
+    assert "".join(page.text).count("<script>") >= 6
+    run = Run.read(copied)
+    assert "<script>alert" not in report.render_several([run, run])
+    assert element("p", "<", title='"') == '<p title="&quot;">&lt;</p>'
+
+
+def test_old_and_damaged_files(copied):
+    for path in copied.glob("pseudo/round*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        assert len(manifest.pop("hit_rate_by_class")) == 20
+        path.write_text(json.dumps(manifest))
+    page = rendered(copied)
+    assert "Did guidance hit?" in page.headings and "not noted" not in "".join(page.text)
+    images = copied / "pseudo" / "round01" / "images.npy"
+    images.write_bytes(images.read_bytes()[:1000])
+    (copied / "1-shot" / "mixes.npz").write_bytes(b"PK")
+    (copied / "environment.json").write_text("{")
+    with open(copied / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "lo')
+    text = "".join(rendered(copied).text)
+    assert "“contact sheets” cannot be shown" in text and "Cannot be read: environment.json" in text
+    assert "epoch 2 of 2" in text
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_run_that_is_not_done_has_a_report(train, tmp_path, monkeypatch, epochs):
+    real, calls = learners.train_meta_model, []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > epochs:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(learners, "train_meta_model", killed)
+    monkeypatch.setattr(report, "SHARE", 1.0)
+    assert train(tmp_path / "run")[0] == 130
+    page = Reader((tmp_path / "run" / "report.html").read_text())
+    assert f"epoch {epochs} of 2, not finished yet" in "".join(page.text)
+    assert ("Learning" in page.headings) == (epochs > 0)
+
+
+def test_no_run_ends_for_its_report(train, tmp_path, monkeypatch):
+    def broken(run):
+        raise RuntimeError("of a\nlibrary")
+
+    monkeypatch.setattr(report, "render", broken)
+    status, err = train(tmp_path / "run", "--max-epoch", 1)
+    assert status == 0 and "no report (RuntimeError: of a library)\n" in err and "Traceback" not in err
+    assert not (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "best_model.pt").exists()
+
+
+def test_reports_take_a_share_of_the_time(copied, monkeypatch):
+    now, writes = [0.0], []
+
+    def slow(run):
+        now[0] += 1
+        writes.append(now[0])
+        return "page"
+
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(report, "render", slow)
+    made = report.Report(copied)
+    made.write()
+    for _ in range(200):
+        now[0] += 1
+        made.write_sometimes()
+    assert len(writes) == 1 + 4 and min(np.diff(writes)) >= 1 / report.SHARE
+    monkeypatch.setattr(report.processes, "is_first", lambda: False)
+    made.write()
+    assert len(writes) == 5
+
+
+def test_the_command(call, copied, made, tmp_path, monkeypatch):
+    (copied / "report.html").unlink()
+    assert call(command, copied) == (0, f"{copied / 'report.html'}\n", "")
+    assert (copied / "report.html").stat().st_size > 10_000
+    assert call(command, copied, "--out", tmp_path / "one.html")[0] == 0 and (tmp_path / "one.html").exists()
+    other = shutil.copytree(copied, tmp_path / "other")
+    edit(other / "config.json", lr=0.25)
+    edit(other / "1-shot" / "results.json", accuracy=12.34)
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(command, copied, other)
+    assert status == 0 and out.splitlines() == [str(copied / "report.html"), str(other / "report.html"), "report.html"]
+    page = Reader((tmp_path / "report.html").read_text())
+    text = "".join(page.text)
+    assert "2 runs" in text and "12.34" in text and {"Settings that differ", "Results", "Learning"} <= page.headings
+    assert "lr" in page.text and "0.25" in page.text and "sampler" not in page.text
+    assert page.tags.count("svg") == 2
+
+
+def test_no_run_is_one_line_and_status_2(call, tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        status, _, err = call(command, folder)
+        assert status == 2 and err.count("\n") == 1 and "is no run folder" in err
+    assert call(command)[0] == 2
+
+
+def test_starts_are_noted_where_they_differ(tmp_path):
+    def start(**notes):
+        note_start(tmp_path, "main.py", torch.device("cpu"), notes)
+        return json.loads((tmp_path / "environment.json").read_text())
+
+    first = start(settings={"seed": 1})
+    assert (
+        first[0]["torch"] == torch.__version__ and first[0]["hardware"] and first[0]["command"] and first[0]["commit"]
+    )
+    assert start(settings={"seed": 1}) == first and len(start(settings={"seed": 2})) == 2
+    (tmp_path / "environment.json").write_text('[{"pro')
+    assert len(start(settings={"seed": 1})) == 1
+
+
+def test_rate_by_class():
+    hits, labels = torch.tensor([True, False, True, True]), torch.tensor([0, 0, 2, 2])
+    assert rate_by_class(hits, labels, 4) == [0.5, None, 1.0, None]
+
+
+def test_contact_sheets_are_of_the_same_classes_and_small(copied):
+    rounds = Run.read(copied).rounds()
+    classes, rows = contact_sheet(rounds)
+    assert classes == list(range(20)) and all(len(row) == 2 for row in rows)
+    images, labels = (np.load(rounds[1].folder / f"{name}.npy") for name in ("images", "labels"))
+    shown = np.asarray(rows[7][1])[:, 18 * 2 : 18 * 2 + 16, :3].transpose(2, 0, 1)
+    assert np.array_equal(shown, images[labels == 7][2])
+    assert [each for each in shown_rounds(range(30))][::9] == [0, 29] and len(shown_rounds(range(30))) == 10
+
+
+def test_mixes_that_are_shown_are_those_that_were_made(made):
+    with np.load(made / "1-shot" / "mixes.npz") as file:
+        a, b, mix, share = (file[name] for name in ("x_a", "x_b", "mix", "share"))
+    assert a.shape == b.shape == mix.shape == (4, 4, 3, 16, 16) and share.shape == (4, 4)
+    assert a.dtype == mix.dtype == np.uint8 and 0 <= share.min() <= share.max() <= 1
+    assert (a == a[:1]).all() and not (b == b[:1]).all()
+    argv = json.loads((made / "1-shot" / "environment.json").read_text())[0]["settings"]
+    s = diffusionmix.Settings(**argv)
+    testing = diffusionmix.Testing(s, s.data_paths[0])
+    fitter, support = testing.fitter, testing.episodes.support
+    given = (testing.images.images, support, [fitter.partners(m, *support.shape) for m in range(5)], testing.shown)
+    got = fitter.mix_part(*given, fitter.pool.load(2), 2, torch.arange(1, 9))
+    assert len(got["features"]) == 8 and np.array_equal(got["pictures"].numpy(), mix[2, 1:])
+    assert not len(fitter.mix_part(*given, fitter.pool.load(4), 4, torch.arange(2))["pictures"])
+
+
+# ---- in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+PROBE = """<!doctype html><body><iframe id="frame" style="border:0;width:WIDTHpx;height:900px" src="PAGE"></iframe>
+<script>onload = () => {
+  const page = document.getElementById('frame').contentDocument, root = page.documentElement;
+  page.querySelectorAll('details').forEach(each => each.open = true);
+  const images = [...page.images];
+  const found = {images: images.length, charts: page.querySelectorAll('svg').length, wide: root.scrollWidth,
+    room: root.clientWidth, width: page.defaultView.innerWidth, title: page.title,
+    broken: images.filter(i => !i.complete || !i.naturalWidth).length,
+    hidden: [...page.querySelectorAll('img, svg')].filter(i => i.getBoundingClientRect().height < 8).length};
+  document.body.textContent = 'found' + JSON.stringify(found) + 'end';
+}</script>"""
+
+
+def browse(tmp_path, page, width):
+    """Show a page in a frame of that width: (what is found in it, what the console says, addresses it asks for)."""
+    (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", str(width)).replace("PAGE", page.as_uri()))
+    log = tmp_path / "net.json"
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--no-first-run", "--allow-file-access-from-files", "--enable-logging=stderr", "--window-size=1400,1000",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom",
+         (tmp_path / "probe.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True, env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    found = json.loads(re.search(r"found(\{.*\})end", done.stdout)[1])
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    # The browser's own requests, of updates and the like, have no initiator.
+    asked = {e["url"] for e in events if e.get("initiator", "not an origin") != "not an origin" and "url" in e}
+    return found, console, {url for url in asked if not url.startswith(("file:", "data:"))}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to show the page in")
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("what", ["run", "several"])
+def test_in_a_browser(made, tmp_path, width, what):
+    page = made / "report.html"
+    if what == "several":
+        run = Run.read(made)
+        page = tmp_path / "several.html"
+        report.write(report.render_several([run] * 7), page)
+    found, console, asked = browse(tmp_path, page, width)
+    assert found["width"] == width and not console and not asked
+    assert found["wide"] <= found["room"], found
+    assert not found["broken"] and not found["hidden"] and found["charts"] >= 2
+    assert found["images"] > 40 or what == "several"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to show the page in")
+def test_the_browser_would_tell(tmp_path):
+    (tmp_path / "bad.html").write_text(
+        "<title>bad</title><img src='http://127.0.0.1:9/x.png'><div style='width:2000px'>wide</div>"
+        "<script>console.error('oh')</script><svg></svg>"
+    )
+    found, console, asked = browse(tmp_path, Path(tmp_path / "bad.html"), 400)
+    assert found["broken"] == 1 and found["wide"] > found["room"]
+    assert any("oh" in line for line in console) and asked == {"http://127.0.0.1:9/x.png"}

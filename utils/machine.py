@@ -1,0 +1,75 @@
+"""What a run or a measurement was made with."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import processes
+from utils.atomic import DiskFull
+from utils.run_log import plain, write_json
+
+
+def hardware(device: str) -> str:
+    """The GPU's name, or the CPU's and its number of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit of the working tree, with a + where it was changed since; "unknown" outside of git."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def note_start(folder: str | os.PathLike, program: str, device: torch.device, notes: Mapping[str, Any]) -> None:
+    """Add what `program` is started with to environment.json of a run folder, a list with the oldest start first.
+
+    notes: entries of the caller's, such as its settings. A start that differs from an earlier one in its time alone,
+    as one that goes on after a stop, is not added. Where it cannot be written that is said, and the run goes on.
+    """
+    if not processes.is_first():
+        return
+    path = Path(folder) / "environment.json"
+    start = plain(
+        {
+            "program": program,
+            "command": shlex.join(["python", *sys.argv]),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+            "hardware": hardware(str(device)),
+            "processes": processes.count(),
+            "commit": commit(),
+            **notes,
+        }
+    )
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: nothing that a run depends on
+        known = []
+    known = [each for each in known if isinstance(each, dict)] if isinstance(known, list) else []
+    if any({**each, "started": None} == {**start, "started": None} for each in known):
+        return
+    try:
+        write_json(path, [*known, {**start, "started": datetime.now(UTC).isoformat(timespec="seconds")}])
+    except (OSError, DiskFull) as error:  # what a run needs is still to be written, and says more
+        print(f"no note of this start ({' '.join(str(error).split())})", file=sys.stderr)

@@ -1,0 +1,112 @@
+"""The pictures of a report, made small and put into the page itself."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, features
+
+from utils.report.folder import Round
+
+CLASSES = 20  # at most, of a contact sheet
+IMAGES = 6  # a class and round, at most
+MOST = 800  # images of all contact sheets together
+ROUNDS = 10  # shown side by side, at most
+_TILE = 48  # pixels of an image, at most
+_GAP = 2
+_GRID = (360, 200)  # pixels of a pool model's samples, at most
+_MANY = 200_000_000  # pixels that no picture of a run has
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image itself as an address."""
+    file = io.BytesIO()
+    if features.check("webp"):
+        image.save(file, "WEBP", quality=90, use_sharp_yuv=True)
+    else:
+        image.save(file, "PNG")
+    kind = "webp" if features.check("webp") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def strip(images: np.ndarray) -> Image.Image:
+    """Images (N, 3, H, W) uint8 side by side, clear between them."""
+    side = min(_TILE, images.shape[-1])
+    sheet = Image.new("RGBA", (len(images) * (side + _GAP) - _GAP, side))
+    for index, pixels in enumerate(images):
+        sheet.paste(picture(pixels, side), (index * (side + _GAP), 0))
+    return sheet
+
+
+def picture(pixels: np.ndarray, side: int = _TILE) -> Image.Image:
+    """One image (3, H, W) uint8, no larger than `side`."""
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return image.resize((side, side), Image.Resampling.LANCZOS) if image.width > side else image
+
+
+def samples(path: Path) -> Image.Image:
+    """A grid that a pool model's training left, as PNG, cut to its first rows and made small."""
+    with Image.open(path, formats=("PNG",)) as file:
+        if file.width * file.height > _MANY:
+            raise ValueError(f"{path}: is {file.width} x {file.height} pixels")
+        image = file.convert("RGB")
+    image.thumbnail(_GRID, Image.Resampling.LANCZOS)
+    return image
+
+
+def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 3, H, W) and labels (N,) of a pseudo data set, left on the disk as far as they are not looked at.
+
+    Raises ValueError where they are not that.
+    """
+    images, labels = (
+        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("images", "labels")
+    )
+    _check(images, 4)
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{folder}: got {labels.shape} labels for {len(images)} images")
+    return images, labels
+
+
+def shown_rounds(rounds: Sequence[Round]) -> list[Round]:
+    """All rounds, or of many the first, the last and some between."""
+    return [rounds[i] for i in _spread(len(rounds), ROUNDS)]
+
+
+def contact_sheet(rounds: Sequence[Round]) -> tuple[list[int], list[list[Image.Image | None]]]:
+    """Some classes, spread over all that have images, and of each and every round a strip of its first images."""
+    data = [arrays(each.folder) for each in rounds]
+    known = np.unique(data[-1][1])
+    classes = [int(known[i]) for i in _spread(len(known), CLASSES)]
+    most = max(1, min(IMAGES, MOST // max(1, len(classes) * len(rounds))))
+    rows = []
+    for c in classes:
+        chosen = [(images, np.flatnonzero(labels == c)[:most]) for images, labels in data]
+        rows.append([strip(images[index]) if len(index) else None for images, index in chosen])
+    return classes, rows
+
+
+def mixes(path: Path) -> list[list[tuple[Image.Image, Image.Image, Image.Image, float]]]:
+    """Of each pool model its mixes in mixes.npz: (x_a, x_b, mix, share of x_a). Raises ValueError for another file."""
+    with np.load(path, allow_pickle=False) as file:
+        a, b, mix, share = (file[name] for name in ("x_a", "x_b", "mix", "share"))
+    for images in (a, b, mix):
+        _check(images, 5)
+    if not a.shape == b.shape == mix.shape or share.shape != a.shape[:2]:
+        raise ValueError(f"{path}: got mixes {mix.shape} of {a.shape}, {b.shape} and {share.shape}")
+    return [
+        [(picture(a[m, k]), picture(b[m, k]), picture(mix[m, k]), float(share[m, k])) for k in range(a.shape[1])]
+        for m in range(len(a))
+    ]
+
+
+def _check(images: np.ndarray, axes: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != axes or images.shape[-3] != 3 or images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"got {images.dtype} images {images.shape}, expected uint8 (..., 3, S, S)")
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Numbers 0 .. count - 1, or where that is too many `most` of them with the first and the last."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
