@@ -42,6 +42,7 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",))
     precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"))
+    dry_run: bool = setting(False, "say what would be done, and about how long it takes, and stop")
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0)
     height: int = setting(0, "pixels; 0: that of the pool's images", low=0)
     width: int = setting(0, "pixels; must equal the height", low=0)
@@ -291,6 +292,7 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
             names.append(f"--{f.name}")
         group.add_argument(
             *names, dest=f.name, default=MISSING, type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
+            **(dict(nargs="?", const=True) if isinstance(f.default, bool) else {}),
             metavar=None if f.metadata["choices"] else type(f.default).__name__.upper(), choices=f.metadata["choices"],
             help=f"{f.metadata['help']} (default {f.default!r})",
         )  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import dry_run
 from config import Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages, load_split
@@ -39,7 +40,7 @@ from utils.report import Report
 from utils.run_log import write_json, write_skipped
 
 # between a stopped test and its going on; of own pictures what is in them counts
-MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out")
+MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out", "dry_run")
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
 
@@ -213,6 +214,9 @@ class OwnPictures:
 def main() -> None:
     """Parse; test and report, or label one's own pictures."""
     settings = parse(description="Meta-test with diffusion mixes, or label your own pictures.")
+    if settings.dry_run:
+        print(dry_run.of_testing(settings))
+        return
     if settings.support:
         own = OwnPictures(settings)
         with locked(settings.run_folder):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+import dry_run
 from config import SCENARIOS, Settings, check_same, parse
 from datasets.augment import AugmentSettings, augment
 from datasets.episodes import EpisodeSampler
@@ -40,8 +41,7 @@ from utils.report import Report
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
-MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume"}
-
+MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "dry_run"}
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
 FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
 
@@ -58,8 +58,7 @@ class Training:
         self.validation = load_real(s.dataset, s.data_paths, "meta_val", size)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
-        guided = s.source == "guided"
-        self.clusters, self.likely = s.clusters, guided and s.ask == "likely"
+        self.clusters, self.likely = s.clusters, s.source == "guided" and s.ask == "likely"
         self.per_model = []
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
@@ -287,8 +286,11 @@ class Training:
 
 
 def main() -> None:
-    """Parse and train."""
-    training = Training(parse(description="Meta-train without data, from a pool of diffusion models."))
+    """Parse and train, or say what that would be."""
+    settings = parse(description="Meta-train without data, from a pool of diffusion models.")
+    if settings.dry_run:
+        return print(dry_run.of_training(settings))
+    training = Training(settings)
     with locked(training.log.folder):
         training.train()
 

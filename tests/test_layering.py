@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "models": {"models", "utils"},
     "datasets": {"datasets", "utils"},
 }
-PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "few_shot", "benchmarks", "tests"}
+PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "few_shot", "dry_run", "benchmarks", "tests"}
 
 
 def sources(part):

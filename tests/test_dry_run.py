@@ -1,0 +1,86 @@
+"""--dry-run: counts what a run then does, makes nothing."""
+
+import re
+
+import pytest
+import torch
+
+import diffusionmix
+import dry_run
+import main
+from guided_diffusion.pool import Pool
+from guided_diffusion.unet import UNetModel
+from tests.conftest import TINY
+
+
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch):
+    monkeypatch.setattr(dry_run, "TRIAL", 0.0)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Images that pass the networks: a list of batch sizes."""
+    seen, forward = [], UNetModel.forward
+
+    def counted(network, x, *rest, **options):
+        seen.append(len(x))
+        return forward(network, x, *rest, **options)
+
+    monkeypatch.setattr(UNetModel, "forward", counted)
+    return seen
+
+
+@pytest.fixture
+def flags(tmp_path, toy_pool, picture_folder):
+    for split in ("meta_val", "meta_test"):
+        picture_folder(tmp_path / "data" / split, {f"c{i}": [40 * i + j for j in range(12)] for i in range(5)})
+    return ("--dataset", "custom", "--data-root", tmp_path / "data", "--pool", toy_pool)
+
+
+@pytest.mark.parametrize("more", ["--ask equal", "--ask likely", "--source unguided"])
+def test_training_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path, more):
+    command = (*flags, *TINY, "--recipe", "paper", *more.split(), "--save-dir", tmp_path / "out")
+    status, out, err = call(main, *command, "--dry-run")
+    assert status == 0, err
+    assert not (tmp_path / "out").exists()
+    said = int(re.search(r"([\d,]+) forward passes", out)[1].replace(",", ""))
+    passes.clear()
+    assert call(main, *command)[0] == 0
+    calibration = 20 * main.CALIBRATION * 2 if "unguided" not in more else 0  # a few images before the first round
+    assert sum(passes) - calibration == said
+    assert "seed = 1" in out and "disk: 0.1 MB" in out
+
+
+def test_testing_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path):
+    command = (*flags, "--save-dir", tmp_path / "out", "--episodes", 3, "--nTestNovel", 10, "--mix-steps", 2)
+    assert call(main, *flags, *TINY, "--source", "none", "--save-dir", tmp_path / "out")[0] == 0
+    status, out, err = call(diffusionmix, *command, "--dry-run")
+    assert status == 0, err
+    assert "3 episodes x 5 images x 5 models x 2 steps\n150 forward passes" in out
+    passes.clear()
+    assert call(diffusionmix, *command)[0] == 0 and sum(passes) == 150
+
+
+def test_nothing_to_draw(call, flags):
+    assert call(main, *flags, "--source", "none", "--dry-run")[1].endswith("--source none: nothing is drawn\n")
+    assert call(diffusionmix, *flags, "--mix", "False", "--dry-run")[1].endswith("--mix False: no mixes\n")
+
+
+def test_short_of_memory(toy_pool, monkeypatch, capsys):
+    forward = UNetModel.forward
+
+    def small_machine(network, x, *rest, **options):
+        if len(x) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return forward(network, x, *rest, **options)
+
+    monkeypatch.setattr(UNetModel, "forward", small_machine)
+    model = Pool(toy_pool).load(0)
+    assert dry_run._seconds_of_one(model, torch.device("cpu"), 8) > 0
+    assert "batches of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds, text", [(90, "90 s"), (700, "12 min"), (12_240, "3.4 h"), (1e7, "2,777.8 h")])
+def test_durations(seconds, text):
+    assert dry_run.duration(seconds) == text
