@@ -42,6 +42,7 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",))
     precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"))
+    quiet: bool = setting(False, "show no progress, only the closing line")
     dry_run: bool = setting(False, "say what would be done, and about how long it takes, and stop")
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0)
     height: int = setting(0, "pixels; 0: that of the pool's images", low=0)

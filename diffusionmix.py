@@ -27,7 +27,7 @@ from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
 from few_shot import FewShotClassifier, HeadFitter
 from models.episode_head import predict
-from utils import processes
+from utils import processes, progress
 from utils.atomic import atomic_file
 from utils.cli import run
 from utils.images import describe, extensions, find_images, read_images, shown, to_float, to_uint8
@@ -40,7 +40,7 @@ from utils.report import Report
 from utils.run_log import write_json, write_skipped
 
 # between a stopped test and its going on; of own pictures what is in them counts
-MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out", "dry_run")
+MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out", "dry_run", "quiet")
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
 
@@ -214,6 +214,7 @@ class OwnPictures:
 def main() -> None:
     """Parse; test and report, or label one's own pictures."""
     settings = parse(description="Meta-test with diffusion mixes, or label your own pictures.")
+    progress.hush(settings.quiet)
     if settings.dry_run:
         print(dry_run.of_testing(settings))
         return

@@ -41,7 +41,7 @@ from utils.report import Report
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
-MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "dry_run"}
+MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "dry_run", "quiet"}
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
 FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
 
@@ -73,7 +73,7 @@ class Training:
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         restored = self.restore()
         processes.meet()  # before the first one writes what the others have just read
-        self.log = RunLog(s.run_folder)  # last: what is refused above leaves no folder behind
+        self.log = RunLog(s.run_folder, quiet=s.quiet)  # last: what is refused above leaves no folder behind
         self.report = Report(s.run_folder)
         write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         if restored:
@@ -266,7 +266,7 @@ class Training:
         if processes.is_first():
             curves(self.log.metrics_path, self.log.folder / "curves.png")
         self.report.write()
-        self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder / 'best_model.pt'}")
+        self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder / 'best_model.pt'}", closing=True)
 
     def after_epoch(self, entries: dict) -> None:
         """Validate, keep the best, log, save."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from datasets import splits as published
 from datasets import unpack
@@ -27,6 +26,7 @@ from datasets.unpack import Picture, Pictures
 from utils.atomic import atomic_file
 from utils.cli import OneLineParser, run
 from utils.images import ImageError, read_image
+from utils.progress import progress
 from utils.run_log import write_json
 
 SETTINGS = "prepared.json"  # in the output folder: what its images were made from
@@ -140,7 +140,7 @@ def _write_split(
     found = pictures(split)
     write_json(out / SETTINGS, settings)  # only now that the source is known to be good
     with ThreadPoolExecutor() as threads:
-        for name in tqdm(names, desc=split, unit="class", leave=False):
+        for name in progress(names, desc=split, unit="class"):
             paths = [out / split / name / file for file in _file_names()]
             list(threads.map(partial(_write, size=settings["size"]), paths, found[name]))
 

@@ -38,6 +38,7 @@ from utils import processes  # noqa: E402
 from utils.cli import OneLineParser, run  # noqa: E402
 from utils.images import Skipped  # noqa: E402
 from utils.lock import locked  # noqa: E402
+from utils.progress import hush  # noqa: E402
 from utils.run_log import write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
@@ -65,6 +66,7 @@ HELP = {
     "precision": "auto, float32 or bf16",
     "half_weights": "save the weights in float16, half the size",
     "device": "auto, cpu, cuda or cuda:N",
+    "quiet": "show no progress bars",
     "loss_weighting": "uniform, or min_snr (arXiv 2303.09556): good samples in fewer steps",
 }
 
@@ -94,6 +96,7 @@ def defaults() -> dict[str, Any]:
         "precision": "auto",
         "half_weights": False,
         "device": "auto",
+        "quiet": False,
         "seed": 0,
         **model_and_diffusion_defaults(),
     }
@@ -112,6 +115,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse, check, and train what was asked for."""
     args = create_argparser().parse_args()
+    hush(args.quiet)
     if not args.data_dir:
         raise ValueError("got no --data_dir; give a folder of images to train on")
     if not 0 <= args.hold_out < 1:

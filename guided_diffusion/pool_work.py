@@ -6,11 +6,11 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from guided_diffusion.dist_util import in_batches
 from guided_diffusion.pool import Pool, PoolModel
 from utils.pieces import Pieces
+from utils.progress import progress
 
 Work = Callable[[PoolModel, int, Tensor], dict[str, Tensor]]
 
@@ -34,7 +34,7 @@ def work_through(
     }
     mine = [(m, list(names)) for m, names in groupby(pieces.mine(list(batches)), key=lambda name: batches[name][0])]
     models, room = pool.each(device, precision, [m for m, _ in mine]), batch
-    with tqdm(total=sum(len(names) for _, names in mine), desc=desc, unit="batch", leave=False) as bar:
+    with progress(total=sum(len(names) for _, names in mine), desc=desc, unit="batch") as bar:
         for (m, names), model in zip(mine, models, strict=True):
             for name in names:
                 _, start, stop = batches[name]

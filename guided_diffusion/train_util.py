@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, or_too_much, smaller, worth_compiling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -21,6 +20,7 @@ from utils import checkpoint, processes, stopping
 from utils.atomic import previous
 from utils.images import to_uint8
 from utils.plots import contact_sheet
+from utils.progress import progress
 from utils.seeding import generator
 
 STATE_FILE = "state.pt"  # what a run goes on from; gone when it is done
@@ -110,8 +110,7 @@ class TrainLoop:
         self._restore()
         mean, losses = 0.0, []
         processes.meet()  # before the first one saves what the others have just read
-        shown = dict(desc=str(self.folder), unit="step", disable=not processes.is_first())
-        with tqdm(total=self.settings.steps, initial=self.step, **shown) as bar:
+        with progress(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
             while self.step < self.settings.steps:
                 if processes.first_says(stopping.asked()):
                     self.save()

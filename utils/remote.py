@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import blobfile
-from tqdm import tqdm
 
 from utils import processes
 from utils.atomic import atomic_file
+from utils.progress import progress
 
 CACHE = Path("ckpt/cache")
 _SCHEMES = ("gs", "az", "https", "http")
@@ -97,7 +97,7 @@ def _fetch(place: str, target: Path) -> None:
     digest = hashlib.sha256()
     with _in_one_line(place), _opened(place) as (source, size):
         with atomic_file(target, size=size or 0) as file:
-            with tqdm(total=size, desc=target.name, unit="B", unit_scale=True, leave=False) as bar:
+            with progress(total=size, desc=target.name, unit="B", unit_scale=True) as bar:
                 while piece := source.read(_PIECE):
                     digest.update(piece)
                     file.write(piece)

@@ -20,14 +20,16 @@ from tqdm import tqdm
 from utils import processes
 from utils.atomic import atomic_file
 from utils.images import Skipped
+from utils.progress import hush, is_quiet
 
 
 class RunLog:
     """The log of one run folder, which is made where missing. Opening it again appends."""
 
-    def __init__(self, folder: str | os.PathLike) -> None:
-        """Open the log of `folder`. Raises ValueError where `folder` is a file."""
+    def __init__(self, folder: str | os.PathLike, *, quiet: bool = False) -> None:
+        """Open the log of `folder`; quiet: show nothing but the closing line. Raises ValueError for a file."""
         self.folder = Path(folder)
+        hush(quiet)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -48,9 +50,9 @@ class RunLog:
                 with atomic_file(self.metrics_path) as file:
                     file.write("".join(kept).encode())
 
-    def line(self, text: str) -> None:
-        """Print `text`, above any progress bar, and append it to log_train.txt."""
-        if processes.is_first():
+    def line(self, text: str, *, closing: bool = False) -> None:
+        """Print `text`, above any progress bar, and append it to log_train.txt; a closing line is always printed."""
+        if processes.is_first() and (closing or not is_quiet()):
             tqdm.write(text)
         self._append("log_train.txt", text)
 
