@@ -57,7 +57,7 @@ class Settings:
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x_t, t)", low=0, group="synthesis")
     guide_on: str = setting("x_t", "what the class-learner looks at: the noisy image, or the x_0 predicted from it",
                             choices=("x_t", "x_0"), group="synthesis")  # fmt: skip
-    first_labels: str = setting("random", "labels of round 1: guided by a random head, or balanced clusters of "
+    first_labels: str = setting("random", "labels of the first round: guided by a random head, or balanced clusters of "
                                 "unguided images (with a warm-up on the models' own labels)",
                                 choices=("random", "clusters"), group="synthesis")  # fmt: skip
     warm_up: int = setting(3, "epochs on the models' own labels before their images are clustered", low=1,
@@ -145,7 +145,8 @@ class Settings:
             for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
                 if self.warm_up >= epochs:
                     raise ValueError(
-                        f"got --warm-up {self.warm_up}, expected less than {flag}, {epochs}: the clusters come after it"
+                        f"--warm-up is {self.warm_up}, expected less than {flag}, {epochs}: the clusters come after "
+                        f"it; give --warm-up {max(1, epochs - 1)}, or more epochs"
                     )
         roots = self.data_root.split(",") if self.data_root else []
         if "" in roots or len({Path(root).resolve().name for root in roots}) < len(roots):
@@ -284,7 +285,11 @@ SCENARIOS = {
 
 def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     """Settings from flags: those given, then the scenario's, then the recipe's, then the fields' defaults."""
-    parser = _Parser(description=description)
+    parser = _Parser(
+        description=description,
+        epilog="A scenario and its recipe have defaults of their own, which win over those shown here; --dry-run "
+        "prints what holds.",
+    )
     groups = {}
     for f in fields(Settings):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))

@@ -43,6 +43,7 @@ def of_training(s: Settings) -> str:
         f"{rounds} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
         f"{f', {twice} of the rounds drawn twice (--ask likely)' if twice else ''}",
         *_work(work, s),
+        "guidance and the learners' training come on top",
         f"{s.max_epoch} epochs of {s.train_epoch_size} episodes and as many images again for the class-learner",
         f"disk: {_bytes(images * 3 * size * size)} of images in {s.run_folder / 'pseudo'}",
     ])  # fmt: skip
@@ -107,14 +108,15 @@ def _inputs(model: PoolModel, batch: int, device: torch.device) -> list[torch.Te
 
 
 def _settings(s: Settings) -> list[str]:
-    return [f"{name} = {value!r}" for name, value in s.as_dict().items() if name != "dry_run"]
+    places = {"pool": s.pool_place, "data_root": ",".join(map(str, s.data_paths)), "save_dir": str(s.run_folder)}
+    return [f"{name} = {value!r}" for name, value in {**s.as_dict(), **places}.items() if name != "dry_run"]
 
 
 def _work(work: Work, s: Settings) -> list[str]:
     return [
         f"{work.forwards:,} forward passes, {work.flops / 1e12:,.1f} TFLOP",
         f"about {duration(work.seconds)} of them on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s; "
-        "guidance and the learners' training come on top",
+        "the images to test on are not looked at",
     ]
 
 

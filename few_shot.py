@@ -293,7 +293,10 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
     Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
     """
     if not path.exists():
-        raise ValueError(f"{path}: no such checkpoint; make it with python main.py, or name one with --resume")
+        raise ValueError(
+            f"{path}: no such checkpoint; make it by main.py with the same --dataset, --nExemplars "
+            "and so on, or name one with --resume"
+        )
     state = checkpoint.load(path, device)
     wanted = ("model", "model_statistics", "num_classes", "image_size", "settings")
     if not isinstance(state, dict) or any(name not in state for name in wanted):

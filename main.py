@@ -266,7 +266,7 @@ class Training:
         if processes.is_first():
             curves(self.log.metrics_path, self.log.folder / "curves.png")
         self.report.write()
-        self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder / 'best_model.pt'}", closing=True)
+        self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder}, see report.html", closing=True)
 
     def after_epoch(self, entries: dict) -> None:
         """Validate, keep the best, log, save."""

@@ -186,7 +186,7 @@ CASES = [
     (diffusionmix, MIX, "--save-dir busy --resume run.pt", "busy: another run is at work"),
     (image_train, TRAIN, "--save_dir busy", "busy: another run is at work"),
     # meta-testing
-    (diffusionmix, MIX, "", "out/best_model.pt: no such checkpoint; make it with python main.py"),
+    (diffusionmix, MIX, "", "out/best_model.pt: no such checkpoint; make it by main.py with the same"),
     (diffusionmix, MIX, "--resume dict.pt", "dict.pt: is no checkpoint of main.py"),
     (diffusionmix, MIX, "--resume a_file", "a_file: is cut short or is no checkpoint"),
     (diffusionmix, MIX, "--mix-steps 300", "at most --mix-level, 200"),
@@ -352,5 +352,6 @@ def test_as_a_command(place):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "error: out/best_model.pt: no such checkpoint; make it with python main.py, or name one with --resume\n"
+        "error: out/best_model.pt: no such checkpoint; make it by main.py with the same --dataset, --nExemplars "
+        "and so on, or name one with --resume\n"
     )
