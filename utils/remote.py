@@ -68,8 +68,6 @@ def _listed(place: str, target: Path) -> list[str]:
             names.append(name)
     if not names:
         raise ValueError(f"{place}: got no diffusion models there, expected subset1/ckpt/model.pt and so on")
-    for name in names:  # before the list, so that what it names is there
-        _fetch(f"{place}/{name}", target / name)
     with atomic_file(kept) as file:
         file.write("\n".join(names).encode())
     return names
