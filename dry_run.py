@@ -71,7 +71,7 @@ def measure(pool: Pool, forwards: Sequence[int], s: Settings) -> Work:
     """
     device = pick_device(s.device_name)
     flops = [forward_flops(pool.load(m)) for m in range(len(pool))]
-    rate = forward_flops(first := pool.load(0, device, s.precision)) / _seconds_of_one(first, device, s.sample_batch)
+    rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), device, s.sample_batch)
     total = sum(count * cost for count, cost in zip(forwards, flops, strict=True))
     return Work(sum(forwards), total, total / rate)
 
