@@ -4,6 +4,7 @@
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -163,21 +164,51 @@ class Settings:
         if self.out and not self.out.endswith(".csv"):
             raise ValueError(f"got --out {self.out}, expected a name that ends in .csv; its sheet ends in .png")
 
-    def check_suffices(self, size: int, classes: int) -> None:
-        """Refuse to train on images of `size` pixels, or of so few `classes`, that no step of it could be made."""
+    def check_suffices(self, size: int, classes: int, real: Mapping[str, Mapping[str, int]]) -> None:
+        """Refuse to train where no step could be made, by one ValueError that names all that is in the way.
+
+        size: pixels of the images; classes: how many to train on; real: what the real images are -> images a class.
+        """
+        lacks = [self._lacking(name, counts) for name, counts in real.items()]
         if size < 16:
-            raise ValueError(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
-        if classes < self.way and self.source != "none":
-            raise ValueError(
+            lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
+        if classes < self.way and self.source in ("guided", "unguided"):
+            lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), a {self.way}-way episode needs "
                 f"{self.way}; give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower "
                 "--nKnovel"
             )
         needed = self.shot + self.train_nTestNovel // self.way
         if self.source in ("guided", "unguided") and self.samples_per_class < needed:
-            raise ValueError(
-                f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more"
-            )
+            lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")
+        if any(lacks):
+            raise ValueError("; also, ".join(filter(None, lacks)))
+
+    def check_images(self, name: str, counts: Mapping[str, int]) -> None:
+        """Refuse the real images `name` where no episode can be drawn: ValueError. counts: images of each class."""
+        if lacks := self._lacking(name, counts):
+            raise ValueError(lacks)
+
+    def _lacking(self, name: str, counts: Mapping[str, int]) -> str:
+        """What the classes of `name` have too few of, and with which flags they would do; "" where they suffice."""
+        asked = "train_nTestNovel" if name.endswith("meta_train") else "nTestNovel"
+        query = getattr(self, asked) // self.way
+        short = {c: count for c, count in counts.items() if count < self.shot + query}
+        if len(counts) >= self.way and not short:
+            return ""
+        fewest = min(counts, key=counts.__getitem__)
+        got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < self.way else []
+        got += [f"{counts[fewest]} images in class {fewest}"] if short else []
+        got += [f"too few in {len(short) - 1} more"] if len(short) > 1 else []
+        way, fitting = min(self.way, len(counts)), min(query, counts[fewest] - self.shot)
+        flags = {f"--{each}": getattr(self, each) // self.way * way for each in ("train_nTestNovel", "nTestNovel")}
+        flags = {"--nKnovel": way, **flags, f"--{asked}": fitting * way}
+        changed = [f"{flag} {n}" for flag, n in flags.items() if n != getattr(self, flag[2:])]
+        instead = f", or give {' '.join(changed)}" if way > 1 and fitting > 0 else ""
+        return (
+            f"{name}: got {', '.join(got)}; an episode needs {self.way} classes of {self.shot + query} images "
+            f"({self.shot} to learn from, {query} to label); add some{instead}"
+        )
 
     # what the fields above come to
 

@@ -53,6 +53,7 @@ class Testing:
         self.fitter = HeadFitter(s)
         self.pieces = pieces_of(self.fitter, "mixes", f"{root}, {SHOWN} shown".encode())
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size)
+        s.check_images(f"{root}/{s.test_split}", self.images.counts())
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
 
@@ -215,19 +216,21 @@ def main() -> None:
     """Parse; test and report, or label one's own pictures."""
     settings = parse(description="Meta-test with diffusion mixes, or label your own pictures.")
     progress.hush(settings.quiet)
-    if settings.dry_run:
-        print(dry_run.of_testing(settings))
-        return
     if settings.support:
         own = OwnPictures(settings)
+        if settings.dry_run:
+            return print(dry_run.of_testing(settings, own.fitter.pool, len(own.support.labels)))
         with locked(settings.run_folder):
             write_skipped(settings.run_folder, own.support.skipped, own.skipped)
             probabilities = own.label()
             if processes.is_first():
                 own.write(probabilities)
             discard(settings.run_folder / "own_mixes")
-        return
+        return None
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
+    if settings.dry_run:
+        support = sum(test.episodes.support.numel() for test in tests)
+        return print(dry_run.of_testing(settings, tests[0].fitter.pool, support))
     with locked(settings.run_folder):
         note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, settings.notes())
         results = evaluate(settings, tests)

@@ -8,10 +8,9 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import SCENARIOS, Settings
+from config import Settings
 from guided_diffusion.dist_util import or_too_much, pick_device, smaller
 from guided_diffusion.pool import Pool, PoolModel
-from utils.remote import local
 
 TRIAL = 10.0  # seconds of forward passes that the estimate comes from
 
@@ -25,41 +24,40 @@ class Work:
     seconds: float
 
 
-def of_training(s: Settings) -> str:
-    """What `main.py` would do: settings, and the work of its rounds of synthesis."""
+def of_training(s: Settings, pool: Pool | None, classes: Sequence[int], size: int, epoch: int) -> str:
+    """What is left of a run of `main.py`: settings, and the work of its rounds of synthesis.
+
+    classes: of each pool model, none where nothing is drawn; size: pixels of the images; epoch: how many are done.
+    """
     lines = _settings(s)
-    if s.source not in ("guided", "unguided"):
+    if not classes:
         return "\n".join([*lines, "", f"--source {s.source}: nothing is drawn"])
-    pool = Pool(local(s.pool_place), s.bare_checkpoint_flags())
-    classes = pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
-    rounds = -(-(s.max_epoch - s.start_epoch) // s.refresh_every)
-    twice = rounds - (s.first_labels == "clusters") if s.source == "guided" and s.ask == "likely" else 0
-    passes = (rounds + twice) * s.samples_per_class * s.sample_steps
-    size = s.height or pool.load(0).image_size
-    images = rounds * sum(classes) * s.samples_per_class
+    left = range(epoch // s.refresh_every, -(-s.max_epoch // s.refresh_every))
+    rounds = [r for r in left if not (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()]
+    twice = sum(r > 0 or not s.clusters for r in rounds) if s.source == "guided" and s.ask == "likely" else 0
+    passes = (len(rounds) + twice) * s.samples_per_class * s.sample_steps
+    images = len(rounds) * sum(classes) * s.samples_per_class
     work = measure(pool, [count * passes for count in classes], s)
     return "\n".join([
-        *lines, "",
-        f"{rounds} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
+        *lines, "", *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * bool(epoch),
+        f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
         f"{f', {twice} of the rounds drawn twice (--ask likely)' if twice else ''}",
         *_work(work, s),
         "guidance and the learners' training come on top",
-        f"{s.max_epoch} epochs of {s.train_epoch_size} episodes and as many images again for the class-learner",
+        f"{s.max_epoch - epoch} epochs of {s.train_epoch_size} episodes and as many images again for the class-learner",
         f"disk: {_bytes(images * 3 * size * size)} of images in {s.run_folder / 'pseudo'}",
     ])  # fmt: skip
 
 
-def of_testing(s: Settings) -> str:
-    """What `diffusionmix.py` would do: settings, and the work of its mixes."""
+def of_testing(s: Settings, pool: Pool | None, support: int) -> str:
+    """What `diffusionmix.py` would do: settings, and the work of its mixes. support: images, of all episodes."""
     lines = _settings(s)
-    if not s.mix:
+    if not pool:
         return "\n".join([*lines, "", "--mix False: no mixes"])
-    pool, domains = Pool(local(s.pool_place), s.bare_checkpoint_flags()), len(s.data_paths)
-    support = domains * s.episodes * s.way * s.shot
     work = measure(pool, [support * s.mix_steps] * len(pool), s)
     return "\n".join([
         *lines, "",
-        f"{domains * s.episodes} episodes x {s.way * s.shot} images x {len(pool)} models x {s.mix_steps} steps",
+        f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
         *_work(work, s),
     ])  # fmt: skip
 
@@ -115,8 +113,7 @@ def _settings(s: Settings) -> list[str]:
 def _work(work: Work, s: Settings) -> list[str]:
     return [
         f"{work.forwards:,} forward passes, {work.flops / 1e12:,.1f} TFLOP",
-        f"about {duration(work.seconds)} of them on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s; "
-        "the images to test on are not looked at",
+        f"about {duration(work.seconds)} of them on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s",
     ]
 
 

@@ -56,8 +56,6 @@ class Training:
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
         self.validation = load_real(s.dataset, s.data_paths, "meta_val", size)
-        sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
-        self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.clusters, self.likely = s.clusters, s.source == "guided" and s.ask == "likely"
         self.per_model = []
         if s.source in ("guided", "unguided"):
@@ -66,18 +64,14 @@ class Training:
         self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.samples_per_class) if labelled else None
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         self.check()
+        sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
+        self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.grouping = learners.Grouping.of(self.per_model, s.within_weight, self.device) if self.per_model else None
         self.draw_weights()
         self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
         self.augmentation = AugmentSettings(flip=s.flip)
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
-        restored = self.restore()
-        processes.meet()  # before the first one writes what the others have just read
-        self.log = RunLog(s.run_folder, quiet=s.quiet)  # last: what is refused above leaves no folder behind
-        self.report = Report(s.run_folder)
-        write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
-        if restored:
-            self.log.line(f"going on from {restored} at epoch {self.epoch}")
+        self.restored = self.restore()
 
     # ---- parts
 
@@ -94,11 +88,11 @@ class Training:
         """Refuse at once what would stop the run later."""
         s = self.s
         labels = len(self.per_model) if s.source == "unguided" or self.clusters else self.num_classes
-        s.check_suffices(self.size, labels)
+        real = {"meta_val": self.validation, **({"meta_train": self.real} if self.real else {})}
+        place = ",".join(map(str, s.data_paths))
+        s.check_suffices(self.size, labels, {f"{place}/{split}": images.counts() for split, images in real.items()})
         if self.per_model:
             self.pool.check(self.per_model, s.sample_steps, self.clusters or self.likely)
-        if self.real:
-            EpisodeSampler(self.real.labels, s.way, s.shot, s.train_nTestNovel // s.way)
 
     # ---- synthesis
 
@@ -243,6 +237,10 @@ class Training:
     def train(self) -> None:
         """All rounds and epochs, from where the folder stands."""
         s = self.s
+        self.log, self.report = RunLog(s.run_folder, quiet=s.quiet), Report(s.run_folder)
+        if self.restored:
+            self.log.line(f"going on from {self.restored}, after epoch {self.epoch}")
+        write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)
         note_start(s.run_folder, "main.py", self.device, s.notes())
@@ -288,10 +286,11 @@ class Training:
 def main() -> None:
     """Parse and train, or say what that would be."""
     settings = parse(description="Meta-train without data, from a pool of diffusion models.")
+    training = Training(settings)  # refuses what is wrong before it makes a folder
     if settings.dry_run:
-        return print(dry_run.of_training(settings))
-    training = Training(settings)
-    with locked(training.log.folder):
+        return print(dry_run.of_training(settings, training.pool, training.per_model, training.size, training.epoch))
+    processes.meet()  # before the first one writes what the others have just read
+    with locked(settings.run_folder):
         training.train()
 
 

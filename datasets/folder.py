@@ -27,6 +27,10 @@ class LabelledImages:
     class_names: list[str]
     skipped: Skipped = field(default_factory=dict)
 
+    def counts(self) -> dict[str, int]:
+        """Images of each class, by its name."""
+        return dict(zip(self.class_names, self.labels.bincount(minlength=len(self.class_names)).tolist(), strict=True))
+
 
 def load_split(
     root: str | os.PathLike, split: str, size: int, max_per_class: int | None = None, *, every_class: bool = False

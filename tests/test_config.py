@@ -124,3 +124,36 @@ def test_help_lists_every_field():
     out = subprocess.run([sys.executable, "-c", "import config; config.parse(['--help'], description='x')"],
                          cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert all(flag_of(f) in out for f in fields(Settings))
+
+
+@pytest.mark.parametrize(
+    "flags, counts, answer",
+    [
+        ("", {"a": 16, "b": 16, "c": 16, "d": 16, "e": 16}, ""),
+        (
+            "", {"a": 30, "b": 20, "c": 7, "d": 9},
+            "val: got 4 classes, 7 images in class c, too few in 1 more; an episode needs 5 classes of 16 images "
+            "(1 to learn from, 15 to label); add some, or give --nKnovel 4 --train_nTestNovel 24 --nTestNovel 24",
+        ),
+        ("--nExemplars 5", {c: 20 for c in "abcd"}, "--nKnovel 4 --train_nTestNovel 24 --nTestNovel 60"),
+        ("", {"a": 16, "b": 1, "c": 16, "d": 16, "e": 16}, "add some"),
+        ("", {"a": 99}, "val: got 1 class; an episode needs 5 classes of 16"),
+    ],
+)  # fmt: skip
+def test_what_images_lack(flags, counts, answer):
+    s = read(flags)
+    if not answer:
+        return s.check_images("val", counts)
+    with pytest.raises(ValueError) as error:
+        s.check_images("val", counts)
+    assert answer in str(error.value)
+    if "give" in str(error.value):  # what it says to give does
+        read(f"{flags} {str(error.value).partition('give ')[2]}").check_images("val", counts)
+
+
+def test_all_that_is_lacking_is_said_at_once():
+    s = read("--samples-per-class 2")
+    with pytest.raises(ValueError) as error:
+        s.check_suffices(8, 3, {"D/meta_val": {"a": 3}})
+    for words in ("D/meta_val: got 1 class", "needs 16;", "got 3 classes to train on", "--samples-per-class 2"):
+        assert words in str(error.value)

@@ -57,14 +57,46 @@ def test_testing_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path
     assert call(main, *flags, *TINY, "--source", "none", "--save-dir", tmp_path / "out")[0] == 0
     status, out, err = call(diffusionmix, *command, "--dry-run")
     assert status == 0, err
-    assert "3 episodes x 5 images x 5 models x 2 steps\n150 forward passes" in out
+    assert "15 support images x 5 models x 2 steps\n150 forward passes" in out
     passes.clear()
     assert call(diffusionmix, *command)[0] == 0 and sum(passes) == 150
 
 
-def test_nothing_to_draw(call, flags):
-    assert call(main, *flags, "--source", "none", "--dry-run")[1].endswith("--source none: nothing is drawn\n")
-    assert call(diffusionmix, *flags, "--mix", "False", "--dry-run")[1].endswith("--mix False: no mixes\n")
+def test_own_pictures(call, flags, trained, tmp_path, passes):
+    data = tmp_path / "data" / "meta_val"
+    command = (
+        *flags,
+        "--resume",
+        trained / "best_model.pt",
+        "--support",
+        data,
+        "--query",
+        data / "c0",
+        "--mix-steps",
+        2,
+    )
+    status, out, err = call(diffusionmix, *command, "--save-dir", tmp_path / "out", "--dry-run")
+    assert status == 0 and "60 support images x 5 models x 2 steps\n600 forward passes" in out, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left(call, flags, tmp_path):
+    command = (*flags, *TINY, "--recipe", "paper", "--save-dir", tmp_path / "out")
+    assert call(main, *command)[0] == 0
+    out = call(main, *command, "--dry-run")[1]
+    assert "2 of 2 epochs are done; what is left:\n0 rounds x" in out and "\n0 forward passes" in out
+
+
+def test_nothing_to_draw(call, flags, trained, tmp_path):
+    few = (*flags, "--nTestNovel", 10, "--save-dir", tmp_path / "out")
+    assert call(main, *few, "--source", "none", "--dry-run")[1].endswith("--source none: nothing is drawn\n")
+    command = (*few, "--resume", trained / "best_model.pt", "--mix", "False", "--dry-run")
+    assert call(diffusionmix, *command)[1].endswith("--mix False: no mixes\n")
+
+
+def test_what_the_run_would_refuse(call, flags, tmp_path):
+    status, _, err = call(main, *flags, *TINY, "--nTestNovel", 60, "--save-dir", tmp_path / "out", "--dry-run")
+    assert status == 2 and "or give --nTestNovel 55" in err
 
 
 def test_short_of_memory(toy_pool, monkeypatch, capsys):

@@ -35,3 +35,9 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     time.sleep(0.1)
     with locked(tmp_path):
         pass
+
+
+def test_run_folder_that_is_a_file(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="expected a folder"), locked(tmp_path / "run"):
+        pass

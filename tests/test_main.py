@@ -149,7 +149,7 @@ def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, fla
         train(tmp_path / "cut", *flags, status=130)
     assert checkpoint.load(tmp_path / "cut" / "last.pt")["epoch"] == 1
     torch.manual_seed(99)
-    assert "at epoch 1" in train(tmp_path / "cut", *flags)
+    assert "after epoch 1" in train(tmp_path / "cut", *flags)
     for name in ("last.pt", "best_model.pt"):
         whole, cut = (checkpoint.load(tmp_path / folder / name) for folder in ("whole", "cut"))
         for state in (whole, cut):

@@ -39,12 +39,6 @@ def test_write_json_is_all_or_nothing(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_run_folder_that_is_a_file(tmp_path):
-    (tmp_path / "run").touch()
-    with pytest.raises(ValueError, match="expected a folder"):
-        RunLog(tmp_path / "run")
-
-
 def test_contact_sheet_places_pixels(tmp_path):
     images = torch.zeros(3, 3, 4, 5, dtype=torch.uint8)
     images[0, 0], images[1, 1], images[2, 2] = 200, 150, 100

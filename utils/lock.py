@@ -15,7 +15,7 @@ except ImportError:  # not a Unix: there is nothing then that a crash would not 
 
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold `folder` (made where missing) for this process: ValueError where another one holds it.
+    """Hold `folder` (made where missing) for this process: ValueError where another one holds it, or it is a file.
 
     Of several processes of one run the first holds it for all. The lock is the system's, on the file .lock in it: it
     ends with the process, however that ends.
@@ -24,7 +24,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         yield
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder}: got a file, expected a folder for the run; choose another folder") from error
     with open(folder / ".lock", "a", encoding="utf-8") as file:
         if fcntl is not None:
             try:

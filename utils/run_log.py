@@ -27,13 +27,10 @@ class RunLog:
     """The log of one run folder, which is made where missing. Opening it again appends."""
 
     def __init__(self, folder: str | os.PathLike, *, quiet: bool = False) -> None:
-        """Open the log of `folder`; quiet: show nothing but the closing line. Raises ValueError for a file."""
+        """Open the log of `folder`; quiet: show nothing but the closing line."""
         self.folder = Path(folder)
         hush(quiet)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"{folder}: got a file, expected a folder for the run; choose another folder") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
         _end_last_line(self.metrics_path)
 
     @property
