@@ -4,18 +4,24 @@
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
+# what changes nothing in the result
+PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "quiet", "dry_run", "tensorboard"}
 BARE = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
         "diffusion_steps")  # fmt: skip
 
 
-def setting(default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="run"):
+def setting(
+    default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="needed first"
+):
     """A dataclass field that becomes a flag. low, high: the range that a number must lie in, inclusive."""
     extra = dict(help=help, flags=flags, choices=choices, low=low, high=high, group=group)
     return field(default=default, metadata=extra)
@@ -25,33 +31,51 @@ def setting(default: Any, help: str, *, flags: tuple[str, ...] = (), choices=Non
 class Settings:
     """Everything that a run of `main.py` or `diffusionmix.py` can be told."""
 
-    # what and where
+    # the twenty that people need first
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
-    data_root: str = setting("", "folder with meta_train, meta_val and meta_test; with commas one of each domain")
+    source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
+                          choices=SOURCES)  # fmt: skip
+    recipe: str = setting("paper", "paper: design of the publication; clusters: what was measured to be better",
+                          choices=("paper", "clusters"))  # fmt: skip
+    data_root: str = setting(
+        "", "folder with meta_train, meta_val and meta_test; with commas one of each domain; '': data/DATASET"
+    )
     pool: str = setting(
         "",
         "folder of the pool or one checkpoint file, or the gs://, az:// or https:// address of either; "
-        "default: the scenario's",
+        "'': ckpt/pools/DATASET, of glyphs ckpt/glyphs",
     )
-    save_dir: str = setting("", "run folder; default ckpt/runs/DATASET/N-shot")
+    save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot")
     resume: str = setting("", "checkpoint (or its address) to start from (main.py) or to test (diffusionmix.py)")
-    recipe: str = setting("paper", "paper: design of the publication; clusters: what was measured to be better; the "
-                          "scenario's unless given", choices=("paper", "clusters"))  # fmt: skip
-    source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
-                          choices=SOURCES)  # fmt: skip
+    nKnovel: int = setting(5, "way: classes an episode", low=2)
+    nExemplars: int = setting(1, "shot: support images a class", low=1)
+    samples_per_class: int = setting(600, "images a pseudo class and round", low=1)
+    max_epoch: int = setting(90, "epochs", low=1)
+    split: str = setting("", "classes that diffusionmix.py tests on; '': as --phase", choices=("", *SPLITS))
+    mix: bool = setting(True, "test heads fitted on diffusion mixes, too")
+    support: str = setting("", "folder with one folder of your own pictures a class, for diffusionmix.py to learn from")
+    query: str = setting("", "folder of your own pictures to label, also those in the folders in it")
+    out: str = setting("", "where to write what they are; '': predictions.csv in the run folder")
     seed: int = setting(1, "of everything random", low=0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",))
-    precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"))
     quiet: bool = setting(False, "show no progress, only the closing line")
     dry_run: bool = setting(False, "say what would be done, and about how long it takes, and stop")
-    workers: int = setting(4, "threads that read images", flags=("-j",), low=0)
-    height: int = setting(0, "pixels; 0: that of the pool's images", low=0)
-    width: int = setting(0, "pixels; must equal the height", low=0)
+
+    # the machine
+    gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",),
+                               group="machine")  # fmt: skip
+    precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"), group="machine")
+    workers: int = setting(4, "threads that read images", flags=("-j",), low=0, group="machine")
+    sample_batch: int = setting(250, "images in a batch of the diffusion models; halved where memory is short", low=1,
+                                group="machine")  # fmt: skip
+    test_batch: int = setting(100, "episodes in a chunk of testing", low=1, group="machine")
+    tensorboard: bool = setting(False, "write scalars and sheets for TensorBoard too, in the run folder",
+                                group="machine")  # fmt: skip
 
     # the pool and its images
+    height: int = setting(0, "pixels a side; 0: that of the pool's images", low=0, group="synthesis")
+    width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
-    samples_per_class: int = setting(600, "images a pseudo class and round", low=1, group="synthesis")
     sample_steps: int = setting(25, "denoising steps of an image", low=2, high=1000, group="synthesis")
     sampler: str = setting("ddim", "of an image: DDIM, or DPM-Solver++(2M), of second order, for 10 to 15 steps",
                            choices=("ddim", "dpmpp2m"), group="synthesis")  # fmt: skip
@@ -69,36 +93,35 @@ class Settings:
     refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
     restart: bool = setting(False, "train the meta-model of the last round from new weights", group="synthesis")
     replay: int = setting(0, "earlier rounds whose images are trained on too", low=0, group="synthesis")
-    sample_batch: int = setting(250, "images in a batch of the diffusion models", low=1, group="synthesis")
 
     # pools whose checkpoints do not tell (public ones)
-    image_size: int = setting(64, "pixels, for bare checkpoints", low=8, group="bare checkpoints")
-    num_heads: int = setting(4, "attention heads, for bare checkpoints", low=1, group="bare checkpoints")
-    num_head_channels: int = setting(-1, "channels a head, for bare checkpoints", group="bare checkpoints")
-    use_new_attention_order: bool = setting(False, "for bare checkpoints", group="bare checkpoints")
-    noise_schedule: str = setting("cosine", "for bare checkpoints", choices=("linear", "cosine"),
+    image_size: int = setting(64, "pixels a side", low=8, group="bare checkpoints")
+    num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
+    num_head_channels: int = setting(
+        -1, "channels of an attention head; -1: by the number of heads", group="bare checkpoints"
+    )
+    use_new_attention_order: bool = setting(
+        False, "queries, keys and values apart before the heads are", group="bare checkpoints"
+    )
+    noise_schedule: str = setting("cosine", "of the noise", choices=("linear", "cosine"),
                                   group="bare checkpoints")  # fmt: skip
-    diffusion_steps: int = setting(1000, "for bare checkpoints", low=1, group="bare checkpoints")
+    diffusion_steps: int = setting(1000, "timesteps of the training", low=1, group="bare checkpoints")
 
     # episodes
-    nKnovel: int = setting(5, "way: classes an episode", low=2, group="episodes")
-    nExemplars: int = setting(1, "shot: support images a class", low=1, group="episodes")
     train_nTestNovel: int = setting(30, "queries of a training episode, all classes together", low=1, group="episodes")
     nTestNovel: int = setting(75, "queries of a test episode, all classes together", low=1, group="episodes")
     train_epoch_size: int = setting(1200, "episodes an epoch of training", low=1, group="episodes")
     train_batch: int = setting(32, "episodes a batch of training", low=1, group="episodes")
     epoch_size: int = setting(600, "episodes of a validation", low=2, group="episodes")
-    test_batch: int = setting(100, "episodes in a chunk of testing", low=1, group="episodes")
 
     # learning
     backbone: str = setting("conv4", "of the meta-model", choices=("conv4", "resnet12"), group="learning")
     drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
-    lr: float = setting(0.1, "rate of the meta-model", low=0, group="learning")
+    lr: float = setting(0.1, "learning rate of the meta-model", low=0, group="learning")
     learner_rate: float = setting(0.1, "rate of the class-learner, as a share of --lr", low=0, group="learning")
     weight_decay: float = setting(5e-4, "L2 penalty", low=0, group="learning")
-    max_epoch: int = setting(90, "epochs", low=1, group="learning")
     start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
     within_weight: float = setting(1.0, "weight of telling apart the classes of one pool model, for the meta-model "
@@ -110,20 +133,14 @@ class Settings:
     # meta-testing
     phase: str = setting("test", "val or test: the same as --split meta_val or meta_test", choices=("val", "test"),
                          group="testing")  # fmt: skip
-    split: str = setting("", "classes to test on", choices=("", *SPLITS), group="testing")
     episodes: int = setting(600, "episodes of the test", low=2, group="testing")
-    mix: bool = setting(True, "also fit heads on diffusion mixes", group="testing")
     mix_level: int = setting(200, "noise level t of the mixes, of 1000", low=1, high=1000, group="testing")
-    mix_steps: int = setting(10, "denoising steps of a mix, at most mix_level", low=1, high=1000, group="testing")
+    mix_steps: int = setting(1, "denoising steps of a mix, at most mix_level", low=1, high=1000, group="testing")
     head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
     head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
-    head_scale: float = setting(1.0, "factor of the unit-length features in the head", low=0, group="testing")
-
-    # own pictures
-    support: str = setting("", "folder with one folder of pictures a class, to learn from", group="own pictures")
-    query: str = setting("", "folder of pictures to label, also those in the folders in it", group="own pictures")
-    out: str = setting("", "where to write what they are; default predictions.csv in the run folder",
-                       group="own pictures")  # fmt: skip
+    head_scale: float = setting(
+        1.0, "factor of the unit-length features in the head; higher: surer probabilities", low=0, group="testing"
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -161,15 +178,18 @@ class Settings:
         if bool(self.support) != bool(self.query) or (self.out and not self.query):
             given = " and ".join(f"--{name}" for name in ("support", "query", "out") if getattr(self, name))
             raise ValueError(f"got {given}, expected --support and --query: pictures to learn from, and to label")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("got --tensorboard, which needs the package tensorboard; pip install tensorboard")
         if self.out and not self.out.endswith(".csv"):
             raise ValueError(f"got --out {self.out}, expected a name that ends in .csv; its sheet ends in .png")
 
     def check_suffices(self, size: int, classes: int, real: Mapping[str, Mapping[str, int]]) -> None:
         """Refuse to train where no step could be made, by one ValueError that names all that is in the way.
 
-        size: pixels of the images; classes: how many to train on; real: what the real images are -> images a class.
+        size: pixels of the images; classes: how many to train on; real: split -> class -> how many images it has.
         """
-        lacks = [self._lacking(name, counts) for name, counts in real.items()]
+        place = ",".join(map(str, self.data_paths))
+        lacks = [self._lacking(f"{place}/{split}", counts) for split, counts in real.items()]
         if size < 16:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
         if classes < self.way and self.source in ("guided", "unguided"):
@@ -301,7 +321,7 @@ RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the p
 
 _GLYPHS = dict(
     image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
-    train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, mix_steps=1, within_weight=1.0,
+    train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, within_weight=1.0,
 )  # fmt: skip
 SCENARIOS = {
     "glyphs": Scenario(("glyphs",), 0, _GLYPHS, "clusters"),
@@ -316,29 +336,43 @@ SCENARIOS = {
 
 def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     """Settings from flags: those given, then the scenario's, then the recipe's, then the fields' defaults."""
-    parser = _Parser(
-        description=description,
-        epilog="A scenario and its recipe have defaults of their own, which win over those shown here; --dry-run "
-        "prints what holds.",
-    )
-    groups = {}
-    for f in fields(Settings):
-        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        names = [*f.metadata["flags"], flag_of(f)]
-        if "_" in f.name and flag_of(f) != f"--{f.name}":
-            names.append(f"--{f.name}")
-        group.add_argument(
-            *names, dest=f.name, default=MISSING, type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
-            **(dict(nargs="?", const=True) if isinstance(f.default, bool) else {}),
-            metavar=None if f.metadata["choices"] else type(f.default).__name__.upper(), choices=f.metadata["choices"],
-            help=f"{f.metadata['help']} (default {f.default!r})",
-        )  # fmt: skip
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not MISSING}
+    argv = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    given = vars(_parser(description, {}).parse_args(argv))
+    wants_help = given.pop("help", False)
     dataset = given.get("dataset", "glyphs")
     if dataset not in SCENARIOS:
         raise ValueError(f"got --dataset {dataset!r}, expected one of {', '.join(SCENARIOS)}")
     recipe = given.setdefault("recipe", SCENARIOS[dataset].recipe)
-    return Settings(**{**_defaults(dataset, recipe), **given})
+    defaults = {**_defaults(dataset, recipe), "dataset": dataset, "recipe": recipe}
+    if wants_help:
+        _parser(description, defaults).print_help()
+        sys.exit(0)
+    return Settings(**{**defaults, **given})
+
+
+def _parser(description: str, defaults: dict[str, Any]) -> "_Parser":
+    """The flags by group, as the fields declare them; `defaults` are shown in place of the fields' own."""
+    parser = _Parser(
+        description=description, usage="%(prog)s [--FLAG VALUE ...]", add_help=False,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"Defaults are those of --dataset {defaults.get('dataset')} --recipe {defaults.get('recipe')}; "
+        "with others before --help, theirs.",
+    )  # fmt: skip
+    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
+    groups = {}
+    for f in fields(Settings):
+        title = f.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(_GROUPS.get(title, title)))
+        text = f.metadata["help"] + (f": {', '.join(SCENARIOS)}" if f.name == "dataset" else "")
+        limits = [*filter(None, [_range(f.metadata["low"], f.metadata["high"])])]
+        group.add_argument(
+            *f.metadata["flags"], flag_of(f), dest=f.name, choices=f.metadata["choices"],
+            type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
+            **(dict(nargs="?", const=True) if isinstance(f.default, bool) else {}),
+            metavar=None if f.metadata["choices"] else {str: "TEXT", bool: "BOOL"}.get(type(f.default), "N"),
+            help=f"{text} ({'; '.join([*limits, f'default {defaults.get(f.name, f.default)!r}'])})".replace("%", "%%"),
+        )  # fmt: skip
+    return parser
 
 
 def _defaults(dataset: str, recipe: str) -> dict[str, Any]:
@@ -369,12 +403,28 @@ def flag_of(f) -> str:
 
 
 _UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
+_SPELLINGS = {f"--{f.name}": flag_of(f) for f in fields(Settings)}
+_GROUPS = {
+    "needed first": "needed first",
+    "machine": "the machine and its memory",
+    "synthesis": "synthesis: the pool and its images",
+    "bare checkpoints": "bare checkpoints: what public ones do not tell",
+    "episodes": "episodes",
+    "learning": "learning (main.py)",
+    "testing": "testing (diffusionmix.py)",
+}
+
+
+def _dashed(word: str) -> str:
+    """A flag as it is declared: --data_root is --data-root."""
+    name, is_, value = word.partition("=")
+    return _SPELLINGS.get(name, name) + is_ + value
 
 
 def _range(low, high) -> str:
-    if high is None:
-        return f"{low} or more"
-    return f"{low} to {high}"
+    if low is None:
+        return ""
+    return f"{low} or more" if high is None else f"{low} to {high}"
 
 
 def _yes_or_no(text: str) -> bool:

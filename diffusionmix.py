@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import dry_run
-from config import Settings, parse
+from config import PLACES, Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
@@ -29,6 +29,7 @@ from few_shot import FewShotClassifier, HeadFitter
 from models.episode_head import predict
 from utils import processes, progress
 from utils.atomic import atomic_file
+from utils.board import Board
 from utils.cli import run
 from utils.images import describe, extensions, find_images, read_images, shown, to_float, to_uint8
 from utils.lock import locked
@@ -40,7 +41,7 @@ from utils.report import Report
 from utils.run_log import write_json, write_skipped
 
 # between a stopped test and its going on; of own pictures what is in them counts
-MAY_CHANGE = ("save_dir", "resume", "workers", "device", "gpu_devices", "support", "query", "out", "dry_run", "quiet")
+MAY_CHANGE = PLACES | {"support", "query", "out"}
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
 
@@ -248,6 +249,10 @@ def say(settings: Settings, results: dict) -> None:
     """Write results.json and say what came out."""
     path = settings.run_folder / "results.json"
     write_json(path, results)
+    names = ("accuracy", "accuracy_without_mix", "paired_difference")
+    Board(settings.run_folder, wanted=settings.tensorboard).scalars(
+        {f"test/{name}": results[name] for name in names}, 0
+    )
     for name, part in results.get("domains", {}).items():
         print(f"{name}: {part['accuracy']:.2f} +- {part['ci95']:.2f} % with mixes, {part['paired_difference']:+.2f}")
     print(

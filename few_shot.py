@@ -172,7 +172,7 @@ class FewShotClassifier:
         model: best_model.pt or last.pt of a run of main.py, or its address.
         pool: folder, checkpoint or address of the diffusion models that mix; None fits on the images alone.
         mix_level, mix_steps, head_steps, head_init, head_scale, seed, sample_batch, precision, device: as the flags of
-            `diffusionmix.py`; config.py has their ranges. (Its glyphs scenario mixes in 1 step.)
+            `diffusionmix.py`; config.py has their ranges.
         pool_flags: what bare public checkpoints in the pool do not tell, such as {"num_heads": 4}.
 
     Attributes:

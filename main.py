@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 import dry_run
-from config import SCENARIOS, Settings, check_same, parse
+from config import PLACES, SCENARIOS, Settings, check_same, parse
 from datasets.augment import AugmentSettings, augment
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept
@@ -41,7 +41,7 @@ from utils.report import Report
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
-MAY_CHANGE = {"save_dir", "workers", "device", "gpu_devices", "sample_batch", "resume", "dry_run", "quiet"}
+MAY_CHANGE = PLACES | {"sample_batch"}
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
 FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
 
@@ -88,9 +88,8 @@ class Training:
         """Refuse at once what would stop the run later."""
         s = self.s
         labels = len(self.per_model) if s.source == "unguided" or self.clusters else self.num_classes
-        real = {"meta_val": self.validation, **({"meta_train": self.real} if self.real else {})}
-        place = ",".join(map(str, s.data_paths))
-        s.check_suffices(self.size, labels, {f"{place}/{split}": images.counts() for split, images in real.items()})
+        real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
+        s.check_suffices(self.size, labels, {split: images.counts() for split, images in real.items()})
         if self.per_model:
             self.pool.check(self.per_model, s.sample_steps, self.clusters or self.likely)
 
@@ -110,6 +109,7 @@ class Training:
             return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
         folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
         data = kept(folder, partial(self.synthesise, round_index))
+        self.log.board.picture("images", folder / "sheet.png", self.epoch)
         discard(self.plan(round_index).folder)  # its images are in the data set now
         return self.clustered(data) if self.clusters and round_index == 0 and not self.by_model() else data
 
@@ -237,7 +237,8 @@ class Training:
     def train(self) -> None:
         """All rounds and epochs, from where the folder stands."""
         s = self.s
-        self.log, self.report = RunLog(s.run_folder, quiet=s.quiet), Report(s.run_folder)
+        self.log = RunLog(s.run_folder, quiet=s.quiet, tensorboard=s.tensorboard, done=self.epoch)
+        self.report = Report(s.run_folder)
         if self.restored:
             self.log.line(f"going on from {self.restored}, after epoch {self.epoch}")
         write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})

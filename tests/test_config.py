@@ -154,6 +154,11 @@ def test_what_images_lack(flags, counts, answer):
 def test_all_that_is_lacking_is_said_at_once():
     s = read("--samples-per-class 2")
     with pytest.raises(ValueError) as error:
-        s.check_suffices(8, 3, {"D/meta_val": {"a": 3}})
-    for words in ("D/meta_val: got 1 class", "needs 16;", "got 3 classes to train on", "--samples-per-class 2"):
+        s.check_suffices(8, 3, {"meta_val": {"a": 3}})
+    for words in (
+        "data/glyphs/meta_val: got 1 class",
+        "needs 16;",
+        "got 3 classes to train on",
+        "--samples-per-class 2",
+    ):
         assert words in str(error.value)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from utils import processes
 from utils.atomic import atomic_file
+from utils.board import Board
 from utils.images import Skipped
 from utils.progress import hush, is_quiet
 
@@ -26,11 +27,18 @@ from utils.progress import hush, is_quiet
 class RunLog:
     """The log of one run folder, which is made where missing. Opening it again appends."""
 
-    def __init__(self, folder: str | os.PathLike, *, quiet: bool = False) -> None:
-        """Open the log of `folder`; quiet: show nothing but the closing line."""
+    def __init__(
+        self, folder: str | os.PathLike, *, quiet: bool = False, tensorboard: bool = False, done: int = 0
+    ) -> None:
+        """Open the log of `folder`.
+
+        quiet: show nothing but the closing line; tensorboard: write what is recorded, and sheets, for it too; done:
+        epochs that a run has behind it when it goes on.
+        """
         self.folder = Path(folder)
         hush(quiet)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.board = Board(self.folder, wanted=tensorboard, done=done)
         _end_last_line(self.metrics_path)
 
     @property
@@ -55,7 +63,9 @@ class RunLog:
 
     def record(self, entries: Mapping[str, Any]) -> None:
         """Append `entries` as one line to metrics.jsonl; it is on its way to the disk when this returns."""
-        self._append(self.metrics_path.name, json.dumps(plain(entries)))
+        entries = plain(entries)
+        self._append(self.metrics_path.name, json.dumps(entries))
+        self.board.scalars({k: v for k, v in entries.items() if k != "epoch"}, entries.get("epoch", 0))
 
     def settings(self, entries: Mapping[str, Any]) -> None:
         """Write `entries` as config.json, whole or not at all."""

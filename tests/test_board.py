@@ -1,0 +1,73 @@
+"""--tensorboard: the scalars and sheets that a run writes otherwise, too."""
+
+import json
+import sys
+import types
+
+import pytest
+from PIL import Image
+
+import config
+import main
+from tests.conftest import TINY
+from utils.board import FOLDER, Board
+
+
+class Writer:
+    """Stands in for TensorBoard's, which is not among the packages that the project needs."""
+
+    written: list[tuple] = []
+
+    def __init__(self, folder, purge_step):
+        self.written.append(("open", str(folder), purge_step))
+
+    def add_scalar(self, tag, value, step):
+        self.written.append((tag, value, step))
+
+    def add_image(self, tag, image, step, dataformats):
+        self.written.append((tag, image.shape, step))
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def written(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(config, "find_spec", lambda name: True)
+    monkeypatch.setattr(Writer, "written", [])
+    return Writer.written
+
+
+def test_board(written, tmp_path):
+    board = Board(tmp_path, done=3)
+    board.scalars({"loss": 0.5, "levels": [1.0, None], "note": "x", "flag": True, "by": {"a": 1}}, 4)
+    Image.new("RGB", (6, 4)).save(tmp_path / "sheet.png")
+    board.picture("sheet", tmp_path / "sheet.png", 4)
+    assert written == [
+        ("open", str(tmp_path / FOLDER), 4), ("loss", 0.5, 4), ("levels/0", 1.0, 4), ("sheet", (4, 6, 3), 4),
+    ]  # fmt: skip
+
+
+def test_not_wanted(written, tmp_path):
+    board = Board(tmp_path, wanted=False)
+    board.scalars({"loss": 0.5}, 1)
+    board.picture("sheet", tmp_path / "none.png", 1)
+    assert not written and not list(tmp_path.iterdir())
+
+
+def test_a_run_writes_what_its_log_has(written, call, few_glyphs, toy_pool, tmp_path):
+    folder = tmp_path / "run"
+    flags = (*TINY, "--pool", toy_pool, "--data-root", tmp_path / "none", "--save-dir", folder)
+    assert call(main, *flags, "--tensorboard")[0] == 0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entries = json.loads(line)
+        for name in ("loss", "val_accuracy", "class_learner_loss"):
+            assert (name, entries[name], entries["epoch"]) in written
+    assert [each[0] for each in written if isinstance(each[1], tuple)] == ["images", "images"]  # a sheet a round
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        config.Settings(tensorboard=True)

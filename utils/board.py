@@ -1,0 +1,49 @@
+"""--tensorboard: what a run writes about itself, for TensorBoard too. Of several processes the first one writes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utils import processes
+
+FOLDER = "tensorboard"  # in the run folder: tensorboard --logdir RUN
+
+
+class Board:
+    """Event files in <folder>/tensorboard, or nothing where they are not wanted."""
+
+    def __init__(self, folder: str | os.PathLike, *, wanted: bool = True, done: int = 0) -> None:
+        """done: epochs that are not written again; what an earlier, killed process wrote of later ones is hidden.
+
+        The package tensorboard must be installed if they are wanted, which `config.Settings` sees to.
+        """
+        self._writer = None
+        if wanted and processes.is_first():
+            from torch.utils.tensorboard import SummaryWriter  # here, as it is not installed with the rest
+
+            self._writer = SummaryWriter(Path(folder) / FOLDER, purge_step=done + 1)
+
+    def scalars(self, entries: Mapping[str, Any], step: int) -> None:
+        """Write the numbers among `entries`, those of lists as name/0, name/1, ...; other values are left out."""
+        if self._writer is None:
+            return
+        for name, value in entries.items():
+            several = (
+                {f"{name}/{i}": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
+            for tag, each in several.items():
+                if isinstance(each, int | float) and not isinstance(each, bool):
+                    self._writer.add_scalar(tag, each, step)
+        self._writer.flush()
+
+    def picture(self, name: str, path: str | os.PathLike, step: int) -> None:
+        """Write the picture at `path`, such as a contact sheet."""
+        if self._writer is None:
+            return
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._writer.flush()
