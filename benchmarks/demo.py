@@ -13,7 +13,7 @@ from benchmarks.table import ROOT, as_text, run_rows
 
 FOLDER = Path("ckpt/runs/demo")
 TRAIN = "--samples-per-class 24 --max-epoch 14 --refresh-every 7 --warm-up 2 --train_epoch_size 60".split()
-TEST = "--episodes 200 --mix-steps 2".split()
+TEST = "--episodes 200".split()
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from utils.images import to_float
 from utils.seeding import generator
 
 EPISODES, BATCH = 100, 4  # an epoch, a step
+SEEN, UNSEEN = 300, 100  # real images of a class, to train on and to try the judge on
 
 
 def train(data, seed: int, epochs: int, guide_on: str = "") -> tuple[MetaModel, ClassLearner]:
@@ -83,12 +84,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = pick_device("cpu")
-    data = load_real("glyphs", Settings().data_paths, "meta_train", 32, 300)
+    data = load_real("glyphs", Settings().data_paths, "meta_train", 32, SEEN)
     guide, learner = train(data, args.seed, args.epochs, args.guide_on)
     judge, _ = train(data, args.seed + 1000, args.epochs)
     judge.eval()
-    unseen = load_real("glyphs", Settings().data_paths, "meta_train", 32, 400)
-    late = torch.arange(len(unseen.labels)) % 400 >= 300  # of each class, those that neither network saw
+    unseen = load_real("glyphs", Settings().data_paths, "meta_train", 32, SEEN + UNSEEN)
+    late = torch.arange(len(unseen.labels)) % (SEEN + UNSEEN) >= SEEN  # that neither saw
     right = scores(judge, unseen.images[late]).argmax(1) == unseen.labels[late]
     print(json.dumps({"judge_on_unseen_real_images": 100 * float(right.float().mean())}), flush=True)
     pool = Pool(args.pool)

@@ -1,49 +1,11 @@
-"""What the documents say is there is there: functions by name, files, flags of commands."""
+"""What the documents name is there: functions, files. Their commands: tests/test_commands.py."""
 
 import importlib
 import re
-import shlex
 
 import pytest
 
-from config import parse
-from guided_diffusion import image_train
-from tests.conftest import ROOT
-
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-
-
-def commands(text):
-    """Lines that begin with python or torchrun and name a script, continued lines joined, variables filled in."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    known = {name: value for line in lines for name, value in re.findall(r'^\s*([A-Z_]+)="(.*)"$', line)}
-    for line in lines:
-        words = line.strip()
-        if re.match(r"(python|torchrun) .*\.py", words):
-            for name, value in known.items():
-                words = words.replace(f"${name}", value)
-            yield shlex.split(words.partition(" #")[0].replace("...", "").replace("[", "").replace("]", ""))
-
-
-ALL = [(path.name, words) for path in DOCUMENTS for words in commands(path.read_text(encoding="utf-8"))]
-
-
-@pytest.mark.parametrize("name, words", ALL, ids=[f"{name}: {' '.join(words)[:60]}" for name, words in ALL])
-def test_flags_of_commands(name, words):
-    script = next(word for word in words if word.endswith(".py"))
-    flags = words[words.index(script) + 1 :]
-    assert (ROOT / script).exists()
-    if script.endswith("image_train.py"):
-        image_train.create_argparser().parse_args(flags)
-    else:
-        parse(flags, description="")
-
-
-def test_there_are_commands_in_the_readme():
-    assert [words[:2] for name, words in ALL if name == "README.md"][:2] == [
-        ["python", "main.py"],
-        ["python", "diffusionmix.py"],
-    ]
+from tests.test_commands import DOCUMENTS, ROOT
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
