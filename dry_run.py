@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Settings
-from guided_diffusion.dist_util import or_too_much, pick_device, smaller
+from guided_diffusion.dist_util import or_too_much, pick_device
 from guided_diffusion.pool import Pool, PoolModel
 
 TRIAL = 10.0  # seconds of forward passes that the estimate comes from
@@ -63,46 +62,43 @@ def of_testing(s: Settings, pool: Pool | None, support: int) -> str:
 
 
 def measure(pool: Pool, forwards: Sequence[int], s: Settings) -> Work:
-    """The work of that many forward passes of each model; its seconds from a trial with the first one.
-
-    Memory that does not suffice for --sample-batch images halves them, as it would in the run.
-    """
+    """The work of that many forward passes of each model; its seconds from a trial with the first one."""
     device = pick_device(s.device_name)
     flops = [forward_flops(pool.load(m)) for m in range(len(pool))]
-    rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), device, s.sample_batch)
+    rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), s.sample_batch)
     total = sum(count * cost for count, cost in zip(forwards, flops, strict=True))
     return Work(sum(forwards), total, total / rate)
 
 
 def forward_flops(model: PoolModel) -> int:
     """Operations of one image's forward pass in products and convolutions, 2 a multiply-add."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.network(*_inputs(model, 1, next(model.network.parameters()).device))
+    with FlopCounterMode(display=False) as counter:
+        model.trial(1)
     return counter.get_total_flops()
 
 
-def _seconds_of_one(model: PoolModel, device: torch.device, batch: int) -> float:
-    """Seconds of an image's forward pass in full batches, after one that is not counted."""
-    done = None
-    while done is None:
-        done = or_too_much(partial(_passes, model, device, batch, 0.0))
-        batch = batch if done else smaller(batch)
-    return _passes(model, device, batch, TRIAL)
-
-
-@torch.no_grad()
-def _passes(model: PoolModel, device: torch.device, batch: int, least: float) -> float:
-    inputs, passed, started = _inputs(model, batch, device), 0, time.perf_counter()
-    while not passed or time.perf_counter() - started < least:
-        float(model.network(*inputs).sum())  # waits for the device
+def _seconds_of_one(model: PoolModel, most: int) -> float:
+    """Seconds of an image's forward pass in batches of `most`, or of so many that a pass is a tenth of the trial."""
+    batch, seconds = 1, 0.0
+    while seconds < TRIAL / 10 and batch < most:
+        larger = min(2 * batch, most)
+        seconds = or_too_much(partial(_seconds, model, larger))
+        if seconds is None:
+            break
+        batch = larger
+    passed, started = 0, time.perf_counter()
+    while not passed or time.perf_counter() - started < TRIAL:
+        model.trial(batch)
         passed += batch
     return (time.perf_counter() - started) / passed
 
 
-def _inputs(model: PoolModel, batch: int, device: torch.device) -> list[torch.Tensor]:
-    images = torch.zeros(batch, 3, model.image_size, model.image_size, device=device)
-    labels = [torch.zeros(batch, dtype=torch.int64, device=device)] if model.class_cond else []
-    return [images, torch.zeros(batch, dtype=torch.int64, device=device), *labels]
+def _seconds(model: PoolModel, batch: int) -> float:
+    """Seconds of a pass, after one that is not counted."""
+    model.trial(batch)
+    started = time.perf_counter()
+    model.trial(batch)
+    return time.perf_counter() - started
 
 
 def _settings(s: Settings) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
+from guided_diffusion.dist_util import compile_in_place, inference_dtype, that_fit, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced
 from guided_diffusion.script_util import (
     MODEL_FLAGS,
@@ -58,6 +58,15 @@ class PoolModel:
         """Whether it takes local labels y."""
         return self.flags["class_cond"]
 
+    @torch.no_grad()
+    def trial(self, images: int) -> None:
+        """A forward pass of that many images of zeros, to see what it takes; waits for the device."""
+        device = next(self.network.parameters()).device
+        labels = [torch.zeros(images, dtype=torch.int64, device=device)] if self.class_cond else []
+        t = torch.zeros(images, dtype=torch.int64, device=device)
+        x = torch.zeros(images, 3, self.image_size, self.image_size, device=device)
+        float(self.network(x, t, *labels).sum())
+
     def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
         """Its process, visiting the timesteps `kept`: "ddim25" and the like, or a list; "" keeps all."""
         chosen = tuple(self.flags[name] for name in _DIFFUSION_FLAGS)
@@ -85,6 +94,7 @@ class Pool:
         Raises ValueError where there is neither, or where the numbers have a gap.
         """
         self.path, self._flags = Path(path), dict(flags or {})
+        self._room: dict[tuple, int] = {}  # of networks that were tried: images at once that there is memory for
         if self.path.is_file():
             self.files = [self.path]
             return
@@ -143,6 +153,18 @@ class Pool:
         if worth_compiling(torch.device(device), flags["num_channels"]):
             compile_in_place(network)
         return PoolModel(network.eval().requires_grad_(False), flags, num_classes, path)
+
+    def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
+        """How many of `batch` images fit into memory with `model` at once, tried once for all models like it.
+
+        found: images at once that turned out to fit, which counts from then on.
+        """
+        alike = (model.image_size, model.flags["num_channels"], model.flags["num_res_blocks"])
+        if found is not None:
+            self._room[alike] = found
+        elif alike not in self._room:
+            self._room[alike] = that_fit(model.trial, batch, device)
+        return min(batch, self._room[alike])
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:
         """Pseudo classes of each model, in order.

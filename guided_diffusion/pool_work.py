@@ -25,7 +25,7 @@ def work_through(
 
     work: (model, m, item numbers (N,) int64) -> tensors by name, which must not depend on how items are split: the
         first (N, ...), others perhaps with rows of some of the items only.
-    batch: items at once; where memory does not suffice, fewer from there on.
+    batch: items at once, fewer where memory does not suffice.
     """
     batches = {
         f"model{m:03d}-items{start:07d}-{min(start + batch, count):07d}": (m, start, min(start + batch, count))
@@ -33,14 +33,15 @@ def work_through(
         for start in range(0, count, batch)
     }
     mine = [(m, list(names)) for m, names in groupby(pieces.mine(list(batches)), key=lambda name: batches[name][0])]
-    models, room = pool.each(device, precision, [m for m, _ in mine]), batch
+    models = pool.each(device, precision, [m for m, _ in mine])
     with progress(total=sum(len(names) for _, names in mine), desc=desc, unit="batch") as bar:
         for (m, names), model in zip(mine, models, strict=True):
+            room = pool.room(model, batch, device)
             for name in names:
                 _, start, stop = batches[name]
                 done = [each for _, each in in_batches(partial(work, model, m), stop - start, room, start)]
-                if len(done) > 1:  # memory was short, and will be again
-                    room = len(next(iter(done[0].values())))
+                if len(next(iter(done[0].values()))) < min(room, stop - start):  # memory was short, and will be again
+                    room = pool.room(model, batch, device, found=len(next(iter(done[0].values()))))
                 pieces.keep(name, _joined(done))
                 bar.update()
     return _joined(pieces.collect(list(batches)))

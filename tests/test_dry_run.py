@@ -3,11 +3,11 @@
 import re
 
 import pytest
-import torch
 
 import diffusionmix
 import dry_run
 import main
+from guided_diffusion import pool as pool_module
 from guided_diffusion.pool import Pool
 from guided_diffusion.unet import UNetModel
 from tests.conftest import TINY
@@ -20,8 +20,9 @@ def no_trial(monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Images that pass the networks: a list of batch sizes."""
+    """Images that pass the networks: a list of batch sizes. Memory is not tried."""
     seen, forward = [], UNetModel.forward
+    monkeypatch.setattr(pool_module, "that_fit", lambda trial, most, device: most)
 
     def counted(network, x, *rest, **options):
         seen.append(len(x))
@@ -99,18 +100,28 @@ def test_what_the_run_would_refuse(call, flags, tmp_path):
     assert status == 2 and "or give --nTestNovel 55" in err
 
 
-def test_short_of_memory(toy_pool, monkeypatch, capsys):
-    forward = UNetModel.forward
+@pytest.mark.parametrize("most, passed", [(8, [2, 4, 8, 8]), (3, [2, 3, 3]), (1, [1])])
+def test_batches_of_the_trial(toy_pool, passes, monkeypatch, most, passed):
+    monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
+    monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), most) > 0
+    assert passes == passed
+
+
+def test_short_of_memory(toy_pool, monkeypatch):
+    forward, passes = UNetModel.forward, []
 
     def small_machine(network, x, *rest, **options):
         if len(x) > 3:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        passes.append(len(x))
         return forward(network, x, *rest, **options)
 
     monkeypatch.setattr(UNetModel, "forward", small_machine)
-    model = Pool(toy_pool).load(0)
-    assert dry_run._seconds_of_one(model, torch.device("cpu"), 8) > 0
-    assert "batches of 2" in capsys.readouterr().err
+    monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
+    monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8) > 0
+    assert passes[-1] == 2 and max(passes) == 2
 
 
 @pytest.mark.parametrize("seconds, text", [(90, "90 s"), (700, "12 min"), (12_240, "3.4 h"), (1e7, "2,777.8 h")])
