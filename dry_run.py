@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import Settings
 from guided_diffusion.dist_util import or_too_much, pick_device
 from guided_diffusion.pool import Pool, PoolModel
+from utils.progress import duration
 
 TRIAL = 10.0  # seconds of forward passes that the estimate comes from
 
@@ -111,13 +112,6 @@ def _work(work: Work, s: Settings) -> list[str]:
         f"{work.forwards:,} forward passes, {work.flops / 1e12:,.1f} TFLOP",
         f"about {duration(work.seconds)} of them on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s",
     ]
-
-
-def duration(seconds: float) -> str:
-    """90 s, 12 min or 3.4 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _bytes(count: int) -> str:

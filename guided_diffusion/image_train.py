@@ -38,10 +38,11 @@ from utils import processes  # noqa: E402
 from utils.cli import OneLineParser, run  # noqa: E402
 from utils.images import Skipped  # noqa: E402
 from utils.lock import locked  # noqa: E402
-from utils.progress import hush  # noqa: E402
+from utils.progress import duration, hush  # noqa: E402
 from utils.run_log import write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
+TRIAL = 10.0  # seconds of steps that the estimate of --dry_run comes from
 FIGURES = "memorisation"  # in pool.json, by model
 
 HELP = {
@@ -67,6 +68,7 @@ HELP = {
     "half_weights": "save the weights in float16, half the size",
     "device": "auto, cpu, cuda or cuda:N",
     "quiet": "show no progress bars",
+    "dry_run": "say how many steps there are to take and about how long they take, by a trial, and stop",
     "loss_weighting": "uniform, or min_snr (arXiv 2303.09556): good samples in fewer steps",
 }
 
@@ -97,6 +99,7 @@ def defaults() -> dict[str, Any]:
         "half_weights": False,
         "device": "auto",
         "quiet": False,
+        "dry_run": False,
         "seed": 0,
         **model_and_diffusion_defaults(),
     }
@@ -128,13 +131,15 @@ def main() -> None:
 
 
 def train_one(args: argparse.Namespace, device) -> None:
-    """Train one model on what is in --data_dir, and measure it."""
+    """Train one model on what is in --data_dir, and measure it; or say what that would be."""
     path = Path(args.save_dir) / MODEL_FILE
     if path.exists():
         raise ValueError(f"{path}: is there already; give another --save_dir or move it away")
     names = _classes(args) if args.class_cond else None
     data, held_out, skipped = _load(args, args.image_size, names, args.hold_out)
     loop = training(args, data, path.parent, args.seed, device)
+    if args.dry_run:
+        return say(_work(loop, 1))
     with locked(path.parent):  # now that flags and images are known to be good
         write_skipped(path.parent, skipped)
         say(f"saved {loop.run()}")
@@ -143,7 +148,7 @@ def train_one(args: argparse.Namespace, device) -> None:
 
 
 def train_pool(args: argparse.Namespace, device) -> None:
-    """Train the models of a pool that are not there yet, and measure those that are not measured."""
+    """Train the models of a pool that are not there yet, and measure those that are not; or say what that would be."""
     names = _classes(args)
     if args.classes_per_model < 1:
         raise ValueError(f"got classes_per_model {args.classes_per_model}, expected 1 or more")
@@ -164,7 +169,9 @@ def train_pool(args: argparse.Namespace, device) -> None:
     contents = {"image_size": args.image_size, "steps": _steps(args), "hold_out": hold_out, "models": models}
     to_train = [m for m in wanted if not subset_path(args.pool, m).exists()]
     check_classes(args.data_dir, [name for m in to_train for name in groups[m - 1]])  # before hours of training
-    for m in wanted:
+    if args.dry_run and not to_train:
+        return say(f"{args.pool}: all models are trained")
+    for m in to_train if args.dry_run else wanted:
         path, seed, size = subset_path(args.pool, m), args.seed + m, args.image_size
         done = processes.first_says(path.exists())
         if done:
@@ -176,6 +183,8 @@ def train_pool(args: argparse.Namespace, device) -> None:
         data, held_out, skipped = _load(args, size, groups[m - 1], hold_out)
         if not done:
             loop = training(args, data, path.parent, seed, device)
+            if args.dry_run:
+                return say(_work(loop, len(to_train)))
             with locked(path.parent):  # now that flags and images are known to be good
                 if processes.is_first():
                     _write(index, contents, m, None)
@@ -225,6 +234,17 @@ def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed:
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}")  # fmt: skip
     return TrainLoop(
         model=model, diffusion=diffusion, data=data, settings=settings, flags=flags, folder=folder, device=device
+    )
+
+
+def _work(loop: TrainLoop, models: int) -> str:
+    """What there is to do for models like that of `loop`, none of which has begun, and about how long it takes."""
+    flops, seconds = loop.measure(TRIAL)
+    s, steps = loop.settings, models * loop.settings.steps
+    return (
+        f"{models} model{'s' * (models > 1)} x {s.steps:,} steps x {s.batch_size} images: "
+        f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds)} on {loop.device}, after a trial of "
+        f"{TRIAL:.0f} s; samples and saves come on top"
     )
 
 

@@ -1,6 +1,7 @@
 """Training one diffusion model: AdamW, an EMA with warm-up, saves that a killed run goes on from."""
 
 import os
+import time
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,8 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, or_too_much, smaller, worth_compiling
+from guided_diffusion.dist_util import (
+    PRECISIONS,
+    autocast,
+    compile_in_place,
+    or_too_much,
+    smaller,
+    that_fit,
+    worth_compiling,
+)
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.resample import create_named_schedule_sampler
@@ -108,6 +118,7 @@ class TrainLoop:
     def run(self) -> Path:
         """Train to the end and return the path of the finished checkpoint."""
         self._restore()
+        self.fit_memory()
         mean, losses = 0.0, []
         processes.meet()  # before the first one saves what the others have just read
         with progress(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
@@ -128,6 +139,25 @@ class TrainLoop:
         if losses:
             self._check(float(torch.stack(losses).mean()))
         return self.finish()
+
+    def fit_memory(self) -> None:
+        """Let fewer images pass the network at once where the memory at hand does not suffice for all."""
+        if processes.count() == 1:  # several wait for gradients of as many parts
+            self.micro = that_fit(self._passed, min(self.micro, self.settings.batch_size), self.device)
+
+    def measure(self, seconds: float) -> tuple[int, float]:
+        """Operations of a step, 2 a multiply-add, and its seconds, from some that take `seconds` or one that is longer.
+
+        The weights are changed.
+        """
+        self.fit_memory()
+        with FlopCounterMode(display=False) as counter:
+            self.train_step()
+        steps, started = 0, time.perf_counter()
+        while not steps or time.perf_counter() - started < seconds:
+            float(self.train_step())  # waits for the device
+            steps += 1
+        return counter.get_total_flops(), (time.perf_counter() - started) / steps
 
     def train_step(self) -> torch.Tensor:
         """One optimiser step and one of the EMA; returns the mean loss, a scalar on the device."""
@@ -172,6 +202,18 @@ class TrainLoop:
         every = torch.cat(losses)
         self.sampler.update_with_local_losses(t, every)
         return (every * weights).sum() / len(images)
+
+    def _passed(self, images: int) -> None:
+        """Gradients of that many images of zeros, which count for nothing."""
+        x, t = (
+            torch.zeros(images, *self.data.images.shape[1:], device=self.device),
+            torch.zeros(images, device=self.device),
+        )
+        kwargs = {"y": t.long()} if self.flags.get("class_cond") else {}
+        with autocast(self.settings.precision, self.device):
+            losses = self.diffusion.training_losses(self.model, x, t.long(), kwargs, torch.zeros_like(x))["loss"]
+        losses.mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def save(self) -> None:
         """Save what the run goes on from, with the save before it beside it, and a sheet of EMA samples."""

@@ -122,8 +122,3 @@ def test_short_of_memory(toy_pool, monkeypatch):
     monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
     assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8) > 0
     assert passes[-1] == 2 and max(passes) == 2
-
-
-@pytest.mark.parametrize("seconds, text", [(90, "90 s"), (700, "12 min"), (12_240, "3.4 h"), (1e7, "2,777.8 h")])
-def test_durations(seconds, text):
-    assert dry_run.duration(seconds) == text

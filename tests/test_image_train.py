@@ -41,6 +41,37 @@ def test_one_model(call, folder, tmp_path):
     assert float(model.network.out[2].weight.abs().max()) > 0  # it was zero before training
 
 
+def test_dry_run(call, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_train, "TRIAL", 0.0)
+    common = ("--data_dir", folder, *FLAGS, "--dry_run", "True")
+    status, out, err = call(image_train, *common, "--save_dir", tmp_path / "one")
+    assert status == 0 and "1 model x 3 steps x 2 images: 0.0 TFLOP, about 0 s on cpu" in out, err
+    pool = ("--pool", tmp_path / "pool", "--classes_per_model", 2)
+    assert "3 models x 3 steps x 2 images" in call(image_train, *common, *pool)[1]
+    assert "2 models x 3 steps" in call(image_train, *common, *pool, "--subsets", "1,3")[1]
+    assert not (tmp_path / "one").exists() and not (tmp_path / "pool").exists()
+    assert call(image_train, *common[:-2], *pool, "--subsets", "1")[0] == 0
+    assert "2 models x 3 steps" in call(image_train, *common, *pool)[1]
+    assert "all models are trained" in call(image_train, *common, *pool, "--subsets", "1")[1]
+    assert call(image_train, *common, "--save_dir", tmp_path / "one", "--num_heads", 3)[0] == 2
+
+
+def test_fewer_images_at_once_where_memory_is_short(call, folder, tmp_path, monkeypatch):
+    whole = train(call, folder, tmp_path / "whole", "--batch_size", 6)
+    seen = []
+
+    def few(trial, most, device):
+        seen.append(most)
+        trial(2)  # leaves no trace
+        return 2
+
+    monkeypatch.setattr("guided_diffusion.train_util.that_fit", few)
+    parts = train(call, folder, tmp_path / "parts", "--batch_size", 6)
+    assert seen == [6]
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], weight, atol=1e-5, rtol=1e-3)
+
+
 def test_same_seed_same_weights(call, folder, tmp_path):
     first, second, other = (train(call, folder, tmp_path / str(i), "--seed", seed) for i, seed in enumerate((4, 4, 5)))
     assert same(first["model"], second["model"]) and not same(first["model"], other["model"])

@@ -8,7 +8,7 @@ import pytest
 import main
 from tests.conftest import TINY
 from utils import progress as module
-from utils.progress import hush, progress
+from utils.progress import duration, hush, progress
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +54,8 @@ def test_a_quiet_run_says_one_line(call, toy_pool, picture_folder, tmp_path):
     status, out, err = call(main, *flags, tmp_path / "run", "--quiet")
     assert status == 0 and len(out.splitlines()) == 1 and "report.html" in out and err == ""
     assert len((tmp_path / "run" / "log_train.txt").read_text().splitlines()) > 2
+
+
+@pytest.mark.parametrize("seconds, text", [(90, "90 s"), (700, "12 min"), (12_240, "3.4 h"), (1e7, "2,777.8 h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -34,6 +34,13 @@ def progress(*items, total: int | None = None, desc: str, unit: str, **options) 
     return tqdm(*items, total=total, desc=desc, unit=unit, delay=_SOON, leave=False, disable=hidden, **options)
 
 
+def duration(seconds: float) -> str:
+    """90 s, 12 min or 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 class _Lines:
     """A stream on which tqdm's lines stand one below the other."""
 
