@@ -57,6 +57,7 @@ class Testing:
         s.check_images(f"{root}/{s.test_split}", self.images.counts())
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
+        self.chosen = [self.to_show(m) for m in range(min(SHOWN, len(self.fitter.pool or ())))]
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Accuracy in percent of every episode, with mixes and without: (E,), (E,)."""
@@ -81,29 +82,40 @@ class Testing:
 
     def shown(self, m: int, item: int) -> bool:
         """Whether mix number `item` of pool model m is one of the few that the report shows."""
-        shots = self.episodes.support.shape[1]
-        return m < SHOWN and item in {i * shots // SHOWN for i in range(SHOWN)}  # of the first episode, several classes
+        return m < len(self.chosen) and item in self.chosen[m]
+
+    def to_show(self, m: int) -> list[int]:
+        """Those of pool model m: of the first episodes, of several classes, of two images."""
+        order, _ = self.first_partners(m)
+        with_itself = (order == torch.arange(order.shape[1])).flatten().long()
+        among = with_itself.argsort(stable=True)[: order.shape[1]].sort().values
+        return sorted({int(among[k * len(among) // SHOWN]) for k in range(SHOWN)})
+
+    def first_partners(self, m: int) -> tuple[Tensor, Tensor]:
+        """Partners and shares, of the first episodes alone."""
+        return self.fitter.partners(m, min(SHOWN, self.s.episodes), self.episodes.support.shape[1])
 
     def save_mixes(self) -> None:
         """Write the mixes that the report shows as mixes.npz, once `run` has made them; without mixes, none.
 
         x_a, x_b and mix: (M, K, 3, H, W) uint8, of the first M pool models; share: (M, K), of x_a.
         """
-        path, support, pool = self.s.run_folder / "mixes.npz", self.episodes.support, self.fitter.pool
-        items = [i for i in range(support.shape[1]) if self.shown(0, i)]
-        models = range(min(SHOWN, len(pool)) if pool else 0)
-        if not models:
+        path, images = self.s.run_folder / "mixes.npz", self.images.images
+        if not self.chosen:
             path.unlink(missing_ok=True)  # of an earlier test
             return
-        partners = [self.fitter.partners(m, *support.shape) for m in models]
-        images, first = self.images.images, support[0]
+        first, x_b, share = self.episodes.support[:SHOWN], [], []
+        for m, items in enumerate(self.chosen):
+            order, weight = self.first_partners(m)
+            x_b.append(images[first.gather(1, order).flatten()[items]])
+            share.append(weight.flatten()[items])
         with atomic_file(path) as file:
             np.savez(
                 file,
-                x_a=images[first[items]].expand(len(models), -1, -1, -1, -1).numpy(),
-                x_b=torch.stack([images[first[order[0][items]]] for order, _ in partners]).numpy(),
-                mix=self.pictures.unflatten(0, (len(models), len(items))).numpy(),
-                share=torch.stack([weight[0][items] for _, weight in partners]).numpy(),
+                x_a=images[first.flatten()[torch.tensor(self.chosen)]].numpy(),
+                x_b=torch.stack(x_b).numpy(),
+                mix=self.pictures.unflatten(0, (len(self.chosen), -1)).numpy(),
+                share=torch.stack(share).numpy(),
             )
 
 

@@ -151,11 +151,14 @@ class TrainLoop:
         The weights are changed.
         """
         self.fit_memory()
+        started = time.perf_counter()
         with FlopCounterMode(display=False) as counter:
-            self.train_step()
+            float(self.train_step())  # waits for the device
+        if (first := time.perf_counter() - started) > seconds:
+            return counter.get_total_flops(), first
         steps, started = 0, time.perf_counter()
         while not steps or time.perf_counter() - started < seconds:
-            float(self.train_step())  # waits for the device
+            float(self.train_step())
             steps += 1
         return counter.get_total_flops(), (time.perf_counter() - started) / steps
 

@@ -56,6 +56,11 @@ class Chart:
             self.axis.fill_between(x, low, high, color=drawn, alpha=0.15, linewidth=0)
         self.names.append((name, COLOURS[colour % len(COLOURS)], style))
 
+    def level(self, name: str, y: float) -> None:
+        """A dotted line across, at a height that says something."""
+        self.axis.axhline(y, color=_SOFT, linestyle=":", linewidth=0.9)
+        self.names.append((name, "var(--soft)", "dotted"))
+
     def rounds(self, epochs: Sequence[Mapping[str, Any]]) -> None:
         """A dotted line where each round starts, with its number."""
         starts = round_starts([each for each in epochs if number(each.get("round")) is not None])
@@ -129,6 +134,8 @@ def levels(run: Run) -> Html | None:
         chart.line(name, [(e, v[0]) for e, v in by_epoch if v and number(v[0]) is not None], quarter)
     if not chart.names:
         return None
+    if classes := number(run.settings.get("num_classes")):
+        chart.level("chance", 100 / classes)
     chart.rounds(known)
     return chart.svg()
 
@@ -143,8 +150,11 @@ def hit_rates(by_round: Sequence[tuple[int, float | None, Sequence[float | None]
         chart.axis.plot(x, known, "o", color=_DRAWN[0], alpha=0.45, markersize=3.5, markeredgewidth=0)
     points = [(round_, 100 * rate) for round_, rate, _ in by_round if number(rate) is not None]
     chart.line("over all", points, 1)
+    chart.level("1 in C: steers nothing", 100 / max(1, *(len(rates) for *_, rates in by_round)))
     chart.axis.set_ylim(-3, 103)
     chart.axis.set_xlim(by_round[0][0] - 0.5, by_round[-1][0] + 0.5)
+    if len(by_round) <= 10:
+        chart.axis.set_xticks([round_ for round_, *_ in by_round])
     return chart.svg()
 
 

@@ -230,7 +230,7 @@ def mixes(run: Run) -> Html | None:
 
 
 def _gallery(place: str, models: Sequence[Sequence[tuple]]) -> Html:
-    parts: list[Content] = [element("h3", f"Mixes of the first episode{f' of {place}' if place else ''}")]
+    parts: list[Content] = [element("h3", f"Mixes of the first episodes{f' of {place}' if place else ''}")]
     for m, triples in enumerate(models):
         shown_ = [
             element(
