@@ -14,7 +14,7 @@ from typing import Any
 SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
-PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "quiet", "dry_run", "tensorboard"}
+PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
 BARE = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
         "diffusion_steps")  # fmt: skip
 
@@ -68,7 +68,7 @@ class Settings:
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0, group="machine")
     sample_batch: int = setting(250, "images in a batch of the diffusion models; halved where memory is short", low=1,
                                 group="machine")  # fmt: skip
-    test_batch: int = setting(100, "episodes in a chunk of testing", low=1, group="machine")
+    test_batch: int = setting(100, "episodes whose heads are fitted at once", low=1, group="machine")
     tensorboard: bool = setting(False, "write scalars and sheets for TensorBoard too, in the run folder",
                                 group="machine")  # fmt: skip
 

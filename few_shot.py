@@ -9,7 +9,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -71,18 +71,27 @@ class HeadFitter:
         return torch.cat([self.model.embed(part.to(self.device)).cpu() for part in images.split(500)])
 
     def fit(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None) -> Heads:
-        """The heads of E episodes.
+        """The heads of E episodes, --test-batch of them at once on the device; on the CPU.
 
         support: (E, S, D) features; targets: (E, S, way) float, one-hot; mixes: what `mixes` gives, None without.
         """
-        s, counts = self.s, targets.sum(1, keepdim=True)  # (E, 1, way)
+        s, parts = self.s, []
+        for start in range(0, len(support), s.test_batch):
+            part = slice(start, start + s.test_batch)
+            given = [(support[part], targets[part]), *([(mixes[0][part], mixes[1][part])] if mixes else [])]
+            parts.append(self.fit_part(start, *([each.to(self.device) for each in pair] for pair in given)))
+        return Heads(torch.cat([h.weight for h in parts]).cpu(), torch.cat([h.bias for h in parts]).cpu(), s.head_scale)
+
+    def fit_part(self, first: int, own: Sequence[Tensor], mixes: Sequence[Tensor] | None = None) -> Heads:
+        """The heads of some episodes, of which the first has number `first`: as `fit`, all on the device."""
+        s, (support, targets) = self.s, own
+        counts = targets.sum(1, keepdim=True)  # (E, 1, way)
         equal = bool((counts == counts[..., :1]).all())
         class_weights = None if equal else targets.shape[1] / (targets.shape[2] * counts)
-        sets = [((support, targets), RATES[0]), ((support, targets), RATES[2])]
-        if mixes is not None:
-            sets.insert(1, (mixes, RATES[1]))
+        sets = [(own, RATES[0]), *([(mixes, RATES[1])] if mixes else []), (own, RATES[2])]
         stages = [_stage(*samples, class_weights, s.head_steps, rate) for samples, rate in sets]
-        rngs = [generator(s.seed, "head", i) for i in range(len(support))] if s.head_init == "random" else None
+        numbers = range(first, first + len(support))
+        rngs = [generator(s.seed, "head", i) for i in numbers] if s.head_init == "random" else None
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
 
     def mixes(

@@ -58,8 +58,10 @@ def test_results(test_run):
 
 
 def test_another_batch_gives_the_same_accuracies(test_run):
-    first, _ = test_run("--nExemplars", 2, "--seed", 3)
-    second, _ = test_run("--nExemplars", 2, "--seed", 3, "--sample-batch", 40)
+    first, _ = test_run("--nExemplars", 2, "--seed", 3, "--head-init", "random")
+    second, _ = test_run(
+        "--nExemplars", 2, "--seed", 3, "--head-init", "random", "--sample-batch", 40, "--test-batch", 3
+    )
     assert first["by_episode"] == second["by_episode"] and first["shot"] == 2
     other, _ = test_run("--nExemplars", 2, "--seed", 4)
     assert other["by_episode_without_mix"] != first["by_episode_without_mix"]
