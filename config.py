@@ -238,6 +238,11 @@ class Settings:
         return self.source == "guided" and self.first_labels == "clusters"
 
     @property
+    def likely(self) -> bool:
+        """Whether a noise is asked for the class that its unguided image comes closest to."""
+        return self.source == "guided" and self.ask == "likely"
+
+    @property
     def way(self) -> int:
         """Classes an episode."""
         return self.nKnovel
@@ -262,6 +267,11 @@ class Settings:
         """Where the image folders are, one of each domain."""
         named = self.data_root.split(",") if self.data_root else [f"data/{d}" for d in SCENARIOS[self.dataset].images]
         return [Path(name) for name in named]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs to train: none with random weights."""
+        return self.max_epoch if self.source != "none" else 0
 
     @property
     def restart_epoch(self) -> int | None:

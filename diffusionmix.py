@@ -53,7 +53,7 @@ class Testing:
         s = self.s = settings
         self.fitter = HeadFitter(s)
         self.pieces = pieces_of(self.fitter, "mixes", f"{root}, {SHOWN} shown".encode())
-        self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size)
+        self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size, workers=s.workers)
         s.check_images(f"{root}/{s.test_split}", self.images.counts())
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
@@ -179,11 +179,11 @@ class OwnPictures:
         """Read them. Raises ValueError for fewer than 2 classes, a class without a picture, and nothing to label."""
         s, self.started = settings, time.perf_counter()
         self.s, self.fitter = s, HeadFitter(s)
-        self.support = load_split(s.support, "", self.fitter.size, every_class=True)
+        self.support = load_split(s.support, "", self.fitter.size, every_class=True, workers=s.workers)
         if len(self.support.class_names) < 2:
             raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
         paths, not_searched = find_images(s.query)
-        images, unreadable = read_images(paths, self.fitter.size)
+        images, unreadable = read_images(paths, self.fitter.size, workers=s.workers)
         left_out = not_searched + unreadable
         what = f"left out {describe(left_out, Path(s.query))}" if left_out else ""
         if not images:

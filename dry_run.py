@@ -34,7 +34,7 @@ def of_training(s: Settings, pool: Pool | None, classes: Sequence[int], size: in
         return "\n".join([*lines, "", f"--source {s.source}: nothing is drawn"])
     left = range(epoch // s.refresh_every, -(-s.max_epoch // s.refresh_every))
     rounds = [r for r in left if not (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()]
-    twice = sum(r > 0 or not s.clusters for r in rounds) if s.source == "guided" and s.ask == "likely" else 0
+    twice = sum(r > 0 or not s.clusters for r in rounds) if s.likely else 0
     passes = (len(rounds) + twice) * s.samples_per_class * s.sample_steps
     images = len(rounds) * sum(classes) * s.samples_per_class
     work = measure(pool, [count * passes for count in classes], s)

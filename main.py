@@ -36,6 +36,7 @@ from utils.machine import note_start
 from utils.metrics import rate_by_class
 from utils.pieces import discard
 from utils.plots import curves
+from utils.progress import hush
 from utils.remote import local
 from utils.report import Report
 from utils.run_log import RunLog, write_skipped
@@ -55,13 +56,13 @@ class Training:
         needs_pool = s.source in ("guided", "unguided") or Path(s.pool_place).exists()
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
-        self.validation = load_real(s.dataset, s.data_paths, "meta_val", size)
-        self.clusters, self.likely = s.clusters, s.source == "guided" and s.ask == "likely"
+        self.validation = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
         self.per_model = []
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
-        labelled = s.source == "real"  # only the reference may see labelled base images
-        self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.samples_per_class) if labelled else None
+        self.real = None
+        if s.source == "real":  # only the reference may see labelled base images
+            self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.samples_per_class, s.workers)
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         self.check()
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
@@ -69,11 +70,8 @@ class Training:
         self.grouping = learners.Grouping.of(self.per_model, s.within_weight, self.device) if self.per_model else None
         self.draw_weights()
         self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
-        self.augmentation = AugmentSettings(flip=s.flip)
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         self.restored = self.restore()
-
-    # ---- parts
 
     def draw_weights(self) -> None:
         """Both learners with random weights, and their optimisers."""
@@ -87,11 +85,11 @@ class Training:
     def check(self) -> None:
         """Refuse at once what would stop the run later."""
         s = self.s
-        labels = len(self.per_model) if s.source == "unguided" or self.clusters else self.num_classes
+        labels = len(self.per_model) if s.source == "unguided" or s.clusters else self.num_classes
         real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
         s.check_suffices(self.size, labels, {split: images.counts() for split, images in real.items()})
         if self.per_model:
-            self.pool.check(self.per_model, s.sample_steps, self.clusters or self.likely)
+            self.pool.check(self.per_model, s.sample_steps, s.clusters or s.likely)
 
     # ---- synthesis
 
@@ -111,17 +109,17 @@ class Training:
         data = kept(folder, partial(self.synthesise, round_index))
         self.log.board.picture("images", folder / "sheet.png", self.epoch)
         discard(self.plan(round_index).folder)  # its images are in the data set now
-        return self.clustered(data) if self.clusters and round_index == 0 and not self.by_model() else data
+        return self.clustered(data) if self.s.clusters and round_index == 0 and not self.by_model() else data
 
     def synthesise(self, round_index: int) -> tuple[PseudoDataset, dict]:
         """Draw a round's images. Returns them and what to note of them."""
         processes.same_weights(self.model, self.learner)
         s = self.s
-        guided = s.source == "guided" and not (self.clusters and round_index == 0)
+        guided = s.source == "guided" and not (s.clusters and round_index == 0)
         function = learners.log_probability(self.model, self.learner) if guided else None
         plan = self.plan(round_index)
         wanted = None
-        if guided and self.likely:  # what the same noise, unguided, comes closest to
+        if guided and s.likely:  # what the same noise, unguided, comes closest to
             natural, own, _ = synthesise(self.pool, plan, self.device)
             scores = learners.clean_scores(function, natural, self.device)
             wanted = share_out(scores, plan.first_of(own), self.per_model)
@@ -139,7 +137,7 @@ class Training:
         """The images of earlier rounds that are trained on too, those of round 0 as clustered where they were."""
         oldest = max(self.s.start_epoch // self.s.refresh_every, round_index - self.s.replay)
         rounds = range(oldest, round_index) if not self.real else ()
-        names = ["clusters" if self.clusters and r == 0 else f"round{r:02d}" for r in rounds]
+        names = ["clusters" if self.s.clusters and r == 0 else f"round{r:02d}" for r in rounds]
         return [PseudoDataset.load(self.log.folder / "pseudo" / name) for name in names]
 
     def plan(self, stream: int | str) -> Synthesis:
@@ -152,7 +150,7 @@ class Training:
 
     def by_model(self) -> bool:
         """Whether this epoch's images are labelled by their model only."""
-        return self.s.source == "unguided" or (self.clusters and self.epoch < self.s.warm_up)
+        return self.s.source == "unguided" or (self.s.clusters and self.epoch < self.s.warm_up)
 
     def clustered(self, data: PseudoDataset) -> PseudoDataset:
         """The images of round 0, each model's shared out over its classes by balanced clusters of feature maps."""
@@ -175,7 +173,7 @@ class Training:
         sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
 
         def changed(pictures: Tensor) -> Tensor:
-            return augment(pictures.to(self.device), rng, self.augmentation)
+            return augment(pictures.to(self.device), rng, AugmentSettings(flip=s.flip))
 
         grouping = self.grouping if self.epoch >= (s.restart_epoch or 0) else None  # what steers learns all classes
         entries = learners.train_meta_model(
@@ -186,7 +184,7 @@ class Training:
         entries["lr"] = rate
         if s.source != "guided" or self.by_model():
             return entries
-        first = self.clusters and self.epoch + 1 == s.refresh_every  # it is new, and will steer at once
+        first = s.clusters and self.epoch + 1 == s.refresh_every  # it is new, and will steer at once
         steps = -(-s.train_epoch_size // s.train_batch) * (FIRST_STEPS if first else 1)
         entries |= learners.train_class_learner(
             self.model, self.learner, self.pair.learner_optimizer, data.images, data.labels,
@@ -237,7 +235,7 @@ class Training:
     def train(self) -> None:
         """All rounds and epochs, from where the folder stands."""
         s = self.s
-        self.log = RunLog(s.run_folder, quiet=s.quiet, tensorboard=s.tensorboard, done=self.epoch)
+        self.log = RunLog(s.run_folder, tensorboard=s.tensorboard, done=self.epoch, epochs=s.epochs)
         self.report = Report(s.run_folder)
         if self.restored:
             self.log.line(f"going on from {self.restored}, after epoch {self.epoch}")
@@ -246,13 +244,13 @@ class Training:
         self.log.forget_after(self.epoch)
         note_start(s.run_folder, "main.py", self.device, s.notes())
         self.report.write()
-        if self.epoch == 0 and s.source == "guided" and not self.clusters and not s.resume:
+        if self.epoch == 0 and s.source == "guided" and not s.clusters and not s.resume:
             few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
             learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
-        while self.epoch < s.max_epoch and s.source != "none":
+        while self.epoch < s.epochs:
             started, round_index = time.perf_counter(), self.epoch // s.refresh_every
             data = self.training_data(round_index)
-            if self.epoch == s.restart_epoch or (self.clusters and self.epoch == s.warm_up and not s.resume):
+            if self.epoch == s.restart_epoch or (s.clusters and self.epoch == s.warm_up and not s.resume):
                 self.draw_weights()  # what was learnt from fewer images, or other labels, is in the way of new ones
             made = time.perf_counter()
             entries = {"epoch": self.epoch + 1, "round": round_index, **self.train_epoch(data)}
@@ -271,8 +269,8 @@ class Training:
         """Validate, keep the best, log, save."""
         text = f"epoch {entries['epoch']} round {entries['round']} loss {entries.get('loss', float('nan')):.3f}"
         if self.epoch % self.s.validate_every == 0 or self.epoch == self.s.max_epoch:
-            images, episodes = self.validation.images, self.val_episodes
-            mean, half = learners.validate(self.model, images, episodes, self.s.way, self.s.scale_cls)
+            where = (self.validation.images, self.val_episodes, self.s.way, self.s.scale_cls)
+            mean, half = learners.validate(self.model, *where)
             entries |= {"val_accuracy": mean, "val_ci95": half}
             text += f" meta_val {mean:.2f} +- {half:.2f}"
             if mean > self.best:
@@ -287,6 +285,7 @@ class Training:
 def main() -> None:
     """Parse and train, or say what that would be."""
     settings = parse(description="Meta-train without data, from a pool of diffusion models.")
+    hush(settings.quiet)
     training = Training(settings)  # refuses what is wrong before it makes a folder
     if settings.dry_run:
         return print(dry_run.of_training(settings, training.pool, training.per_model, training.size, training.epoch))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.images import Skipped, describe, extensions, find_images, read_images, shown
+from utils.progress import progress
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,13 @@ class LabelledImages:
 
 
 def load_split(
-    root: str | os.PathLike, split: str, size: int, max_per_class: int | None = None, *, every_class: bool = False
+    root: str | os.PathLike,
+    split: str,
+    size: int,
+    max_per_class: int | None = None,
+    *,
+    every_class: bool = False,
+    workers: int | None = None,
 ) -> LabelledImages:
     """Read `<root>/<split>/<class>/*`, one folder a class, into memory.
 
@@ -45,6 +52,7 @@ def load_split(
         size: side of the images in pixels.
         max_per_class: read only the first of each class that can be read, by name; None reads all.
         every_class: refuse a class without a readable image.
+        workers: threads that read; None: a few a core.
 
     Raises:
         ValueError: the folder is missing, or has no class with a readable image, or not `every_class` has one.
@@ -59,9 +67,9 @@ def load_split(
     names: list[str] = []
     left_out: list[tuple[Path, str]] = []
     empty: list[Path] = []
-    for class_folder in class_folders:
+    for class_folder in progress(class_folders, desc=f"reading {folder}", unit="class"):
         paths, not_searched = find_images(class_folder, deep=False)
-        readable, unreadable = read_images(paths, size, max_per_class)
+        readable, unreadable = read_images(paths, size, max_per_class, workers)
         left_out += not_searched + unreadable
         if not readable:
             empty.append(class_folder)

@@ -12,17 +12,22 @@ GLYPHS_PER_CLASS = 100  # images a class to draw episodes from
 
 
 def load_real(
-    dataset: str, roots: Sequence[Path], split: str, size: int, per_class: int | None = None
+    dataset: str,
+    roots: Sequence[Path],
+    split: str,
+    size: int,
+    per_class: int | None = None,
+    workers: int | None = None,
 ) -> LabelledImages:
     """Images of a split: drawn where `dataset` is glyphs (unless its root is there), else read from <root>/<split>.
 
     roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
-    size: pixels a side; per_class: images a class at most, None for all (100 a class of glyphs).
+    size: pixels a side; per_class: images a class at most, None for all (100 a class of glyphs); workers: threads.
     Raises ValueError where a folder is missing or empty.
     """
     if dataset == "glyphs" and not (roots[0] / split).is_dir():
         return make_split(split, per_class or GLYPHS_PER_CLASS, size=size)
-    domains = [load_split(root, split, size, per_class) for root in roots]
+    domains = [load_split(root, split, size, per_class, workers=workers) for root in roots]
     if len(domains) == 1:
         return domains[0]
     images, labels, names, skipped = [], [], [], {}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from utils.images import Skipped, describe, extensions, find_images, read_images, shown, to_float
+from utils.progress import progress
 from utils.seeding import generator
 
 
@@ -62,7 +63,7 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
         found["."] = [path for path in loose if not path.is_dir()], []
     images, labels, names, left_out = [], [], [], []
     skipped: Skipped = {} if classes else {shown(root): []}  # first, as what is in it comes after
-    for name, (paths, not_searched) in found.items():
+    for name, (paths, not_searched) in progress(found.items(), desc=f"reading {root}", unit="class"):
         readable, unreadable = read_images(paths, size)
         own = not_searched + unreadable
         left_out += own

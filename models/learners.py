@@ -13,6 +13,7 @@ from models.meta_model import MetaModel, dense_cross_entropy, prototype_scores
 from utils import stopping
 from utils.images import to_float
 from utils.metrics import accuracy, mean_confidence_interval
+from utils.progress import progress
 
 LEVEL_POWER = {"x_t": 1.0, "x_0": 3.0}  # what guides on x_0 is asked about clean images only: low noise counts more
 
@@ -175,7 +176,7 @@ def train_meta_model(
     support_labels, query_labels = episodes.support_labels.to(device), episodes.query_labels.to(device)
     classes = labels[episodes.query].to(device)
     seen = []
-    for start in range(0, len(index), batch):
+    for start in progress(range(0, len(index), batch), desc="meta-model", unit="step"):
         stopping.check()
         chosen = slice(start, start + batch)
         loss, right = meta_loss(
@@ -221,7 +222,7 @@ def train_class_learner(
     learner.train()
     losses, right, quarter = [], [], []
     labels = labels.to(rng.device)
-    for _ in range(steps):
+    for _ in progress(range(steps), desc="class-learner", unit="step"):
         stopping.check()
         index = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
         clean = augment(images[index.to(images.device)])

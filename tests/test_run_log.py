@@ -1,6 +1,9 @@
 """The files of a run folder, its plots, and the one-line errors of a command."""
 
+import io
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,8 @@ import torch
 from PIL import Image
 
 from utils import cli
+from utils import images as images_module
+from utils import progress as progress_module
 from utils.plots import contact_sheet, curves
 from utils.run_log import RunLog, write_json
 
@@ -92,3 +97,26 @@ def test_cli_keeps_the_traceback_of_a_fault(monkeypatch):
     monkeypatch.delenv("TRACEBACK", raising=False)
     with pytest.raises(KeyError):
         cli.run(lambda: {}["x"])
+
+
+def test_a_bar_of_epochs(tmp_path, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress_module, "_SOON", 0.0)
+    log = RunLog(tmp_path, done=1, epochs=3)
+    for epoch, entries in ((2, {"val_accuracy": 61.26}), (3, {})):
+        log.record({"epoch": epoch, **entries})
+        log.bar.refresh()
+    log.line("the end", closing=True)
+    shown = stream.getvalue()
+    assert "2/3" in shown and "meta_val=61.3 %" in shown and "3/3" in shown and log.bar.disable
+    assert RunLog(tmp_path, done=3, epochs=3).bar is None  # nothing to do
+
+
+def test_as_many_threads_as_were_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(images_module, "ThreadPoolExecutor", lambda n: asked.append(n) or ThreadPoolExecutor(n))
+    for workers in (None, 0, 3):
+        images_module.read_images([], 8, workers=workers)
+    assert asked == [None, 1, 3]

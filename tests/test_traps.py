@@ -332,7 +332,7 @@ def test_an_episode_does_not_depend_on_how_many_there_are(command, custom, tmp_p
 def test_training_opens_only_its_splits(command, custom, monkeypatch, source, splits):
     root = custom(*splits)  # the others are not there at all
     opened, load = [], main.load_real
-    monkeypatch.setattr(main, "load_real", lambda *args: opened.append(args[2]) or load(*args))
+    monkeypatch.setattr(main, "load_real", lambda *args, **more: opened.append(args[2]) or load(*args, **more))
     command(main, root, "--source", source, "--max-epoch", 1)
     assert opened == splits
 
@@ -340,7 +340,7 @@ def test_training_opens_only_its_splits(command, custom, monkeypatch, source, sp
 def test_testing_opens_only_its_split(command, custom, monkeypatch):
     command(main, custom("meta_val"), "--source", "none")
     opened, load = [], diffusionmix.load_real
-    monkeypatch.setattr(diffusionmix, "load_real", lambda *args: opened.append(args[2]) or load(*args))
+    monkeypatch.setattr(diffusionmix, "load_real", lambda *args, **more: opened.append(args[2]) or load(*args, **more))
     command(diffusionmix, custom("meta_test"), "--mix", "False")
     assert opened == ["meta_test"]
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from utils.progress import progress
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # that the content may be, whatever the ending says
 MAX_PIXELS = 100_000_000  # of one image: 300 MB as RGB
@@ -70,9 +72,9 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
 
 
 def read_images(
-    paths: Sequence[Path], size: int, most: int | None = None
+    paths: Sequence[Path], size: int, most: int | None = None, workers: int | None = None
 ) -> tuple[list[np.ndarray], list[tuple[Path, str]]]:
-    """Read images as `read_image` does, several at once, until there are `most` (None: all).
+    """Read images as `read_image` does, until there are `most` (None: all), by `workers` threads (None: a few a core).
 
     Returns those that can be read, in order, and (path, reason) of the others. Each path is tried once.
     """
@@ -80,11 +82,12 @@ def read_images(
     left_out: list[tuple[Path, str]] = []
     most = len(paths) if most is None else most
     tried = 0
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(None if workers is None else max(1, workers)) as threads:
         while tried < len(paths) and len(images) < most:
             part = paths[tried : tried + most - len(images)]
             tried += len(part)
-            for path, result in zip(part, threads.map(lambda path: _image_or_reason(path, size), part), strict=True):
+            results = threads.map(lambda path: _image_or_reason(path, size), part)
+            for path, result in zip(part, progress(results, total=len(part), desc="images", unit="image"), strict=True):
                 if isinstance(result, str):
                     left_out.append((path, result))
                 else:

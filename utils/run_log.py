@@ -21,23 +21,29 @@ from utils import processes
 from utils.atomic import atomic_file
 from utils.board import Board
 from utils.images import Skipped
-from utils.progress import hush, is_quiet
+from utils.progress import is_quiet, progress
 
 
 class RunLog:
     """The log of one run folder, which is made where missing. Opening it again appends."""
 
     def __init__(
-        self, folder: str | os.PathLike, *, quiet: bool = False, tensorboard: bool = False, done: int = 0
+        self,
+        folder: str | os.PathLike,
+        *,
+        quiet: bool = False,
+        tensorboard: bool = False,
+        done: int = 0,
+        epochs: int = 0,
     ) -> None:
         """Open the log of `folder`.
 
-        quiet: show nothing but the closing line; tensorboard: write what is recorded, and sheets, for it too; done:
-        epochs that a run has behind it when it goes on.
+        tensorboard: write what is recorded, and sheets, for it too; done: epochs that a run has behind it when it goes
+        on; epochs: how many it will have in all, for a bar of them.
         """
         self.folder = Path(folder)
-        hush(quiet)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.bar = progress(total=epochs, initial=done, desc="epochs", unit="epoch") if epochs > done else None
         self.board = Board(self.folder, wanted=tensorboard, done=done)
         _end_last_line(self.metrics_path)
 
@@ -57,6 +63,8 @@ class RunLog:
 
     def line(self, text: str, *, closing: bool = False) -> None:
         """Print `text`, above any progress bar, and append it to log_train.txt; a closing line is always printed."""
+        if closing and self.bar is not None:
+            self.bar.close()
         if processes.is_first() and (closing or not is_quiet()):
             tqdm.write(text)
         self._append("log_train.txt", text)
@@ -64,6 +72,10 @@ class RunLog:
     def record(self, entries: Mapping[str, Any]) -> None:
         """Append `entries` as one line to metrics.jsonl; it is on its way to the disk when this returns."""
         entries = plain(entries)
+        if self.bar is not None:
+            seen = entries.get("val_accuracy")
+            self.bar.set_postfix({} if seen is None else {"meta_val": f"{seen:.1f} %"}, refresh=False)
+            self.bar.update()
         self._append(self.metrics_path.name, json.dumps(entries))
         self.board.scalars({k: v for k, v in entries.items() if k != "epoch"}, entries.get("epoch", 0))
 
