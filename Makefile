@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test soak table bench clean
+.PHONY: help install demo test soak table bench clean
 
 help:
+	@echo "make install  make $(VENV) with the packages of requirements.txt: 5 GB, a minute or two"
 	@echo "make demo   run the whole method once, small, on the CPU"
 	@echo "make test   ruff, then the tests"
 	@echo "make soak   kill each command at 100 points and see that it goes on; long"
@@ -19,6 +20,9 @@ $(STAMP): requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+install: $(STAMP)
+	@echo "installed in $(VENV); now: . $(VENV)/bin/activate"
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.demo

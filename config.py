@@ -11,10 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from utils.cli import OneLineParser
+
 SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
 PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
+# what only testing looks at, so that training may go on with another
+TESTING = {"split", "mix", "support", "query", "out", "phase", "episodes", "mix_level", "mix_steps", "head_steps",
+           "head_init", "head_scale"}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
         "diffusion_steps")  # fmt: skip
 
@@ -173,6 +178,9 @@ class Settings:
             )
         if self.start_epoch >= self.max_epoch:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
+        nearest = next((p for p in (self.run_folder, *self.run_folder.parents) if p.exists()), None)
+        if self.save_dir and nearest and not nearest.is_dir():
+            raise ValueError(f"got --save-dir {self.save_dir}, and {nearest} is a file; choose another folder")
         if self.mix_steps > self.mix_level:
             raise ValueError(f"got --mix-steps {self.mix_steps}, expected at most --mix-level, {self.mix_level}")
         if bool(self.support) != bool(self.query) or (self.out and not self.query):
@@ -188,8 +196,12 @@ class Settings:
 
         size: pixels of the images; classes: how many to train on; real: split -> class -> how many images it has.
         """
-        place = ",".join(map(str, self.data_paths))
-        lacks = [self._lacking(f"{place}/{split}", counts) for split, counts in real.items()]
+        place, needed = ",".join(map(str, self.data_paths)), self.shot + self.train_nTestNovel // self.way
+        capped = self.source != "none" and self.samples_per_class < needed
+        counted = {f"{place}/{split}": each for split, each in real.items() if not (capped and split == "meta_train")}
+        lacks = [self._lacking(counted)]
+        if self.support:
+            lacks.append("got --support and --query, which diffusionmix.py takes, once this has trained a model")
         if size < 16:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
         if classes < self.way and self.source in ("guided", "unguided"):
@@ -198,37 +210,43 @@ class Settings:
                 f"{self.way}; give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower "
                 "--nKnovel"
             )
-        needed = self.shot + self.train_nTestNovel // self.way
-        if self.source in ("guided", "unguided") and self.samples_per_class < needed:
+        if capped:
             lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")
         if any(lacks):
             raise ValueError("; also, ".join(filter(None, lacks)))
 
     def check_images(self, name: str, counts: Mapping[str, int]) -> None:
         """Refuse the real images `name` where no episode can be drawn: ValueError. counts: images of each class."""
-        if lacks := self._lacking(name, counts):
+        if lacks := self._lacking({name: counts}):
             raise ValueError(lacks)
 
-    def _lacking(self, name: str, counts: Mapping[str, int]) -> str:
-        """What the classes of `name` have too few of, and with which flags they would do; "" where they suffice."""
-        asked = "train_nTestNovel" if name.endswith("meta_train") else "nTestNovel"
-        query = getattr(self, asked) // self.way
-        short = {c: count for c, count in counts.items() if count < self.shot + query}
-        if len(counts) >= self.way and not short:
+    def _lacking(self, real: Mapping[str, Mapping[str, int]]) -> str:
+        """What classes have too few of, and with which flags they would all do; "" where they suffice.
+
+        real: what the images are, by the name of their split -> class -> how many images it has.
+        """
+        lacks, way = [], self.way
+        queries = {name: getattr(self, name) // self.way for name in ("train_nTestNovel", "nTestNovel")}
+        for name, counts in real.items():
+            asked = "train_nTestNovel" if name.endswith("meta_train") else "nTestNovel"
+            query = getattr(self, asked) // self.way
+            short = {c: count for c, count in counts.items() if count < self.shot + query}
+            fewest = min(counts, key=counts.__getitem__)
+            got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < self.way else []
+            got += [f"{counts[fewest]} images in class {fewest}"] if short else []
+            got += [f"too few in {len(short) - 1} more"] if len(short) > 1 else []
+            if got:
+                lacks.append(
+                    f"{name}: got {', '.join(got)}; an episode needs {self.way} classes of {self.shot + query} images "
+                    f"({self.shot} to learn from, {query} to label)"
+                )
+            way, queries[asked] = min(way, len(counts)), min(queries[asked], counts[fewest] - self.shot)
+        if not lacks:
             return ""
-        fewest = min(counts, key=counts.__getitem__)
-        got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < self.way else []
-        got += [f"{counts[fewest]} images in class {fewest}"] if short else []
-        got += [f"too few in {len(short) - 1} more"] if len(short) > 1 else []
-        way, fitting = min(self.way, len(counts)), min(query, counts[fewest] - self.shot)
-        flags = {f"--{each}": getattr(self, each) // self.way * way for each in ("train_nTestNovel", "nTestNovel")}
-        flags = {"--nKnovel": way, **flags, f"--{asked}": fitting * way}
-        changed = [f"{flag} {n}" for flag, n in flags.items() if n != getattr(self, flag[2:])]
-        instead = f", or give {' '.join(changed)}" if way > 1 and fitting > 0 else ""
-        return (
-            f"{name}: got {', '.join(got)}; an episode needs {self.way} classes of {self.shot + query} images "
-            f"({self.shot} to learn from, {query} to label); add some{instead}"
-        )
+        flags = {"nKnovel": way, **{name: way * query for name, query in queries.items()}}
+        changed = [f"--{name} {value}" for name, value in flags.items() if value != getattr(self, name)]
+        instead = f", or give {' '.join(changed)}" if way > 1 and min(queries.values()) > 0 else ""
+        return f"{'; '.join(lacks)}; add some{instead}"
 
     # what the fields above come to
 
@@ -327,7 +345,7 @@ _CLUSTERS = dict(
     first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
     restart=True, dense_weight=0.0, within_weight=0.0,
 )  # fmt: skip
-RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's
+RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's, but for mix_steps
 
 _GLYPHS = dict(
     image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
@@ -346,9 +364,11 @@ SCENARIOS = {
 
 def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     """Settings from flags: those given, then the scenario's, then the recipe's, then the fields' defaults."""
-    argv = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
-    given = vars(_parser(description, {}).parse_args(argv))
-    wants_help = given.pop("help", False)
+    argv = sys.argv[1:] if argv is None else argv
+    wants_help = bool({"-h", "--help"} & {*argv})
+    parser = _parser(description, {})
+    given = vars(parser.parse_known_args(argv)[0] if wants_help else parser.parse_args(argv))
+    given.pop("help", None)
     dataset = given.get("dataset", "glyphs")
     if dataset not in SCENARIOS:
         raise ValueError(f"got --dataset {dataset!r}, expected one of {', '.join(SCENARIOS)}")
@@ -357,16 +377,20 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     if wants_help:
         _parser(description, defaults).print_help()
         sys.exit(0)
-    return Settings(**{**defaults, **given})
+    settings = {**{f.name: f.default for f in fields(Settings)}, **defaults, **given}
+    for name in ("train_nTestNovel", "nTestNovel"):
+        if name not in given:  # of another way as many as come closest
+            settings[name] = max(1, settings[name] // settings["nKnovel"]) * settings["nKnovel"]
+    return Settings(**settings)
 
 
-def _parser(description: str, defaults: dict[str, Any]) -> "_Parser":
+def _parser(description: str, defaults: dict[str, Any]) -> OneLineParser:
     """The flags by group, as the fields declare them; `defaults` are shown in place of the fields' own."""
-    parser = _Parser(
+    parser = OneLineParser(
         description=description, usage="%(prog)s [--FLAG VALUE ...]", add_help=False,
         argument_default=argparse.SUPPRESS,
         epilog=f"Defaults are those of --dataset {defaults.get('dataset')} --recipe {defaults.get('recipe')}; "
-        "with others before --help, theirs.",
+        "with another one beside --help, its own.",
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     groups = {}
@@ -400,20 +424,12 @@ def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_
         raise ValueError(f"{path}: was made with {', '.join(other)}; give the same settings, or another --save-dir")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}; {self.prog} --help lists the flags")
-
-
 def flag_of(f) -> str:
     """The flag of a field: dashes for underscores, but for the names that the paper's repository spelled so."""
     return f"--{f.name}" if f.name in _UNDERSCORED else f"--{f.name.replace('_', '-')}"
 
 
 _UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
-_SPELLINGS = {f"--{f.name}": flag_of(f) for f in fields(Settings)}
 _GROUPS = {
     "needed first": "needed first",
     "machine": "the machine and its memory",
@@ -423,12 +439,6 @@ _GROUPS = {
     "learning": "learning (main.py)",
     "testing": "testing (diffusionmix.py)",
 }
-
-
-def _dashed(word: str) -> str:
-    """A flag as it is declared: --data_root is --data-root."""
-    name, is_, value = word.partition("=")
-    return _SPELLINGS.get(name, name) + is_ + value
 
 
 def _range(low, high) -> str:

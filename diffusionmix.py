@@ -179,6 +179,7 @@ class OwnPictures:
         """Read them. Raises ValueError for fewer than 2 classes, a class without a picture, and nothing to label."""
         s, self.started = settings, time.perf_counter()
         self.s, self.fitter = s, HeadFitter(s)
+        self.path = Path(s.out or s.run_folder / "predictions.csv")
         self.support = load_split(s.support, "", self.fitter.size, every_class=True, workers=s.workers)
         if len(self.support.class_names) < 2:
             raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
@@ -204,7 +205,7 @@ class OwnPictures:
 
     def write(self, probabilities: np.ndarray) -> None:
         """Write predictions.csv, and beside it a sheet of the surest, and say so."""
-        path = Path(self.s.out or self.s.run_folder / "predictions.csv")
+        path = self.path
         names = [shown(name) for name in self.support.class_names]
         labels = [names[number] for number in probabilities.argmax(1)]
         text = io.StringIO()
@@ -215,6 +216,7 @@ class OwnPictures:
         with atomic_file(path) as file:
             file.write(text.getvalue().encode())
         surest = probabilities.max(1).argsort(kind="stable")[::-1][:SHEET]
+        surest = sorted(surest, key=lambda i: labels[i])  # of a label together, the surest first
         pictures = torch.from_numpy(self.query[surest]).permute(0, 3, 1, 2)
         larger = to_uint8(torch.nn.functional.interpolate(to_float(pictures), (96, 96)))  # room for the text
         below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
@@ -232,9 +234,9 @@ def main() -> None:
     if settings.support:
         own = OwnPictures(settings)
         if settings.dry_run:
-            return print(dry_run.of_testing(settings, own.fitter.pool, len(own.support.labels)))
+            return dry_run.of_testing(settings, own.fitter.pool, len(own.support.labels))
         with locked(settings.run_folder):
-            write_skipped(settings.run_folder, own.support.skipped, own.skipped)
+            write_skipped(own.path.parent, own.support.skipped, own.skipped)
             probabilities = own.label()
             if processes.is_first():
                 own.write(probabilities)
@@ -243,7 +245,7 @@ def main() -> None:
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
     if settings.dry_run:
         support = sum(test.episodes.support.numel() for test in tests)
-        return print(dry_run.of_testing(settings, tests[0].fitter.pool, support))
+        return dry_run.of_testing(settings, tests[0].fitter.pool, support)
     with locked(settings.run_folder):
         note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, settings.notes())
         results = evaluate(settings, tests)

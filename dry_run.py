@@ -1,15 +1,21 @@
 """--dry-run: what a command would do, and about how long that takes, before it is done."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+import torch
 
 from config import Settings
-from guided_diffusion.dist_util import or_too_much, pick_device
+from datasets.pseudo import PseudoDataset
+from guided_diffusion.costs import image_flops
+from guided_diffusion.dist_util import or_too_much, pick_device, smaller
+from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.pool import Pool, PoolModel
+from models.learners import log_probability
+from utils import processes
 from utils.progress import duration
 
 TRIAL = 10.0  # seconds of forward passes that the estimate comes from
@@ -24,64 +30,83 @@ class Work:
     seconds: float
 
 
-def of_training(s: Settings, pool: Pool | None, classes: Sequence[int], size: int, epoch: int) -> str:
-    """What is left of a run of `main.py`: settings, and the work of its rounds of synthesis.
+def of_training(training: Any) -> None:
+    """Print what is left of a run of `main.py`, a `main.Training`: settings, the work of its rounds, seconds in all.
 
-    classes: of each pool model, none where nothing is drawn; size: pixels of the images; epoch: how many are done.
+    It takes steps with the learners, which are of no use after that.
     """
-    lines = _settings(s)
-    if not classes:
-        return "\n".join([*lines, "", f"--source {s.source}: nothing is drawn"])
+    if not processes.is_first():
+        return
+    s, pool, classes, epoch = training.s, training.pool, training.per_model, training.epoch
+    lines = [*_settings(s), "", *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch)]
     left = range(epoch // s.refresh_every, -(-s.max_epoch // s.refresh_every))
     rounds = [r for r in left if not (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()]
-    twice = sum(r > 0 or not s.clusters for r in rounds) if s.likely else 0
-    passes = (len(rounds) + twice) * s.samples_per_class * s.sample_steps
-    images = len(rounds) * sum(classes) * s.samples_per_class
-    work = measure(pool, [count * passes for count in classes], s)
-    return "\n".join([
-        *lines, "", *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * bool(epoch),
-        f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
-        f"{f', {twice} of the rounds drawn twice (--ask likely)' if twice else ''}",
-        *_work(work, s),
-        "guidance and the learners' training come on top",
-        f"{s.max_epoch - epoch} epochs of {s.train_epoch_size} episodes and as many images again for the class-learner",
-        f"disk: {_bytes(images * 3 * size * size)} of images in {s.run_folder / 'pseudo'}",
-    ])  # fmt: skip
+    work, guiding = Work(0, 0.0, 0.0), 0.0
+    if classes:
+        guided = sum(r > 0 or not s.clusters for r in rounds) if s.source == "guided" else 0
+        twice = guided if s.likely else 0
+        each = s.samples_per_class * s.sample_steps
+        work = measure(pool, [count * each * (len(rounds) + twice) for count in classes], s)
+        guiding = guided * sum(classes) * each * _guidance_seconds(training) if guided else 0.0
+        images = len(rounds) * sum(classes) * s.samples_per_class
+        lines += [
+            f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
+            + f", {twice} of the rounds drawn twice (--ask likely)" * bool(twice),
+            *_work(work),
+            f"disk: {_bytes(images * 3 * training.size**2)} of images in {s.run_folder / 'pseudo'}",
+        ]
+    else:
+        lines.append(f"--source {s.source}: nothing is drawn")
+    if s.epochs:
+        learning, last = (s.epochs - epoch) * _epoch_seconds(training), s.max_epoch - s.refresh_every * left.start
+        parts = f"{duration(work.seconds)} to draw, {duration(guiding)} to guide, {duration(learning)} to learn"
+        lines += [
+            f"{s.epochs - epoch} epochs of {s.train_epoch_size} episodes in rounds of {s.refresh_every}"
+            + f", the last of {last % s.refresh_every} alone" * bool(last % s.refresh_every),
+            f"about {duration(work.seconds + guiding + learning)} on {training.device}, after trials of "
+            f"{TRIAL:.0f} s: {parts}",
+        ]
+    print(*lines, sep="\n")
 
 
-def of_testing(s: Settings, pool: Pool | None, support: int) -> str:
-    """What `diffusionmix.py` would do: settings, and the work of its mixes. support: images, of all episodes."""
+def of_testing(s: Settings, pool: Pool | None, support: int) -> None:
+    """Print what `diffusionmix.py` would do: settings, and the work of its mixes. support: images, of all episodes."""
+    if not processes.is_first():
+        return
     lines = _settings(s)
     if not pool:
-        return "\n".join([*lines, "", "--mix False: no mixes"])
+        print(*lines, "", "--mix False: no mixes", sep="\n")
+        return
     work = measure(pool, [support * s.mix_steps] * len(pool), s)
-    return "\n".join([
+    print(
         *lines, "",
         f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
-        *_work(work, s),
-    ])  # fmt: skip
+        *_work(work),
+        f"about {duration(work.seconds)} on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s", sep="\n",
+    )  # fmt: skip
 
 
 def measure(pool: Pool, forwards: Sequence[int], s: Settings) -> Work:
-    """The work of that many forward passes of each model; its seconds from a trial with the first one."""
+    """The work of that many forward passes of each model; its seconds from a trial with the first one.
+
+    Several processes share it out; the trial is that of the first.
+    """
     device = pick_device(s.device_name)
-    flops = [forward_flops(pool.load(m)) for m in range(len(pool))]
-    rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), s.sample_batch)
+    flops = [image_flops(pool.load(m).flags) for m in range(len(pool))]
+    rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), s.sample_batch, device)
     total = sum(count * cost for count, cost in zip(forwards, flops, strict=True))
-    return Work(sum(forwards), total, total / rate)
+    return Work(sum(forwards), total, total / rate / processes.count())
 
 
-def forward_flops(model: PoolModel) -> int:
-    """Operations of one image's forward pass in products and convolutions, 2 a multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        model.trial(1)
-    return counter.get_total_flops()
+def _seconds_of_one(model: PoolModel, most: int, device: torch.device) -> float:
+    """Seconds of an image's forward pass in batches of `most`, on a CPU fewer if a pass is then a tenth of the trial.
 
-
-def _seconds_of_one(model: PoolModel, most: int) -> float:
-    """Seconds of an image's forward pass in batches of `most`, or of so many that a pass is a tenth of the trial."""
-    batch, seconds = 1, 0.0
-    while seconds < TRIAL / 10 and batch < most:
+    Raises MemoryError, with a line to show, where one image is too much.
+    """
+    batch = most if device.type == "cuda" else 1  # where every other batch would be compiled, for long
+    while (seconds := or_too_much(partial(_seconds, model, batch))) is None:
+        batch = smaller(batch)
+    while batch < most and device.type != "cuda" and seconds < TRIAL / 10:
         larger = min(2 * batch, most)
         seconds = or_too_much(partial(_seconds, model, larger))
         if seconds is None:
@@ -107,11 +132,43 @@ def _settings(s: Settings) -> list[str]:
     return [f"{name} = {value!r}" for name, value in {**s.as_dict(), **places}.items() if name != "dry_run"]
 
 
-def _work(work: Work, s: Settings) -> list[str]:
-    return [
-        f"{work.forwards:,} forward passes, {work.flops / 1e12:,.1f} TFLOP",
-        f"about {duration(work.seconds)} of them on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s",
-    ]
+def _guidance_seconds(training: Any) -> float:
+    """Seconds of the class-learner's gradient for one image."""
+    s, size, device = training.s, training.size, training.device
+    images = min(s.sample_batch, 32)
+    x, zeros = torch.zeros(images, 3, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
+    gradient = classifier_guidance(log_probability(training.model, training.learner), zeros, 1.0)
+    return _trial(lambda: float(gradient(x, zeros).sum())) / images
+
+
+def _epoch_seconds(training: Any) -> float:
+    """Seconds of an epoch of both learners, from one step of each on images of noise."""
+    s, epoch = training.s, training.epoch
+    needed = s.shot + s.train_nTestNovel // s.way
+    labels = torch.arange(training.num_classes).repeat_interleave(needed)
+    images = torch.randint(256, (len(labels), 3, training.size, training.size), dtype=torch.uint8)
+    data = PseudoDataset(images, labels, training.num_classes)
+    training.s, training.epoch = replace(s, train_epoch_size=s.train_batch), s.max_epoch - 1
+    try:
+        return _trial(lambda: training.train_epoch(data)) * -(-s.train_epoch_size // s.train_batch)
+    finally:
+        training.s, training.epoch = s, epoch
+
+
+def _trial(work: Callable[[], object]) -> float:
+    """Seconds of `work`: of its second time, unless the first is long."""
+    seconds = 0.0
+    for _ in range(2):
+        if seconds > TRIAL:
+            break
+        started = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def _work(work: Work) -> list[str]:
+    return [f"{work.forwards:,} forward passes of the pool's networks, {work.flops / 1e12:,.1f} TFLOP"]
 
 
 def _bytes(count: int) -> str:

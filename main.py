@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 import dry_run
-from config import PLACES, SCENARIOS, Settings, check_same, parse
+from config import PLACES, SCENARIOS, TESTING, Settings, check_same, parse
 from datasets.augment import AugmentSettings, augment
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept
@@ -42,7 +42,7 @@ from utils.report import Report
 from utils.run_log import RunLog, write_skipped
 from utils.seeding import generator
 
-MAY_CHANGE = PLACES | {"sample_batch"}
+MAY_CHANGE = PLACES | TESTING | {"sample_batch"}
 CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
 FIRST_STEPS = 8  # epochs' worth of steps that a class-learner taught by clusters takes before it first steers
 
@@ -107,7 +107,7 @@ class Training:
             return PseudoDataset(self.real.images, self.real.labels, self.num_classes)
         folder = self.log.folder / "pseudo" / f"round{round_index:02d}"
         data = kept(folder, partial(self.synthesise, round_index))
-        self.log.board.picture("images", folder / "sheet.png", self.epoch)
+        self.log.board.picture("images", folder / "sheet.png", round_index * self.s.refresh_every)
         discard(self.plan(round_index).folder)  # its images are in the data set now
         return self.clustered(data) if self.s.clusters and round_index == 0 and not self.by_model() else data
 
@@ -288,7 +288,7 @@ def main() -> None:
     hush(settings.quiet)
     training = Training(settings)  # refuses what is wrong before it makes a folder
     if settings.dry_run:
-        return print(dry_run.of_training(settings, training.pool, training.per_model, training.size, training.epoch))
+        return dry_run.of_training(training)
     processes.meet()  # before the first one writes what the others have just read
     with locked(settings.run_folder):
         training.train()

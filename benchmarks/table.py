@@ -164,7 +164,7 @@ def as_text(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def publish(rows: list[Row], folder: Path = RESULTS) -> None:
+def publish(rows: list[Row], folder: Path) -> None:
     """Put the rows into <folder>/results.csv, in place of those of the same data set, and write RESULTS.md from it."""
     path, names = folder / "results.csv", [f.name for f in fields(Row)]
     kept = []
@@ -226,7 +226,7 @@ def main() -> None:
     if dataset == "custom":  # which says nothing: the folder's name does
         rows = [replace(row, dataset="+".join(path.name for path in settings.data_paths)) for row in rows]
     if args.publish:
-        publish(rows)
+        publish(rows, RESULTS)
     print(f"\n{len(args.seeds)} seeds, {rows[0].episodes} episodes in all\n\n{as_text(rows)}")
 
 

@@ -86,9 +86,9 @@ def load_split(
     if not names:
         raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
     if empty and every_class:
-        raise ValueError(
-            f"{shown(empty[0])}: is a class without a readable image; add one, or take the folder away ({what})"
-        )
+        deeper = any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir())
+        advice = f"give {shown(empty[0])}, if the folders in it are the classes" if deeper else "add one"
+        raise ValueError(f"{shown(empty[0])}: is a class without a readable image; {advice} ({what})")
     if parts:
         print(f"{shown(folder)}: {what}", file=sys.stderr)
     left_out += [(path, "is a class folder without a readable image") for path in empty]

@@ -6,18 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import processes
-
 PRECISIONS = ("auto", "float32", "bf16")
 _T = TypeVar("_T")
-_TRIED = 4  # images that say how much memory one takes
 _WIDE = 64  # channels; narrower networks are slower in bf16 on a CPU, whatever it has
 
 
@@ -100,55 +96,12 @@ def or_too_much(work: Callable[[], _T]) -> _T | None:
     return None
 
 
-def that_fit(trial: Callable[[int], object], most: int, device: torch.device) -> int:
-    """How many images, up to `most`, pass a network at once in half of the free memory, by a trial with a few.
-
-    trial: number of images -> a pass of them. On a GPU, which says when its memory does not suffice, and on a system
-    that does not tell, `most`. A CPU's system says nothing: it ends the process.
-    """
-    if device.type != "cpu" or most <= _TRIED or (free := _free_memory()) is None:
-        return most
-    each = _growth(partial(trial, _TRIED)) / _TRIED
-    fitting = max(1, min(most, int(free / 2 / processes.count() / max(each, 1))))
-    if fitting < most:
-        tqdm.write(f"memory for {fitting} images at once, at {each / 1e6:,.0f} MB each", file=sys.stderr)
-    return fitting
-
-
 def smaller(batch: int) -> int:
     """Half of a batch that memory did not suffice for, which is said on stderr. MemoryError where that was one."""
     if batch <= 1:
         raise MemoryError("out of memory for a single image; use a machine with more memory, or a smaller network")
     tqdm.write(f"out of memory: going on with batches of {batch // 2}", file=sys.stderr)
     return batch // 2
-
-
-def _free_memory() -> int | None:
-    """Bytes that the system could give to this process, None where it does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-
-
-def _growth(work: Callable[[], object]) -> int:
-    """Bytes by which this process grew at most while `work` ran, 0 where the system does not tell."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
-    except OSError:
-        pass
-    before = _resident("VmRSS")
-    work()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(name: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def _wants_bf16(precision: str, device: torch.device) -> bool:

@@ -42,6 +42,7 @@ from utils.progress import duration, hush  # noqa: E402
 from utils.run_log import write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
+POOL = 5  # models that the clusters recipe of main.py needs
 TRIAL = 10.0  # seconds of steps that the estimate of --dry_run comes from
 FIGURES = "memorisation"  # in pool.json, by model
 
@@ -69,6 +70,33 @@ HELP = {
     "device": "auto, cpu, cuda or cuda:N",
     "quiet": "show no progress bars",
     "dry_run": "say how many steps there are to take and about how long they take, by a trial, and stop",
+    "lr": "learning rate",
+    "weight_decay": "of AdamW",
+    "seed": "of everything random; model m of a pool has this + m",
+    "image_size": "pixels a side",
+    "num_channels": "channels of the first level; 128 for 64 pixels, 16 to 32 for a CPU",
+    "num_res_blocks": "residual blocks a level",
+    "channel_mult": "channels of each level as multiples, as 1,2,4; empty: by the image size (64 or more)",
+    "attention_resolutions": "sides in pixels of the levels with attention, as 16,8",
+    "num_heads": "attention heads",
+    "num_head_channels": "channels a head; -1: by the number of heads",
+    "num_heads_upsample": "heads on the way up; -1: as on the way down",
+    "class_cond": "take class labels; the folders are the classes",
+    "num_classes": "set by the folders",
+    "use_scale_shift_norm": "time and class scale the normalised maps, too",
+    "resblock_updown": "residual blocks change the resolution",
+    "use_new_attention_order": "queries, keys and values apart before the heads are",
+    "use_checkpoint": "compute maps again on the way back, for less memory",
+    "use_fp16": "of old checkpoints; see --precision",
+    "dropout": "share of channels dropped in residual blocks",
+    "learn_sigma": "learn the variances",
+    "diffusion_steps": "timesteps",
+    "noise_schedule": "linear or cosine",
+    "timestep_respacing": "train on these timesteps alone, as 250 or ddim25; empty: all",
+    "use_kl": "the variational bound as the loss",
+    "predict_xstart": "predict the image in place of the noise; better for small networks",
+    "rescale_timesteps": "give the network t of 1000 whatever --diffusion_steps",
+    "rescale_learned_sigmas": "scale the loss of the variances to that of the means",
     "loss_weighting": "uniform, or min_snr (arXiv 2303.09556): good samples in fewer steps",
 }
 
@@ -169,6 +197,8 @@ def train_pool(args: argparse.Namespace, device) -> None:
     contents = {"image_size": args.image_size, "steps": _steps(args), "hold_out": hold_out, "models": models}
     to_train = [m for m in wanted if not subset_path(args.pool, m).exists()]
     check_classes(args.data_dir, [name for m in to_train for name in groups[m - 1]])  # before hours of training
+    if len(groups) < POOL:
+        say(f"{len(groups)} models: main.py will need --recipe paper; its default learns to tell {POOL} or more apart")
     if args.dry_run and not to_train:
         return say(f"{args.pool}: all models are trained")
     for m in to_train if args.dry_run else wanted:
@@ -238,11 +268,13 @@ def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed:
 
 
 def _work(loop: TrainLoop, models: int) -> str:
-    """What there is to do for models like that of `loop`, none of which has begun, and about how long it takes."""
-    flops, seconds = loop.measure(TRIAL)
-    s, steps = loop.settings, models * loop.settings.steps
+    """What there is to do for `models` like that of `loop`, the only one that may have begun, and about how long."""
+    left, flops, seconds = loop.measure(TRIAL)
+    s = loop.settings
+    steps = left + (models - 1) * s.steps
+    begun = f", {s.steps - left:,} of which are done" if left < s.steps else ""
     return (
-        f"{models} model{'s' * (models > 1)} x {s.steps:,} steps x {s.batch_size} images: "
+        f"{models} model{'s' * (models > 1)} x {s.steps:,} steps{begun} x {s.batch_size} images: "
         f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds)} on {loop.device}, after a trial of "
         f"{TRIAL:.0f} s; samples and saves come on top"
     )

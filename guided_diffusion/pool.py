@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from guided_diffusion.dist_util import compile_in_place, inference_dtype, that_fit, worth_compiling
+from guided_diffusion.costs import that_fit
+from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced
 from guided_diffusion.script_util import (
     MODEL_FLAGS,
@@ -94,7 +95,7 @@ class Pool:
         Raises ValueError where there is neither, or where the numbers have a gap.
         """
         self.path, self._flags = Path(path), dict(flags or {})
-        self._room: dict[tuple, int] = {}  # of networks that were tried: images at once that there is memory for
+        self._room: dict[str, int] = {}  # of networks by their flags: images at once that there is memory for
         if self.path.is_file():
             self.files = [self.path]
             return
@@ -155,15 +156,15 @@ class Pool:
         return PoolModel(network.eval().requires_grad_(False), flags, num_classes, path)
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
-        """How many of `batch` images fit into memory with `model` at once, tried once for all models like it.
+        """How many of `batch` images to pass `model` at once, by the memory at hand when first asked of one like it.
 
         found: images at once that turned out to fit, which counts from then on.
         """
-        alike = (model.image_size, model.flags["num_channels"], model.flags["num_res_blocks"])
+        alike = repr(sorted(model.flags.items()))
         if found is not None:
             self._room[alike] = found
         elif alike not in self._room:
-            self._room[alike] = that_fit(model.trial, batch, device)
+            self._room[alike] = that_fit(model.flags, batch, device)
         return min(batch, self._room[alike])
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:

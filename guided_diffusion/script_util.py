@@ -229,7 +229,8 @@ def add_dict_to_argparser(
     """Give `parser` a flag --name for each default, of the default's type; None means a string."""
     for name, value in defaults.items():
         kind = str2bool if isinstance(value, bool) else str if value is None else type(value)
-        parser.add_argument(f"--{name}", default=value, type=kind, help=(help or {}).get(name))
+        alone = dict(nargs="?", const=True) if isinstance(value, bool) else {}  # --name is --name True
+        parser.add_argument(f"--{name}", default=value, type=kind, help=(help or {}).get(name), **alone)
 
 
 def args_to_dict(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Training one diffusion model: AdamW, an EMA with warm-up, saves that a killed run goes on from."""
 
 import os
+import statistics
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -11,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from guided_diffusion.costs import image_flops, that_fit
 from guided_diffusion.dist_util import (
     PRECISIONS,
     autocast,
     compile_in_place,
     or_too_much,
     smaller,
-    that_fit,
     worth_compiling,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -143,24 +143,26 @@ class TrainLoop:
     def fit_memory(self) -> None:
         """Let fewer images pass the network at once where the memory at hand does not suffice for all."""
         if processes.count() == 1:  # several wait for gradients of as many parts
-            self.micro = that_fit(self._passed, min(self.micro, self.settings.batch_size), self.device)
+            most = min(self.micro, self.settings.batch_size)
+            self.micro = that_fit(self.flags, most, self.device, training=True)
 
-    def measure(self, seconds: float) -> tuple[int, float]:
-        """Operations of a step, 2 a multiply-add, and its seconds, from some that take `seconds` or one that is longer.
+    def measure(self, seconds: float) -> tuple[int, int, float]:
+        """Steps that are left, operations of one, 2 a multiply-add, and its seconds by a trial of about `seconds`.
 
         The weights are changed.
         """
+        self._restore()
         self.fit_memory()
-        started = time.perf_counter()
-        with FlopCounterMode(display=False) as counter:
+        left = self.settings.steps - self.step
+        flops = self.settings.batch_size * image_flops(self.flags, training=True)
+        if self.device.type == "cuda":
+            self.train_step()  # compiles
+        taken = []
+        while not taken or processes.first_says(sum(taken) < seconds):
+            started = time.perf_counter()
             float(self.train_step())  # waits for the device
-        if (first := time.perf_counter() - started) > seconds:
-            return counter.get_total_flops(), first
-        steps, started = 0, time.perf_counter()
-        while not steps or time.perf_counter() - started < seconds:
-            float(self.train_step())
-            steps += 1
-        return counter.get_total_flops(), (time.perf_counter() - started) / steps
+            taken.append(time.perf_counter() - started)
+        return left, flops, statistics.median(taken)
 
     def train_step(self) -> torch.Tensor:
         """One optimiser step and one of the EMA; returns the mean loss, a scalar on the device."""
@@ -205,18 +207,6 @@ class TrainLoop:
         every = torch.cat(losses)
         self.sampler.update_with_local_losses(t, every)
         return (every * weights).sum() / len(images)
-
-    def _passed(self, images: int) -> None:
-        """Gradients of that many images of zeros, which count for nothing."""
-        x, t = (
-            torch.zeros(images, *self.data.images.shape[1:], device=self.device),
-            torch.zeros(images, device=self.device),
-        )
-        kwargs = {"y": t.long()} if self.flags.get("class_cond") else {}
-        with autocast(self.settings.precision, self.device):
-            losses = self.diffusion.training_losses(self.model, x, t.long(), kwargs, torch.zeros_like(x))["loss"]
-        losses.mean().backward()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def save(self) -> None:
         """Save what the run goes on from, with the save before it beside it, and a sheet of EMA samples."""

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import config
+import diffusionmix
 import main
 from tests.conftest import TINY
 from utils.board import FOLDER, Board
@@ -43,10 +44,27 @@ def test_board(written, tmp_path):
     board = Board(tmp_path, done=3)
     board.scalars({"loss": 0.5, "levels": [1.0, None], "note": "x", "flag": True, "by": {"a": 1}}, 4)
     Image.new("RGB", (6, 4)).save(tmp_path / "sheet.png")
-    board.picture("sheet", tmp_path / "sheet.png", 4)
+    for _ in range(2):  # what is labelled anew has the same pictures
+        board.picture("sheet", tmp_path / "sheet.png", 4)
     assert written == [
         ("open", str(tmp_path / FOLDER), 4), ("loss", 0.5, 4), ("levels/0", 1.0, 4), ("sheet", (4, 6, 3), 4),
     ]  # fmt: skip
+
+
+def test_a_test_hides_no_training(written, call, few_glyphs, toy_pool, trained, tmp_path):
+    flags = (
+        "--pool",
+        toy_pool,
+        "--resume",
+        trained / "best_model.pt",
+        "--save-dir",
+        tmp_path / "run",
+        "--mix",
+        "False",
+    )
+    assert call(diffusionmix, *flags, "--episodes", 2, "--nTestNovel", 10, "--tensorboard")[0] == 0
+    assert written[0] == ("open", str(tmp_path / "run" / FOLDER), None)
+    assert [each[0] for each in written[1:]] == ["test/accuracy", "test/accuracy_without_mix", "test/paired_difference"]
 
 
 def test_not_wanted(written, tmp_path):

@@ -148,6 +148,7 @@ def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, 
     flags = ["ckpt/runs/glyphs/1-shot" if word == "RUN" else word for word in flags]
     status, out, err = call(MODULES[name], *flags)
     assert status == 0, err
+    assert (place / "RESULTS.md").exists() == ("--publish" in flags)
 
 
 @pytest.mark.parametrize("words", [words for words in ALL.values() if words[0] == "make"], ids=" ".join)

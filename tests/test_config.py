@@ -69,6 +69,12 @@ def test_recipes():
     assert {name: getattr(full, name) for name in sizes} == sizes
 
 
+def test_queries_follow_the_way():
+    s = read("--nKnovel 4")
+    assert (s.train_nTestNovel, s.nTestNovel) == (28, 72)
+    assert read("--nKnovel 40").train_nTestNovel == 40 and read("--nKnovel 4 --nTestNovel 8").nTestNovel == 8
+
+
 def test_given_flags_win_over_the_scenario():
     assert (
         read("").samples_per_class == SCENARIOS["glyphs"].defaults["samples_per_class"]
@@ -162,3 +168,21 @@ def test_all_that_is_lacking_is_said_at_once():
         "--samples-per-class 2",
     ):
         assert words in str(error.value)
+
+
+def test_one_advice_for_all_splits():
+    s = read("--source real --nKnovel 8 --train_nTestNovel 400 --nTestNovel 400 --samples-per-class 60")
+    counts = {c: 20 for c in "abcdef"}
+    with pytest.raises(ValueError) as error:
+        s.check_suffices(32, 6, {"meta_val": counts, "meta_train": {**counts, "g": 12}})
+    assert str(error.value).count("an episode needs") == 2 and str(error.value).count("or give") == 1
+    flags = str(error.value).partition("or give ")[2]
+    read(f"--source real {flags} --samples-per-class 60").check_suffices(
+        32, 6, {"meta_val": counts, "meta_train": {**counts, "g": 12}}
+    )
+
+
+def test_help_beside_a_mistake(capsys):
+    with pytest.raises(SystemExit) as end:
+        read("--dataset custom --frobnicate 1 --help")
+    assert end.value.code == 0 and "--dataset custom --recipe clusters" in capsys.readouterr().out

@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from guided_diffusion import dist_util
-from guided_diffusion import pool as pool_module
 from guided_diffusion.dist_util import in_batches, inference_dtype, pick_device
-from guided_diffusion.pool import Pool
 
 CPU = torch.device("cpu")
 
@@ -46,39 +43,6 @@ def test_out_of_memory_at_one_image_and_other_errors_end_it():
 
     with pytest.raises(RuntimeError, match="sizes"):
         list(in_batches(broken, 4, 4))
-
-
-@pytest.mark.parametrize("free, each, fits", [(8e9, 1e8, 40), (8e9, 1e6, 250), (1e6, 1e8, 1), (None, 1e8, 250)])
-def test_how_many_images_fit(monkeypatch, capsys, free, each, fits):
-    monkeypatch.setattr(dist_util, "_free_memory", lambda: free)
-    monkeypatch.setattr(dist_util, "_growth", lambda work: work())
-    assert dist_util.that_fit(lambda images: images * each, 250, CPU) == fits
-    assert (f"memory for {fits} images" in capsys.readouterr().err) == (fits < 250)
-    assert dist_util.that_fit(lambda images: 1 / 0, 250, torch.device("cuda")) == 250
-
-
-def test_growth_is_that_of_the_work():
-    if not dist_util._resident("VmHWM"):
-        pytest.skip("this system does not tell how much memory a process has")
-    size = 200_000_000
-    grown = dist_util._growth(lambda: torch.ones(size // 4).sum())
-    assert 0.5 * size < grown < 2 * size  # of what is there already less, as in a process that was larger before
-    assert dist_util._free_memory() > 0
-
-
-def test_room_is_tried_once_for_networks_alike(make_pool, tmp_path, monkeypatch):
-    tried = []
-
-    def few(trial, most, device):
-        tried.append(most)
-        return 5
-
-    monkeypatch.setattr(pool_module, "that_fit", few)
-    pool = Pool(make_pool(tmp_path / "pool", [4, 3, 4], lambda network, m: None))
-    models = [pool.load(m) for m in range(3)]
-    assert [pool.room(model, 9, CPU) for model in models] == [5, 5, 5] and tried == [9]
-    assert pool.room(models[0], 3, CPU) == 3
-    assert pool.room(models[0], 9, CPU, found=2) == 2 and pool.room(models[1], 9, CPU) == 2
 
 
 def test_types_of_weights(monkeypatch):

@@ -3,14 +3,16 @@
 import re
 
 import pytest
+import torch
 
 import diffusionmix
 import dry_run
 import main
-from guided_diffusion import pool as pool_module
 from guided_diffusion.pool import Pool
 from guided_diffusion.unet import UNetModel
 from tests.conftest import TINY
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +22,11 @@ def no_trial(monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Images that pass the networks: a list of batch sizes. Memory is not tried."""
+    """Images that pass the networks: a list of batch sizes. Those that pass to count bytes and operations do not."""
     seen, forward = [], UNetModel.forward
-    monkeypatch.setattr(pool_module, "that_fit", lambda trial, most, device: most)
 
     def counted(network, x, *rest, **options):
-        seen.append(len(x))
+        seen.extend([len(x)] * (x.device.type != "meta"))
         return forward(network, x, *rest, **options)
 
     monkeypatch.setattr(UNetModel, "forward", counted)
@@ -34,7 +35,7 @@ def passes(monkeypatch):
 
 @pytest.fixture
 def flags(tmp_path, toy_pool, picture_folder):
-    for split in ("meta_val", "meta_test"):
+    for split in ("meta_train", "meta_val", "meta_test"):
         picture_folder(tmp_path / "data" / split, {f"c{i}": [40 * i + j for j in range(12)] for i in range(5)})
     return ("--dataset", "custom", "--data-root", tmp_path / "data", "--pool", toy_pool)
 
@@ -50,7 +51,8 @@ def test_training_makes_as_many_passes_as_were_said(call, flags, passes, tmp_pat
     assert call(main, *command)[0] == 0
     calibration = 20 * main.CALIBRATION * 2 if "unguided" not in more else 0  # a few images before the first round
     assert sum(passes) - calibration == said
-    assert "seed = 1" in out and "disk: 0.1 MB" in out
+    assert "seed = 1" in out and "disk: 0.1 MB" in out and "2 epochs of 4 episodes in rounds of 1\n" in out
+    assert re.search(r"about \d+ s on cpu, .*: \d+ s to draw, \d+ s to guide, \d+ s to learn\n", out)
 
 
 def test_testing_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path):
@@ -91,6 +93,9 @@ def test_what_is_left(call, flags, tmp_path):
 def test_nothing_to_draw(call, flags, trained, tmp_path):
     few = (*flags, "--nTestNovel", 10, "--save-dir", tmp_path / "out")
     assert call(main, *few, "--source", "none", "--dry-run")[1].endswith("--source none: nothing is drawn\n")
+    real = (*TINY, "--source", "real", "--save-dir", tmp_path / "out", "--samples-per-class", 12)
+    out = call(main, *flags[:4], *real, "--dry-run")[1]
+    assert "--source real: nothing is drawn\n2 epochs of 4 episodes in rounds of 1\nabout" in out
     command = (*few, "--resume", trained / "best_model.pt", "--mix", "False", "--dry-run")
     assert call(diffusionmix, *command)[1].endswith("--mix False: no mixes\n")
 
@@ -100,11 +105,11 @@ def test_what_the_run_would_refuse(call, flags, tmp_path):
     assert status == 2 and "or give --nTestNovel 55" in err
 
 
-@pytest.mark.parametrize("most, passed", [(8, [2, 4, 8, 8]), (3, [2, 3, 3]), (1, [1])])
+@pytest.mark.parametrize("most, passed", [(8, [1, 2, 4, 8, 8]), (3, [1, 2, 3, 3]), (1, [1, 1])])
 def test_batches_of_the_trial(toy_pool, passes, monkeypatch, most, passed):
     monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
     monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
-    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), most) > 0
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), most, CPU) > 0
     assert passes == passed
 
 
@@ -120,5 +125,7 @@ def test_short_of_memory(toy_pool, monkeypatch):
     monkeypatch.setattr(UNetModel, "forward", small_machine)
     monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
     monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
-    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8) > 0
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, CPU) > 0
     assert passes[-1] == 2 and max(passes) == 2
+    passes.clear()
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, torch.device("cuda")) > 0 and passes == [2, 2]

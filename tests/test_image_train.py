@@ -52,6 +52,12 @@ def test_dry_run(call, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "one").exists() and not (tmp_path / "pool").exists()
     assert call(image_train, *common[:-2], *pool, "--subsets", "1")[0] == 0
     assert "2 models x 3 steps" in call(image_train, *common, *pool)[1]
+    loop = TrainLoop.run
+    with monkeypatch.context() as patch:  # killed in its second model
+        patch.setattr(TrainLoop, "run", lambda self: self.save() if "subset2" in str(self.folder) else loop(self))
+        patch.setattr(image_train, "_figure", lambda *_: None)
+        patch.setattr(image_train, "subset_path", image_train.subset_path)
+        call(image_train, *common[:-2], *pool, "--subsets", "2", "--save_interval", 2)
     assert "all models are trained" in call(image_train, *common, *pool, "--subsets", "1")[1]
     assert call(image_train, *common, "--save_dir", tmp_path / "one", "--num_heads", 3)[0] == 2
 
@@ -60,14 +66,13 @@ def test_fewer_images_at_once_where_memory_is_short(call, folder, tmp_path, monk
     whole = train(call, folder, tmp_path / "whole", "--batch_size", 6)
     seen = []
 
-    def few(trial, most, device):
-        seen.append(most)
-        trial(2)  # leaves no trace
+    def few(flags, most, device, training):
+        seen.append((flags["num_channels"], most, training))
         return 2
 
     monkeypatch.setattr("guided_diffusion.train_util.that_fit", few)
     parts = train(call, folder, tmp_path / "parts", "--batch_size", 6)
-    assert seen == [6]
+    assert seen == [(8, 6, True)]
     for name, weight in whole["model"].items():
         torch.testing.assert_close(parts["model"][name], weight, atol=1e-5, rtol=1e-3)
 

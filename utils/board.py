@@ -16,16 +16,16 @@ FOLDER = "tensorboard"  # in the run folder: tensorboard --logdir RUN
 class Board:
     """Event files in <folder>/tensorboard, or nothing where they are not wanted."""
 
-    def __init__(self, folder: str | os.PathLike, *, wanted: bool = True, done: int = 0) -> None:
-        """done: epochs that are not written again; what an earlier, killed process wrote of later ones is hidden.
+    def __init__(self, folder: str | os.PathLike, *, wanted: bool = True, done: int | None = None) -> None:
+        """done: epochs that count; what an earlier, killed process wrote of later ones is hidden. None hides nothing.
 
         The package tensorboard must be installed if they are wanted, which `config.Settings` sees to.
         """
-        self._writer = None
+        self._writer, self._pictures = None, set()
         if wanted and processes.is_first():
             from torch.utils.tensorboard import SummaryWriter  # here, as it is not installed with the rest
 
-            self._writer = SummaryWriter(Path(folder) / FOLDER, purge_step=done + 1)
+            self._writer = SummaryWriter(Path(folder) / FOLDER, purge_step=None if done is None else done + 1)
 
     def scalars(self, entries: Mapping[str, Any], step: int) -> None:
         """Write the numbers among `entries`, those of lists as name/0, name/1, ...; other values are left out."""
@@ -41,9 +41,10 @@ class Board:
         self._writer.flush()
 
     def picture(self, name: str, path: str | os.PathLike, step: int) -> None:
-        """Write the picture at `path`, such as a contact sheet."""
-        if self._writer is None:
+        """Write the picture at `path`, such as a contact sheet, once of each name and step."""
+        if self._writer is None or (name, step) in self._pictures:
             return
+        self._pictures.add((name, step))
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()

@@ -1,10 +1,12 @@
 """What a command shows its user when something is wrong or it is stopped: one line, not a traceback."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from utils import processes, stopping
 
@@ -36,10 +38,33 @@ def run(main: Callable[[], object]) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint about a command line is one ValueError, without the list of all flags."""
+    """A parser whose complaint about a command line is one ValueError, without the list of all flags.
+
+    A flag is taken with dashes as with underscores, but not cut short, which hides misspelt ones.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's, of flags spelt either way."""
+        known = {_plain(flag): flag for flag in self._option_string_actions}
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            name, is_, value = word.partition("=")
+            words.append(known.get(_plain(name), name) + is_ + value if word.startswith("--") else word)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help lists the flags")
+        """Raise ValueError with `message`, and where a flag is unknown the one that it is most like."""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        alike = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        meant = f", did you mean {alike[0]}?" if alike else ""
+        raise ValueError(f"{message}{meant}; {self.prog} --help lists the flags")
+
+
+def _plain(flag: str) -> str:
+    return flag.replace("_", "-")
 
 
 def _one_line(error: Exception) -> str:

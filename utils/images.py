@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from utils.progress import progress
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+OTHERS = (".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".jp2", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw")
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # that the content may be, whatever the ending says
 MAX_PIXELS = 100_000_000  # of one image: 300 MB as RGB
 
@@ -45,7 +46,8 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
     lies in, so no circle of links is walked for ever.
 
     Returns:
-        The paths, sorted; nothing says yet that they can be read. And (path, reason) of folders that are left out.
+        The paths, sorted; nothing says yet that they can be read. And (path, reason) of what is left out: folders, and
+        pictures of kinds that are not read.
 
     Raises:
         ValueError: `folder` is missing.
@@ -64,6 +66,8 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
     for place, folders, files in os.walk(folder, onerror=failed):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [Path(place, name) for name in (*folders, *files) if is_image(Path(name))]
+        others = [Path(place, name) for name in files if Path(name).suffix.lower() in OTHERS and name[0] != "."]
+        left_out.extend((path, f"is a {path.suffix}; save it as png or jpg") for path in others)
         if not deep:
             break
         links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]

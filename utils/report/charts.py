@@ -150,7 +150,6 @@ def hit_rates(by_round: Sequence[tuple[int, float | None, Sequence[float | None]
         chart.axis.plot(x, known, "o", color=_DRAWN[0], alpha=0.45, markersize=3.5, markeredgewidth=0)
     points = [(round_, 100 * rate) for round_, rate, _ in by_round if number(rate) is not None]
     chart.line("over all", points, 1)
-    chart.level("1 in C: steers nothing", 100 / max(1, *(len(rates) for *_, rates in by_round)))
     chart.axis.set_ylim(-3, 103)
     chart.axis.set_xlim(by_round[0][0] - 0.5, by_round[-1][0] + 0.5)
     if len(by_round) <= 10:

@@ -1,0 +1,116 @@
+"""What an image costs a network, in bytes and operations, and how many at once the memory at hand allows.
+
+A CPU's system does not refuse memory: it ends the process that took too much.
+"""
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from guided_diffusion.script_util import MODEL_FLAGS, create_model
+from utils import processes
+from utils.progress import is_quiet
+
+_SPARE = 2  # times what the tensors take, for what the kernels need beside them and the allocator leaves between
+
+
+def image_bytes(flags: Mapping[str, Any], *, training: bool = False) -> int:
+    """Bytes that one more image takes while it passes the network of `flags`; training: with gradients.
+
+    Nothing is computed but shapes, and what is alive of the tensors is counted.
+    """
+    peaks = []
+    for images in (7, 8):  # enough that the peak is where the images are, not the gradients of the weights
+        with _Alive() as alive:
+            _pass(flags, images, training)
+        peaks.append(alive.most)
+    return peaks[1] - peaks[0]
+
+
+def image_flops(flags: Mapping[str, Any], *, training: bool = False) -> int:
+    """Operations of one image in products, convolutions and attention, 2 a multiply-add; training: forward and back."""
+    with FlopCounterMode(display=False) as counter:
+        _pass(flags, 1, training)
+    return counter.get_total_flops()
+
+
+def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
+    """Pass images through the network of `flags` on the meta device."""
+    size = flags["image_size"]
+    with torch.device("meta"), torch.set_grad_enabled(training):
+        network = create_model(**{name: flags[name] for name in MODEL_FLAGS})
+        t = torch.zeros(images, dtype=torch.int64)
+        out = network(torch.zeros(images, 3, size, size), t, *([t] if flags["class_cond"] else []))
+        if training:
+            out.sum().backward()
+
+
+def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, training: bool = False) -> int:
+    """How many images, up to `most`, to pass the network of `flags` at once, by the memory that is free.
+
+    On a GPU, which says when its memory does not suffice, and on a system that does not tell, `most`.
+    """
+    free = _free_memory() if device.type == "cpu" else None
+    if free is None:
+        return most
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    fitting = max(1, min(most, int(free / here / (_SPARE * image_bytes(flags, training=training)))))
+    if fitting < most and processes.is_first() and not is_quiet():
+        tqdm.write(f"{free / 1e9:,.1f} GB of memory: batches of {fitting}", file=sys.stderr)
+    return fitting
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on: those alive now, and the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):  # noqa: D105
+        out = func(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if isinstance(each, Tensor):
+                self._add(each.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        number, size = storage._cdata, storage.nbytes()
+        if number in self._known:
+            return
+        self._known.add(number)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._drop, number, size)
+
+    def _drop(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.now -= size
+
+
+def _free_memory() -> int | None:
+    """Bytes that the system could give to this process, None where it does not tell."""
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    try:  # of a container or a job
+        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().split("::")[1].split()[0])
+        most, now = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        free += [int(most) - int(now)] if most != "max" else []
+    except (OSError, IndexError, ValueError):
+        pass
+    return max(0, min(free)) if free else None
