@@ -143,6 +143,11 @@ def curves(run: Run) -> Html | None:
         "a validation. The class-learner can know little where there is most noise; it steers well when it knows much "
         "where there is least."
     )
+    if run.settings.get("source") == "guided" and run.settings.get("first_labels") == "clusters":
+        told += (
+            f" The first {run.settings.get('warm_up')} epochs learn which model drew an image; then clusters are the "
+            "labels, and the weights new."
+        )
     if run.settings.get("restart"):
         told += " The last round trains the meta-model from new weights, so its curves start anew there."
     return section("Learning", told, element("div", *drawn, class_="charts"))
