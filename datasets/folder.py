@@ -83,12 +83,16 @@ def load_split(
     if empty:
         parts.append(f"{len(empty)} class(es) without an image, the first {shown(empty[0].name)}")
     what = f"left out {' and '.join(parts)}"
+    deeper = any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir()) if empty else False
+    instead = f"give {shown(empty[0])}, if the folders in it are the classes" if deeper else ""
     if not names:
-        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
+        why = f"{'; ' * deeper}{instead}{f' ({what})' * bool(parts)}"
+        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{why}")
     if empty and every_class:
-        deeper = any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir())
-        advice = f"give {shown(empty[0])}, if the folders in it are the classes" if deeper else "add one"
-        raise ValueError(f"{shown(empty[0])}: is a class without a readable image; {advice} ({what})")
+        raise ValueError(
+            f"{shown(empty[0])}: is a class without a readable image; {instead or 'add one, or take the folder away'} "
+            f"({what})"
+        )
     if parts:
         print(f"{shown(folder)}: {what}", file=sys.stderr)
     left_out += [(path, "is a class folder without a readable image") for path in empty]

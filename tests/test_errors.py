@@ -45,6 +45,7 @@ def place(tmp_path, make_pool, picture_folder, monkeypatch):
     picture_folder(tmp_path / "flat", {".": [1, 2]})
     picture_folder(tmp_path / "one", {"c0": [1, 2]})
     picture_folder(tmp_path / "lacking", {"c0": [1, 2], "c1": []})
+    picture_folder(tmp_path / "mixed", {"c0": [1, 2], "more/c1": [1, 2]})
     (tmp_path / "empty" / "meta_val").mkdir(parents=True)
     (tmp_path / "a_file").write_text("x")
     make_pool(tmp_path / "pool", [3, 3])
@@ -211,6 +212,8 @@ CASES = [
     (diffusionmix, MIX, "--resume run.pt --support flat --query flat", "no class with a readable image"),
     (diffusionmix, MIX, "--resume run.pt --support one --query flat", "one: got 1 class, expected 2 or more"),
     (diffusionmix, MIX, "--resume run.pt --support lacking --query flat", "is a class without a readable image"),
+    (diffusionmix, MIX, "--resume run.pt --support data --query flat", "give data/meta_test, if the folders in it are"),
+    (diffusionmix, MIX, "--resume run.pt --support mixed --query flat", "give mixed/more, if the folders in it are"),
     (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query nowhere", "nowhere: no such folder"),
     (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query empty", "has no readable image"),
     (diffusionmix, MIX, "--resume run.pt --support data/meta_val --query all-bad", "has no readable image"),

@@ -43,21 +43,21 @@ def test_one_model(call, folder, tmp_path):
 
 def test_dry_run(call, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(image_train, "TRIAL", 0.0)
-    common = ("--data_dir", folder, *FLAGS, "--dry_run", "True")
+    common = ("--data-dir", folder, *FLAGS, "--dry-run")
     status, out, err = call(image_train, *common, "--save_dir", tmp_path / "one")
     assert status == 0 and "1 model x 3 steps x 2 images: 0.0 TFLOP, about 0 s on cpu" in out, err
     pool = ("--pool", tmp_path / "pool", "--classes_per_model", 2)
     assert "3 models x 3 steps x 2 images" in call(image_train, *common, *pool)[1]
     assert "2 models x 3 steps" in call(image_train, *common, *pool, "--subsets", "1,3")[1]
     assert not (tmp_path / "one").exists() and not (tmp_path / "pool").exists()
-    assert call(image_train, *common[:-2], *pool, "--subsets", "1")[0] == 0
+    assert call(image_train, *common[:-1], *pool, "--subsets", "1")[0] == 0
     assert "2 models x 3 steps" in call(image_train, *common, *pool)[1]
     loop = TrainLoop.run
     with monkeypatch.context() as patch:  # killed in its second model
         patch.setattr(TrainLoop, "run", lambda self: self.save() if "subset2" in str(self.folder) else loop(self))
         patch.setattr(image_train, "_figure", lambda *_: None)
         patch.setattr(image_train, "subset_path", image_train.subset_path)
-        call(image_train, *common[:-2], *pool, "--subsets", "2", "--save_interval", 2)
+        call(image_train, *common[:-1], *pool, "--subsets", "2", "--save_interval", 2)
     assert "all models are trained" in call(image_train, *common, *pool, "--subsets", "1")[1]
     assert call(image_train, *common, "--save_dir", tmp_path / "one", "--num_heads", 3)[0] == 2
 

@@ -367,3 +367,13 @@ def test_pretraining_writes_it_into_the_pool_folder(call, mixed, tmp_path):
         assert status == 0, err
     rows = rows_of(pool / "skipped_images.csv", mixed)
     assert list(rows) == ["a/0.png", "a/3.png", "a/dir.png", "b/loop.gif"]
+
+
+def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path):
+    for name in ("a.png", "b.HEIC", "c.tif", "notes.txt", ".d.heic"):
+        (tmp_path / name).touch()
+    paths, left_out = find_images(tmp_path)
+    assert [path.name for path in paths] == ["a.png"]
+    assert [(path.name, reason) for path, reason in left_out] == [
+        ("b.HEIC", "is a .HEIC; save it as png or jpg"), ("c.tif", "is a .tif; save it as png or jpg"),
+    ]  # fmt: skip
