@@ -38,7 +38,7 @@ from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import Pieces, discard
 from utils.plots import contact_sheet
 from utils.report import Report
-from utils.run_log import write_json, write_skipped
+from utils.run_log import read_json, write_json, write_skipped
 
 # between a stopped test and its going on; of own pictures what is in them counts
 MAY_CHANGE = PLACES | {"support", "query", "out"}
@@ -225,6 +225,10 @@ class OwnPictures:
             f"labelled {len(labels)} pictures with {len(names)} classes, learnt from {len(self.support.labels)}, "
             f"{time.perf_counter() - self.started:.0f} s; {path}, {path.with_suffix('.png')} (the surest {len(surest)})"
         )
+        features = self.fitter.features(to_float(self.support.images))
+        right, asked = self.fitter.leave_one_out(features, self.support.labels)
+        if asked:
+            print(f"of {asked} of the pictures to learn from, {right} are labelled right by what the others say")
 
 
 def main() -> None:
@@ -261,7 +265,10 @@ def main() -> None:
 
 def say(settings: Settings, results: dict) -> None:
     """Write results.json and say what came out."""
-    path = settings.run_folder / "results.json"
+    path, same = settings.run_folder / "results.json", ("dataset", "split", "way", "shot", "query", "episodes", "seed")
+    old = read_json(path)
+    if changed := [f"{name} {old.get(name)!r}" for name in same if old and old.get(name) != results[name]]:
+        print(f"{path}: takes the place of a test with {', '.join(changed)}")
     write_json(path, results)
     names = ("accuracy", "accuracy_without_mix", "paired_difference")
     Board(settings.run_folder, wanted=settings.tensorboard).scalars(

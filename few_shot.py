@@ -94,6 +94,22 @@ class HeadFitter:
         rngs = [generator(s.seed, "head", i) for i in numbers] if s.head_init == "random" else None
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
 
+    def leave_one_out(self, features: Tensor, labels: Tensor, most: int = 100) -> tuple[int, int]:
+        """How many images heads without mixes get right that are fitted on all others, and of how many.
+
+        features: (N, D); labels: (N,) int64, 0 to way - 1; those whose class has no other image are not asked.
+        most: images to leave out, evenly spread.
+        """
+        asked = (labels.bincount()[labels] > 1).nonzero().flatten()
+        if not len(asked) or len(labels.unique()) < 2:
+            return 0, 0
+        asked = asked[torch.linspace(0, len(asked) - 1, min(most, len(asked))).long()]
+        others = torch.arange(len(labels)).expand(len(asked), -1)[torch.arange(len(labels)) != asked[:, None]]
+        others = others.view(len(asked), -1)  # (E, N - 1)
+        targets = F.one_hot(labels)[others].float()
+        guess = predict(self.fit(features[others], targets), features[asked][:, None]).argmax(-1).flatten()
+        return int((guess == labels[asked]).sum()), len(asked)
+
     def mixes(
         self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces,
         keep: Callable[[int, int], bool] = lambda m, item: False,

@@ -84,14 +84,16 @@ def load_split(
         parts.append(f"{len(empty)} class(es) without an image, the first {shown(empty[0].name)}")
     what = f"left out {' and '.join(parts)}"
     deeper = any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir()) if empty else False
-    instead = f"give {shown(empty[0])}, if the folders in it are the classes" if deeper else ""
+    if deeper and (every_class or not names):
+        raise ValueError(
+            f"{shown(empty[0])}: holds folders of pictures, expected pictures; give {shown(empty[0])} itself, if the "
+            "folders in it are the classes"
+        )
     if not names:
-        why = f"{'; ' * deeper}{instead}{f' ({what})' * bool(parts)}"
-        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{why}")
+        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
     if empty and every_class:
         raise ValueError(
-            f"{shown(empty[0])}: is a class without a readable image; {instead or 'add one, or take the folder away'} "
-            f"({what})"
+            f"{shown(empty[0])}: is a class without a readable image; add one, or take the folder away ({what})"
         )
     if parts:
         print(f"{shown(folder)}: {what}", file=sys.stderr)

@@ -67,6 +67,12 @@ def test_another_batch_gives_the_same_accuracies(test_run):
     assert other["by_episode_without_mix"] != first["by_episode_without_mix"]
 
 
+def test_another_test_in_its_place_is_said(test_run):
+    assert "takes the place" not in test_run("--mix", "False")[1] + test_run("--mix", "False")[1]
+    _, out = test_run("--mix", "False", "--seed", 5, "--nKnovel", 4, "--nTestNovel", 8)
+    assert "takes the place of a test with way 5, seed 1\n" in out
+
+
 def test_without_mixes(test_run):
     with_mixes, _ = test_run()
     results, _ = test_run("--mix", "False", pool="no/such/pool")
@@ -77,7 +83,7 @@ def test_without_mixes(test_run):
 @pytest.mark.parametrize("flags", [("--split", "meta_val"), ("--phase", "val")])
 def test_validation_classes(test_run, flags, monkeypatch):
     asked, load = [], diffusionmix.load_real
-    monkeypatch.setattr(diffusionmix, "load_real", lambda *a: asked.append(a[2]) or load(*a))
+    monkeypatch.setattr(diffusionmix, "load_real", lambda *a, **more: asked.append(a[2]) or load(*a, **more))
     results, _ = test_run(*flags, "--mix", "False")
     assert results["split"] == "meta_val" and asked == ["meta_val"]
 

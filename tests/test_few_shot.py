@@ -123,6 +123,21 @@ def test_mixes_matter_and_need_a_pool(model, paint_pool):
     assert np.abs(plain - mixed).max() > 0.01
 
 
+def test_leave_one_out(classifier):
+    images, labels = pictures({"a": 4, "b": 3, "c": 1})
+    fitter = classifier.set_params(head_steps=20).fit(images, labels).fitter_
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    features, numbers = fitter.features(to_float(pixels)), torch.tensor([0] * 4 + [1] * 3 + [2])
+    right = 0
+    for i in range(7):  # of the third class there is no other
+        rest = [j for j in range(8) if j != i]
+        heads = fitter.fit(features[None, rest], F.one_hot(numbers[rest])[None].float())
+        right += int(diffusionmix.predict(heads, features[None, None, i]).argmax()) == int(numbers[i])
+    assert fitter.leave_one_out(features, numbers) == (right, 7)
+    assert fitter.leave_one_out(features, numbers, most=3)[1] == 3
+    assert fitter.leave_one_out(features[[0, 4]], torch.tensor([0, 1])) == (0, 0)
+
+
 @pytest.mark.parametrize("way", [2, 12])
 def test_any_number_of_classes(classifier, way):
     images, labels = pictures({f"class {c:02d}": 1 + c % 3 for c in range(way)}, size=24)

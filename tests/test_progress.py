@@ -35,6 +35,19 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     assert "3/3" in lines[-1] and "batch" in lines[-1]
 
 
+def test_plain_lines_of_a_bar_in_a_bar(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(module, "_SOON", 0.0)
+    monkeypatch.setattr(module, "_SELDOM", 0.0)
+    with progress(total=2, desc="outer", unit="epoch", mininterval=0) as bar:
+        for _ in range(2):
+            list(progress(range(2), desc="inner", unit="step", mininterval=0))
+            bar.update()
+    lines = stream.getvalue().splitlines()
+    assert all(line.startswith(("outer:", "inner:")) for line in lines) and "\x1b" not in stream.getvalue()
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     assert shown(monkeypatch, True).count("\rwork:") >= 3
 

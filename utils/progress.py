@@ -1,5 +1,6 @@
 """Progress of what takes long: a bar on a terminal, a plain line now and then elsewhere, nothing with --quiet."""
 
+import re
 import sys
 from typing import TextIO
 
@@ -48,7 +49,7 @@ class _Lines:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        if line := text.replace("\r", "").strip():
+        if line := re.sub(r"\x1b\[[0-9;]*[A-Z]", "", text).replace("\r", "").strip():  # nor do they move the cursor
             self.stream.write(line + "\n")
 
     def flush(self) -> None:

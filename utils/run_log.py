@@ -104,6 +104,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none that can be read."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON at `path`, whole or not at all; values as for `plain`."""
     with atomic_file(path) as file:
