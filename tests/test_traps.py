@@ -89,7 +89,7 @@ def test_guidance_gets_the_global_class_and_the_network_the_local_one(make_pool,
     forward = UNetModel.forward
 
     def spy(network, x, timesteps, y=None):
-        if int(timesteps[0]) == 0:
+        if x.device.type != "meta" and int(timesteps[0]) == 0:
             local.append(y)
         return forward(network, x, timesteps, y)
 
@@ -137,7 +137,7 @@ def test_labels_weigh_as_images_and_noise_is_of_the_schedule(command, custom, to
     forward, mix_labels = UNetModel.forward, few_shot.mix_labels
 
     def spy(network, x, timesteps, y=None):
-        if int(timesteps[0]) == 199:
+        if x.device.type != "meta" and int(timesteps[0]) == 199:
             seen.append(x)
         return forward(network, x, timesteps, y)
 
