@@ -98,12 +98,13 @@ class HeadFitter:
         """How many images heads without mixes get right that are fitted on all others, and of how many.
 
         features: (N, D); labels: (N,) int64, 0 to way - 1; those whose class has no other image are not asked.
-        most: images to leave out, evenly spread.
+        most: images to leave out, evenly spread; fewer where N is large.
         """
         asked = (labels.bincount()[labels] > 1).nonzero().flatten()
         if not len(asked) or len(labels.unique()) < 2:
             return 0, 0
-        asked = asked[torch.linspace(0, len(asked) - 1, min(most, len(asked))).long()]
+        most = max(1, min(most, len(asked), 50_000 // len(labels)))  # 200 MB of 1,024 features each
+        asked = asked[torch.linspace(0, len(asked) - 1, most).long()]
         others = torch.arange(len(labels)).expand(len(asked), -1)[torch.arange(len(labels)) != asked[:, None]]
         others = others.view(len(asked), -1)  # (E, N - 1)
         targets = F.one_hot(labels)[others].float()
