@@ -17,9 +17,6 @@ SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
 PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
-# what only testing looks at, so that training may go on with another
-TESTING = {"split", "mix", "support", "query", "out", "phase", "episodes", "mix_level", "mix_steps", "head_steps",
-           "head_init", "head_scale"}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
         "diffusion_steps")  # fmt: skip
 
@@ -398,13 +395,14 @@ def _parser(description: str, defaults: dict[str, Any]) -> OneLineParser:
         title = f.metadata["group"]
         group = groups.setdefault(title, parser.add_argument_group(_GROUPS.get(title, title)))
         text = f.metadata["help"] + (f": {', '.join(SCENARIOS)}" if f.name == "dataset" else "")
-        limits = [*filter(None, [_range(f.metadata["low"], f.metadata["high"])])]
+        default = f"default {defaults.get(f.name, f.default)!r}"
+        bracket = "; ".join(filter(None, [_range(f.metadata["low"], f.metadata["high"]), default]))
         group.add_argument(
             *f.metadata["flags"], flag_of(f), dest=f.name, choices=f.metadata["choices"],
             type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
             **(dict(nargs="?", const=True) if isinstance(f.default, bool) else {}),
             metavar=None if f.metadata["choices"] else {str: "TEXT", bool: "BOOL"}.get(type(f.default), "N"),
-            help=f"{text} ({'; '.join([*limits, f'default {defaults.get(f.name, f.default)!r}'])})".replace("%", "%%"),
+            help=f"{text} ({bracket})".replace("%", "%%"),
         )  # fmt: skip
     return parser
 
@@ -429,13 +427,15 @@ def flag_of(f) -> str:
     return f"--{f.name}" if f.name in _UNDERSCORED else f"--{f.name.replace('_', '-')}"
 
 
+# what only testing looks at, so that training may go on with another
+TESTING = {"split", "mix", "support", "query", "out"} | {
+    f.name for f in fields(Settings) if f.metadata["group"] == "testing"
+}
 _UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
 _GROUPS = {
-    "needed first": "needed first",
     "machine": "the machine and its memory",
     "synthesis": "synthesis: the pool and its images",
     "bare checkpoints": "bare checkpoints: what public ones do not tell",
-    "episodes": "episodes",
     "learning": "learning (main.py)",
     "testing": "testing (diffusionmix.py)",
 }

@@ -225,6 +225,9 @@ class OwnPictures:
             f"labelled {len(labels)} pictures with {len(names)} classes, learnt from {len(self.support.labels)}, "
             f"{time.perf_counter() - self.started:.0f} s; {path}, {path.with_suffix('.png')} (the surest {len(surest)})"
         )
+
+    def say_what_to_expect(self) -> None:
+        """Print how many of the pictures to learn from the others of them get right."""
         features = self.fitter.features(to_float(self.support.images))
         right, asked = self.fitter.leave_one_out(features, self.support.labels)
         if asked:
@@ -244,6 +247,7 @@ def main() -> None:
             probabilities = own.label()
             if processes.is_first():
                 own.write(probabilities)
+                own.say_what_to_expect()
             discard(settings.run_folder / "own_mixes")
         return None
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
@@ -266,7 +270,7 @@ def main() -> None:
 def say(settings: Settings, results: dict) -> None:
     """Write results.json and say what came out."""
     path, same = settings.run_folder / "results.json", ("dataset", "split", "way", "shot", "query", "episodes", "seed")
-    old = read_json(path)
+    old = read_json(path, dict)
     if changed := [f"{name} {old.get(name)!r}" for name in same if old and old.get(name) != results[name]]:
         print(f"{path}: takes the place of a test with {', '.join(changed)}")
     write_json(path, results)

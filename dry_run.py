@@ -52,7 +52,7 @@ def of_training(training: Any) -> None:
         lines += [
             f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
             + f", {twice} of the rounds drawn twice (--ask likely)" * bool(twice),
-            *_work(work),
+            _work(work),
             f"disk: {_bytes(images * 3 * training.size**2)} of images in {s.run_folder / 'pseudo'}",
         ]
     else:
@@ -81,7 +81,7 @@ def of_testing(s: Settings, pool: Pool | None, support: int) -> None:
     print(
         *lines, "",
         f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
-        *_work(work),
+        _work(work),
         f"about {duration(work.seconds)} on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s", sep="\n",
     )  # fmt: skip
 
@@ -92,7 +92,10 @@ def measure(pool: Pool, forwards: Sequence[int], s: Settings) -> Work:
     Several processes share it out; the trial is that of the first.
     """
     device = pick_device(s.device_name)
-    flops = [image_flops(pool.load(m).flags) for m in range(len(pool))]
+    every = [pool.load(m).flags for m in range(len(pool))]
+    kinds = [repr(sorted(flags.items())) for flags in every]
+    of_kind = {kind: image_flops(flags) for kind, flags in dict(zip(kinds, every, strict=True)).items()}
+    flops = [of_kind[kind] for kind in kinds]
     rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), s.sample_batch, device)
     total = sum(count * cost for count, cost in zip(forwards, flops, strict=True))
     return Work(sum(forwards), total, total / rate / processes.count())
@@ -104,11 +107,11 @@ def _seconds_of_one(model: PoolModel, most: int, device: torch.device) -> float:
     Raises MemoryError, with a line to show, where one image is too much.
     """
     batch = most if device.type == "cuda" else 1  # where every other batch would be compiled, for long
-    while (seconds := or_too_much(partial(_seconds, model, batch))) is None:
+    while (seconds := or_too_much(partial(_trial, partial(model.trial, batch)))) is None:
         batch = smaller(batch)
     while batch < most and device.type != "cuda" and seconds < TRIAL / 10:
         larger = min(2 * batch, most)
-        seconds = or_too_much(partial(_seconds, model, larger))
+        seconds = or_too_much(partial(_trial, partial(model.trial, larger)))
         if seconds is None:
             break
         batch = larger
@@ -117,14 +120,6 @@ def _seconds_of_one(model: PoolModel, most: int, device: torch.device) -> float:
         model.trial(batch)
         passed += batch
     return (time.perf_counter() - started) / passed
-
-
-def _seconds(model: PoolModel, batch: int) -> float:
-    """Seconds of a pass, after one that is not counted."""
-    model.trial(batch)
-    started = time.perf_counter()
-    model.trial(batch)
-    return time.perf_counter() - started
 
 
 def _settings(s: Settings) -> list[str]:
@@ -167,8 +162,8 @@ def _trial(work: Callable[[], object]) -> float:
     return seconds
 
 
-def _work(work: Work) -> list[str]:
-    return [f"{work.forwards:,} forward passes of the pool's networks, {work.flops / 1e12:,.1f} TFLOP"]
+def _work(work: Work) -> str:
+    return f"{work.forwards:,} forward passes of the pool's networks, {work.flops / 1e12:,.1f} TFLOP"
 
 
 def _bytes(count: int) -> str:

@@ -76,10 +76,10 @@ class HeadFitter:
         support: (E, S, D) features; targets: (E, S, way) float, one-hot; mixes: what `mixes` gives, None without.
         """
         s, parts = self.s, []
+        sets = [(support, targets), *([mixes] if mixes else [])]
         for start in range(0, len(support), s.test_batch):
             part = slice(start, start + s.test_batch)
-            given = [(support[part], targets[part]), *([(mixes[0][part], mixes[1][part])] if mixes else [])]
-            parts.append(self.fit_part(start, *([each.to(self.device) for each in pair] for pair in given)))
+            parts.append(self.fit_part(start, *([each[part].to(self.device) for each in pair] for pair in sets)))
         return Heads(torch.cat([h.weight for h in parts]).cpu(), torch.cat([h.bias for h in parts]).cpu(), s.head_scale)
 
     def fit_part(self, first: int, own: Sequence[Tensor], mixes: Sequence[Tensor] | None = None) -> Heads:

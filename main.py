@@ -269,8 +269,8 @@ class Training:
         """Validate, keep the best, log, save."""
         text = f"epoch {entries['epoch']} round {entries['round']} loss {entries.get('loss', float('nan')):.3f}"
         if self.epoch % self.s.validate_every == 0 or self.epoch == self.s.max_epoch:
-            where = (self.validation.images, self.val_episodes, self.s.way, self.s.scale_cls)
-            mean, half = learners.validate(self.model, *where)
+            images, episodes = self.validation.images, self.val_episodes
+            mean, half = learners.validate(self.model, images, episodes, self.s.way, self.s.scale_cls)
             entries |= {"val_accuracy": mean, "val_ci95": half}
             text += f" meta_val {mean:.2f} +- {half:.2f}"
             if mean > self.best:

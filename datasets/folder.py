@@ -83,15 +83,15 @@ def load_split(
     if empty:
         parts.append(f"{len(empty)} class(es) without an image, the first {shown(empty[0].name)}")
     what = f"left out {' and '.join(parts)}"
-    deeper = any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir()) if empty else False
-    if deeper and (every_class or not names):
+    refused = empty and (every_class or not names)
+    if refused and any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir()):
         raise ValueError(
             f"{shown(empty[0])}: holds folders of pictures, expected pictures; give {shown(empty[0])} itself, if the "
             "folders in it are the classes"
         )
     if not names:
         raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
-    if empty and every_class:
+    if refused:
         raise ValueError(
             f"{shown(empty[0])}: is a class without a readable image; add one, or take the folder away ({what})"
         )

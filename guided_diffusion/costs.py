@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guided_diffusion.script_util import MODEL_FLAGS, create_model
+from guided_diffusion.script_util import network_of
 from utils import processes
 from utils.progress import is_quiet
 
@@ -48,7 +48,7 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
     """Pass images through the network of `flags` on the meta device."""
     size = flags["image_size"]
     with torch.device("meta"), torch.set_grad_enabled(training):
-        network = create_model(**{name: flags[name] for name in MODEL_FLAGS})
+        network = network_of(flags)
         t = torch.zeros(images, dtype=torch.int64)
         out = network(torch.zeros(images, 3, size, size), t, *([t] if flags["class_cond"] else []))
         if training:

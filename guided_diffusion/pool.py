@@ -15,11 +15,10 @@ from guided_diffusion.costs import that_fit
 from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced
 from guided_diffusion.script_util import (
-    MODEL_FLAGS,
     create_gaussian_diffusion,
-    create_model,
     infer_model_flags,
     model_and_diffusion_defaults,
+    network_of,
 )
 from guided_diffusion.unet import UNetModel
 from utils import checkpoint
@@ -247,7 +246,7 @@ def _on_meta(flags: Mapping[str, Any], path: Path) -> UNetModel:
     """The U-Net of `flags` without memory for its weights, which would be slow to draw and are replaced at once."""
     try:
         with torch.device("meta"):
-            return create_model(**{name: flags[name] for name in MODEL_FLAGS})
+            return network_of(flags)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); give the flags it has") from error
 

@@ -40,8 +40,9 @@ def work_through(
             for name in names:
                 _, start, stop = batches[name]
                 done = [each for _, each in in_batches(partial(work, model, m), stop - start, room, start)]
-                if len(next(iter(done[0].values()))) < min(room, stop - start):  # memory was short, and will be again
-                    room = pool.room(model, batch, device, found=len(next(iter(done[0].values()))))
+                fitted = len(next(iter(done[0].values())))
+                if fitted < min(room, stop - start):  # memory was short, and will be again
+                    room = pool.room(model, batch, device, found=fitted)
                 pieces.keep(name, _joined(done))
                 bar.update()
     return _joined(pieces.collect(list(batches)))

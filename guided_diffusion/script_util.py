@@ -67,6 +67,11 @@ MODEL_FLAGS = tuple(  # those that make the network, not the process
 )
 
 
+def network_of(flags: Mapping[str, Any]) -> UNetModel:
+    """The network of flags among which are all of MODEL_FLAGS. Raises ValueError for a value that does not fit."""
+    return create_model(**{name: flags[name] for name in MODEL_FLAGS})
+
+
 def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
     """The network and the process that `flags` describe; those not given have their defaults.
 
@@ -77,7 +82,7 @@ def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
     if unknown:
         raise ValueError(f"unknown model flags {', '.join(unknown)}; expected some of {', '.join(defaults)}")
     flags = {**defaults, **flags}
-    model = create_model(**{name: flags[name] for name in MODEL_FLAGS})
+    model = network_of(flags)
     diffusion = create_gaussian_diffusion(
         steps=flags["diffusion_steps"], **{name: flags[name] for name in _DIFFUSION_FLAGS}
     )

@@ -14,14 +14,7 @@ import torch
 from torch import nn
 
 from guided_diffusion.costs import image_flops, that_fit
-from guided_diffusion.dist_util import (
-    PRECISIONS,
-    autocast,
-    compile_in_place,
-    or_too_much,
-    smaller,
-    worth_compiling,
-)
+from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, or_too_much, smaller, worth_compiling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.resample import create_named_schedule_sampler

@@ -108,7 +108,7 @@ def test_what_the_run_would_refuse(call, flags, tmp_path):
 @pytest.mark.parametrize("most, passed", [(8, [1, 2, 4, 8, 8]), (3, [1, 2, 3, 3]), (1, [1, 1])])
 def test_batches_of_the_trial(toy_pool, passes, monkeypatch, most, passed):
     monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
-    monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
+    monkeypatch.setattr(dry_run, "_trial", lambda work: work() or 0.0)
     assert dry_run._seconds_of_one(Pool(toy_pool).load(0), most, CPU) > 0
     assert passes == passed
 
@@ -124,7 +124,7 @@ def test_short_of_memory(toy_pool, monkeypatch):
 
     monkeypatch.setattr(UNetModel, "forward", small_machine)
     monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
-    monkeypatch.setattr(dry_run, "_seconds", lambda model, batch: model.trial(batch) or 0.0)
+    monkeypatch.setattr(dry_run, "_trial", lambda work: work() or 0.0)
     assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, CPU) > 0
     assert passes[-1] == 2 and max(passes) == 2
     passes.clear()

@@ -1,6 +1,5 @@
 """What a run or a measurement was made with."""
 
-import json
 import os
 import platform
 import shlex
@@ -15,7 +14,7 @@ import torch
 
 from utils import processes
 from utils.atomic import DiskFull
-from utils.run_log import plain, write_json
+from utils.run_log import plain, read_json, write_json
 
 
 def hardware(device: str) -> str:
@@ -62,11 +61,8 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
             **notes,
         }
     )
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: nothing that a run depends on
-        known = []
-    known = [each for each in known if isinstance(each, dict)] if isinstance(known, list) else []
+    known = read_json(path, list) or []  # none yet, or damaged: nothing that a run depends on
+    known = [each for each in known if isinstance(each, dict)]
     if any({**each, "started": None} == {**start, "started": None} for each in known):
         return
     try:

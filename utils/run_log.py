@@ -31,7 +31,6 @@ class RunLog:
         self,
         folder: str | os.PathLike,
         *,
-        quiet: bool = False,
         tensorboard: bool = False,
         done: int = 0,
         epochs: int = 0,
@@ -104,13 +103,13 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none that can be read."""
+def read_json(path: str | os.PathLike, kind: type) -> Any | None:
+    """The value of a JSON file, None where there is none that can be read, or it is not of that kind: dict or list."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, kind) else None
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

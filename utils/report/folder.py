@@ -1,12 +1,11 @@
 """What a run folder holds, read with care: a run may be half-way, old or killed, and its files may be anyone's."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from utils.run_log import read_metrics
+from utils.run_log import read_json, read_metrics
 
 HERE = ""  # the place of results that lie in the run folder itself
 
@@ -123,16 +122,10 @@ def total(epochs: list[dict[str, Any]], name: str) -> float:
 
 
 def _json(path: Path, kind: type, damaged: list[str]) -> Any:
-    if not path.exists():
-        return kind()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, kind):
+    value = read_json(path, kind)
+    if value is None and path.exists():
         damaged.append(path.name)
-        return kind()
-    return value
+    return kind() if value is None else value
 
 
 def _starts(folder: Path, damaged: list[str]) -> list[dict[str, Any]]:
