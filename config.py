@@ -56,7 +56,7 @@ class Settings:
     split: str = setting("", "classes that diffusionmix.py tests on; '': as --phase", choices=("", *SPLITS))
     mix: bool = setting(True, "test heads fitted on diffusion mixes, too")
     support: str = setting("", "folder with one folder of your own pictures a class, for diffusionmix.py to learn from")
-    query: str = setting("", "folder of your own pictures to label, also those in the folders in it")
+    query: str = setting("", "folder of your own pictures to label, also those in the folders in it; or one picture")
     out: str = setting("", "where to write what they are; '': predictions.csv in the run folder")
     seed: int = setting(1, "of everything random", low=0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")

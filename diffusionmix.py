@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -30,8 +29,9 @@ from models.episode_head import predict
 from utils import processes, progress
 from utils.atomic import atomic_file
 from utils.board import Board
+from utils.class_folders import find_images
 from utils.cli import run
-from utils.images import describe, extensions, find_images, read_images, shown, to_float, to_uint8
+from utils.images import extensions, read_images, shown, to_float, to_uint8
 from utils.lock import locked
 from utils.machine import note_start
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
@@ -183,17 +183,16 @@ class OwnPictures:
         self.support = load_split(s.support, "", self.fitter.size, every_class=True, workers=s.workers)
         if len(self.support.class_names) < 2:
             raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
-        paths, not_searched = find_images(s.query)
+        paths, left_out = find_images(s.query)
         images, unreadable = read_images(paths, self.fitter.size, workers=s.workers)
-        left_out = not_searched + unreadable
-        what = f"left out {describe(left_out, Path(s.query))}" if left_out else ""
+        left_out.add_unread(unreadable)
         if not images:
-            raise ValueError(f"{s.query}: has no readable image ({what or extensions()}); expected some to label")
-        if what and processes.is_first():
-            print(f"{shown(s.query)}: {what}", file=sys.stderr)
+            what = left_out.line(Path(s.query)) or extensions()
+            raise ValueError(f"{s.query}: has no readable image ({what}); expected some to label")
+        left_out.say(Path(s.query))
         self.paths = sorted(set(paths) - {path for path, _ in unreadable})
         self.query = np.stack(images).transpose(0, 2, 3, 1)  # (N, size, size, 3) uint8
-        self.skipped = {shown(s.query): [(shown(path), reason) for path, reason in left_out]}
+        self.skipped = {shown(s.query): left_out.rows()}
 
     def label(self) -> np.ndarray:
         """Learn from the ones, and give the probabilities (N, way) of the others."""

@@ -1,14 +1,14 @@
 """Labelled images from folders."""
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.images import Skipped, describe, extensions, find_images, read_images, shown
+from utils.class_folders import class_folders, place_with, require_folder
+from utils.images import Skipped, extensions, read_images, shown
 from utils.progress import progress
 
 
@@ -44,7 +44,7 @@ def load_split(
 ) -> LabelledImages:
     """Read `<root>/<split>/<class>/*`, one folder a class, into memory.
 
-    Files that cannot be read, and classes left without an image, are left out, and one line on stderr says so.
+    Files that cannot be read, and classes of which none can be, are left out, and one line on stderr says so.
 
     Args:
         root: the data folder.
@@ -55,48 +55,42 @@ def load_split(
         workers: threads that read; None: a few a core.
 
     Raises:
-        ValueError: the folder is missing, or has no class with a readable image, or not `every_class` has one.
+        ValueError: the folder is missing, or has no class with a readable image, or not `every_class` has one; or a
+            class folder is empty or holds folders of images.
     """
     folder = Path(root) / split
     holds = f"it should hold one folder a class with images ({extensions()})"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; {holds}")
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if Path(root).is_file():
+        require_folder(root, f"expected one with {split}" if split else holds)
+    if split and not folder.exists() and (near := place_with(Path(root), split)):
+        raise ValueError(f"{shown(folder)}: no such folder; give {shown(near)}, which has one")
+
+    def cure(nested: Path, _: list[Path]) -> str:
+        if split:
+            return f"move the folders in it up to {shown(folder)}, if they are the classes"
+        return f"give {shown(nested)} itself, if the folders in it are the classes"
+
+    found, left_out = class_folders(folder, holds, cure)
     images: list[np.ndarray] = []
     labels: list[int] = []
     names: list[str] = []
-    left_out: list[tuple[Path, str]] = []
-    empty: list[Path] = []
-    for class_folder in progress(class_folders, desc=f"reading {folder}", unit="class"):
-        paths, not_searched = find_images(class_folder, deep=False)
+    for class_folder, (paths, inner) in progress(found.items(), desc=f"reading {folder}", unit="class"):
         readable, unreadable = read_images(paths, size, max_per_class, workers)
-        left_out += not_searched + unreadable
+        left_out.add(inner)
+        left_out.add_unread(unreadable)
         if not readable:
-            empty.append(class_folder)
+            left_out.empty.append(class_folder)
             continue
         images.append(np.stack(readable))
         labels += [len(names)] * len(readable)
         names.append(class_folder.name)
-    parts = []
-    if left_out:
-        parts.append(describe(left_out, folder))
-    if empty:
-        parts.append(f"{len(empty)} class(es) without an image, the first {shown(empty[0].name)}")
-    what = f"left out {' and '.join(parts)}"
-    refused = empty and (every_class or not names)
-    if refused and any(path.is_dir() and find_images(path)[0] for path in empty[0].iterdir()):
-        raise ValueError(
-            f"{shown(empty[0])}: holds folders of pictures, expected pictures; give {shown(empty[0])} itself, if the "
-            "folders in it are the classes"
-        )
+    what = left_out.line(folder)
     if not names:
-        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(parts)}")
-    if refused:
-        raise ValueError(
-            f"{shown(empty[0])}: is a class without a readable image; add one, or take the folder away ({what})"
-        )
-    if parts:
-        print(f"{shown(folder)}: {what}", file=sys.stderr)
-    left_out += [(path, "is a class folder without a readable image") for path in empty]
-    skipped = {shown(folder): [(shown(path), reason) for path, reason in left_out]}
-    return LabelledImages(torch.from_numpy(np.concatenate(images)), torch.tensor(labels), names, skipped)
+        raise ValueError(f"{shown(folder)}: has no class with a readable image; {holds}{f' ({what})' * bool(what)}")
+    if left_out.empty and every_class:
+        first = shown(left_out.empty[0])
+        raise ValueError(f"{first}: is a class without a readable image; add one, or take the folder away ({what})")
+    left_out.say(folder)
+    return LabelledImages(
+        torch.from_numpy(np.concatenate(images)), torch.tensor(labels), names, {shown(folder): left_out.rows()}
+    )

@@ -9,7 +9,7 @@
 To take up a run that was cut short, run the same command again: what is there is not made again.
 """
 
-import json
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,35 +21,61 @@ from PIL import Image
 
 from datasets import splits as published
 from datasets import unpack
+from datasets.archives import unpacked
 from datasets.glyphs import SPLIT_CLASSES, make_split
 from datasets.unpack import Picture, Pictures
 from utils.atomic import atomic_file
+from utils.class_folders import class_folders, is_leftover, place_with
 from utils.cli import OneLineParser, run
 from utils.images import ImageError, read_image
 from utils.progress import progress
-from utils.run_log import write_json
+from utils.run_log import read_json, write_json, write_skipped
 
 SETTINGS = "prepared.json"  # in the output folder: what its images were made from
 CIFAR_SIDE, MINI_SIDE = 32, 84  # pixels
 
 
 def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
-    """Draw glyphs into `out`, `per_class` images a class of each split; images that are there are kept."""
+    """Draw glyphs into `out`, `per_class` images a class of each split.
+
+    Images that are there are kept, damaged ones drawn again. Raises ValueError, before anything is written, where `out`
+    holds others: of another seed, of a greater count, or not made here.
+    """
+    if per_class < 1:
+        raise ValueError(f"got --per-class {per_class}, expected 1 or more")
+    for split in splits:
+        data = make_split(split, 1, seed=seed)  # image i does not depend on how many there are
+        known = {f"{index:05d}.png" for index in range(per_class)}
+        _check_strange(out / split, data.class_names, known, f"give a greater --per-class than {per_class}")
+        for name, drawn in zip(data.class_names, data.images.permute(0, 2, 3, 1).numpy(), strict=True):
+            _is_drawn(out / split / name / "00000.png", drawn, seed)
     for split in splits:
         data = make_split(split, per_class, seed=seed)
         paths = [out / split / name / f"{index:05d}.png" for name in data.class_names for index in range(per_class)]
-        for name in data.class_names:
-            (out / split / name).mkdir(parents=True, exist_ok=True)
         pixels = data.images.permute(0, 2, 3, 1).numpy()
 
-        def write(item) -> None:
-            path, picture = item
-            if not path.exists():
-                Image.fromarray(picture).save(path)
+        def write(path: Path, drawn: np.ndarray) -> bool:
+            if _is_drawn(path, drawn, seed):
+                return False
+            with atomic_file(path) as file:
+                Image.fromarray(drawn).save(file, "png")
+            return True
 
         with ThreadPoolExecutor() as threads:
-            list(threads.map(write, zip(paths, pixels, strict=True)))
-        print(f"{out / split}: {len(data.class_names)} classes of {per_class} images")
+            written = sum(threads.map(write, paths, pixels))
+        print(f"{out / split}: {len(data.class_names)} classes of {per_class} images, {written} images written now")
+
+
+def _is_drawn(path: Path, drawn: np.ndarray, seed: int) -> bool:
+    """Whether `path` has these pixels; False where it is missing or damaged. Raises ValueError for other pixels."""
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            there = np.asarray(file)
+    except Exception:  # a damaged file can raise nearly anything out of Pillow
+        return False
+    if not np.array_equal(there, drawn):
+        raise ValueError(f"{path}: is another image than --seed {seed} draws; give its seed, or another --out")
+    return True
 
 
 def cifarfs(out: Path, source: Path | None) -> None:
@@ -57,7 +83,7 @@ def cifarfs(out: Path, source: Path | None) -> None:
 
     source: the folder that is or holds cifar-100-python, or one of class folders; None downloads to <out>/download.
     """
-    classes = published.CIFARFS
+    classes, skipped = published.CIFARFS, {}
     names = [name for split in classes.values() for name in split]
     batches = None
     if source is not None:
@@ -66,13 +92,15 @@ def cifarfs(out: Path, source: Path | None) -> None:
 
     def read() -> Callable[[str], Pictures]:
         if source is not None and batches is None:
-            found = unpack.class_folders(source, names)
+            unpack.check_level(source, names, ("meta", "cifar-100-python/meta"))
+            found = unpack.class_folders(source, names, skipped)
         else:
             found = unpack.cifar_batches(batches or unpack.download_cifar100(out / "download"), names)
         return lambda split: found
 
     kind = "class folders" if source is not None and batches is None else "cifar-100-python"
     convert(out, classes, {"dataset": "cifarfs", "source": kind, "size": CIFAR_SIDE}, read)
+    write_skipped(out, skipped)
 
 
 def miniimagenet(out: Path, source: Path, size: int) -> None:
@@ -84,7 +112,7 @@ def miniimagenet(out: Path, source: Path, size: int) -> None:
     if size < 1:
         raise ValueError(f"got --size {size}, expected 1 or more pixels")
     _require_folder(source, "give the folder with miniImageNet's images or pickles")
-    classes = published.MINIIMAGENET
+    classes, skipped = published.MINIIMAGENET, {}
     names = [name for split in classes.values() for name in split]
     caches, lists = [unpack.cache_name(split) for split in classes], [unpack.csv_name(split) for split in classes]
     if any((source / name).exists() for name in caches):
@@ -99,10 +127,15 @@ def miniimagenet(out: Path, source: Path, size: int) -> None:
     def read() -> Callable[[str], Pictures]:
         if kind == "pkl":  # one at a time, as the largest takes 0.8 GB of memory
             return lambda split: unpack.mini_cache(source, split, classes[split])
-        found = unpack.csv_lists(source, classes) if kind == "csv" else unpack.class_folders(source, names)
+        if kind == "csv":
+            found = unpack.csv_lists(source, classes)
+        else:
+            unpack.check_level(source, names, (*caches, *lists))
+            found = unpack.class_folders(source, names, skipped)
         return lambda split: found
 
     convert(out, classes, {"dataset": "miniimagenet", "source": kind, "size": size}, read)
+    write_skipped(out, skipped)
 
 
 def convert(
@@ -154,10 +187,16 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
     if classes_per_model < 1:
         raise ValueError(f"got --classes_per_model {classes_per_model}, expected 1 or more")
     folder = data_root / "meta_train"
-    _require_folder(folder, "make it with python -m datasets.prepare cifarfs, miniimagenet or glyphs")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
+    holds = "make it with python -m datasets.prepare cifarfs, miniimagenet or glyphs"
+    if not folder.exists() and (near := place_with(data_root, "meta_train")):
+        holds = f"give --data-root {near}, which has one"
+    found, left_out = class_folders(
+        folder, holds, lambda *_: f"move the folders in it up to {folder}, if they are the classes"
+    )
+    if not found:
         raise ValueError(f"{folder}: got no class folders, expected one folder of images a class")
+    names = [path.name for path in found]
+    left_out.say(folder)
     groups = [names[i : i + classes_per_model] for i in range(0, len(names), classes_per_model)]
     models = [
         {"path": f"subset{m}/ckpt/model.pt", "classes": group, "num_classes": len(group)}
@@ -171,7 +210,7 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
 
 def _write(path: Path, picture: Picture, size: int) -> None:
     """Write one picture as PNG of `size` pixels a side, unless it is there."""
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         return
     if isinstance(picture, Path):
         try:
@@ -192,7 +231,7 @@ def _file_names() -> list[str]:
 
 
 def _is_complete(folder: Path) -> bool:
-    return folder.is_dir() and set(_file_names()) <= {path.name for path in folder.iterdir()}
+    return folder.is_dir() and set(_file_names()) <= {path.name for path in folder.iterdir() if path.stat().st_size}
 
 
 def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> None:
@@ -200,28 +239,48 @@ def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mappin
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
     made_from = out / SETTINGS
-    if made_from.exists() and (got := json.loads(made_from.read_text())) != settings:
+    got = read_json(made_from, dict)
+    if got is None and made_from.exists():
+        print(f"{made_from}: is damaged and will be written anew")
+    elif got not in (None, settings):
         raise ValueError(f"{made_from}: the images there are of {got}, now asked for {settings}; give another --out")
-    known = set(_file_names())
     for split, names in classes.items():
-        there = _visible(out / split)
-        strange = sorted(there - set(names)) + sorted(
-            f"{name}/{file}" for name in there & set(names) for file in _visible(out / split / name) - known
+        _check_strange(out / split, names, set(_file_names()))
+
+
+def _check_strange(
+    folder: Path, names: Sequence[str], known: set[str], cure: str = "move what is strange away"
+) -> None:
+    """Raise ValueError where the `folder` of a split holds more than the classes `names` with the files `known`."""
+    there = _visible(folder)
+    strange = sorted(there - set(names)) + sorted(
+        f"{name}/{file}" for name in there & set(names) for file in _visible(folder / name) - known
+    )
+    if strange:
+        raise ValueError(
+            f"{folder}: got {unpack.few(strange)}, expected only the {len(names)} classes with images "
+            f"{min(known)} to {max(known)}; {cure} or give another --out"
         )
-        if strange:
-            raise ValueError(
-                f"{out / split}: got {unpack.few(strange)}, expected only the {len(names)} classes with images "
-                f"{min(known)} to {max(known)}; move what is strange away or give another --out"
-            )
 
 
 def _visible(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    return {path.name for path in folder.iterdir() if not is_leftover(path.name)} if folder.is_dir() else set()
 
 
 def _require_folder(folder: Path, advice: str) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; {advice}")
+
+
+def _from_source(args: Namespace, make: Callable[[Path | None], None]) -> None:
+    """Make a data set from what --from names; an archive is unpacked for as long as that takes."""
+    if args.source is None:
+        return make(None)
+    with unpacked(args.source, args.out) as source:
+        try:
+            return make(source)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(source), str(args.source))) from error
 
 
 def main() -> None:
@@ -239,19 +298,20 @@ def main() -> None:
     flags = what.add_parser("cifarfs", help="CIFAR-FS, from CIFAR-100")
     flags.add_argument("--out", type=Path, default=Path("data/cifarfs"), help="root folder (default data/cifarfs)")
     flags.add_argument(
-        "--from", dest="source", type=Path, metavar="DIR", help="a copy on disk; without it, it is downloaded"
+        "--from", dest="source", type=Path, metavar="DIR", help="a copy, also packed; without it, it is downloaded"
     )
-    flags.set_defaults(do=lambda args: cifarfs(args.out, args.source))
+    flags.set_defaults(do=lambda args: _from_source(args, lambda source: cifarfs(args.out, source)))
 
     flags = what.add_parser("miniimagenet", help="miniImageNet, from a copy on disk")
     flags.add_argument(
         "--out", type=Path, default=Path("data/miniimagenet"), help="root folder (default data/miniimagenet)"
     )
     flags.add_argument(
-        "--from", dest="source", type=Path, metavar="DIR", required=True, help="csv and images, .pkl, or class folders"
+        "--from", dest="source", type=Path, metavar="DIR", required=True,
+        help="csv and images, .pkl, or class folders, also packed",
     )
     flags.add_argument("--size", type=int, default=MINI_SIDE, help="pixels a side (default 84, what the .pkl have)")
-    flags.set_defaults(do=lambda args: miniimagenet(args.out, args.source, args.size))
+    flags.set_defaults(do=lambda args: _from_source(args, lambda source: miniimagenet(args.out, source, args.size)))
 
     flags = what.add_parser("subsets", help="which classes each model of a pool learns")
     flags.add_argument("--data-root", type=Path, required=True, help="root folder, with meta_train")

@@ -13,26 +13,58 @@ import numpy as np
 
 from datasets import splits as published
 from datasets.plain_pickle import read_plain_pickle
-from utils.images import is_image
+from utils.class_folders import LeftOut, find_images, listing
+from utils.images import Skipped, opens, shown
 
 Picture = Path | np.ndarray
 Pictures = dict[str, Sequence[Picture]]  # class name -> its pictures, in an order that never changes
 
 PLACES = (".", "images", "data", "train", "val", "test", "meta_train", "meta_val", "meta_test")
+USUAL = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # endings that need no look into the file
 CACHE_SIDE = 84  # pixels
 
 
-def class_folders(root: Path, names: Collection[str]) -> Pictures:
+def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> Pictures:
     """Find the image files of the class folders `names` in `root` or in one of the folders PLACES of it.
 
-    A class in several places (as in the train and test of CIFAR-100) has the images of all of them.
+    A class in several places (as in the train and test of CIFAR-100) has the images of all of them. What is no image is
+    left out: one line on stderr says so, and it is added to `skipped`.
     """
     found: Pictures = {}
+    left_out = LeftOut()
     for name in names:
-        folders = [root / place / name for place in PLACES if (root / place / name).is_dir()]
-        found[name] = [path for folder in folders for path in sorted(folder.iterdir()) if is_image(Path(path.name))]
+        found[name] = []
+        for folder in _folders(root, name):
+            paths, inner = find_images(folder, deep=False)
+            others = [path for path in paths if path.suffix.lower() not in USUAL and not opens(path)]
+            inner.others += others
+            found[name] += [path for path in paths if path not in set(others)]
+            left_out.add(inner)
     _check(root, found, "expected class folders in it, or in its images, data, train, val and test")
+    left_out.say(root)
+    skipped[shown(root)] = left_out.rows()
     return found
+
+
+def check_level(root: Path, names: Collection[str], files: Collection[str]) -> None:
+    """Raise ValueError, which names it, where a folder just above or below `root` has more of a data set.
+
+    names: the classes; files: those that hold or list all of them.
+    """
+
+    def has(folder: Path) -> int:
+        whole = any((folder / file).is_file() for file in files)
+        return len(names) if whole else sum(bool(_folders(folder, name)) for name in names)
+
+    inner = [folder for folder in listing(root)[0] if folder.name not in names]
+    near = [root.parent, *inner, *(below for folder in inner for below in listing(folder)[0])]
+    best = max(near, key=has)
+    if has(best) > (there := has(root)):
+        raise ValueError(f"{root}: got {there} of {len(names)} classes, {best} has {has(best)}: give --from {best}")
+
+
+def _folders(root: Path, name: str) -> list[Path]:
+    return [root / place / name for place in PLACES if (root / place / name).is_dir()]
 
 
 def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> Pictures:
@@ -78,6 +110,7 @@ def mini_cache(root: Path, split: str, names: Collection[str]) -> Pictures:
         )
     if not isinstance(classes, dict):
         raise ValueError(f"{path}: got class_dict of type {type(classes).__name__}, expected a dict")
+    classes = _texts(classes)
     try:
         indices = {name: np.unique(np.asarray(classes.get(name, ()), np.int64)) for name in names}
     except (TypeError, ValueError) as error:
@@ -101,6 +134,7 @@ def csv_name(split: str) -> str:
 def cifar_batches(folder: Path, names: Collection[str]) -> Pictures:
     """Read cifar-100-python (its files meta, train and test); a class has its train images, then its test images."""
     (fine,) = _entries(folder / "meta", "fine_label_names")
+    fine = [_text(name) for name in fine]
     if sorted(fine) != sorted(names):
         raise ValueError(f"{folder / 'meta'}: got {len(fine)} classes that are not CIFAR-100's; get the data again")
     found: dict[str, list[Picture]] = {name: [] for name in names}
@@ -160,11 +194,20 @@ def _check(where: Path, found: Mapping[str, Collection], advice: str) -> None:
 
 
 def _entries(path: Path, *keys: str) -> list[Any]:
-    content = read_plain_pickle(path)
+    content = _texts(read_plain_pickle(path))
     missing = [key for key in keys if key not in content]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}, has {few([str(key) for key in content])}; get it again")
     return [content[key] for key in keys]
+
+
+def _text(value: Any) -> Any:
+    return value.decode("latin1") if isinstance(value, bytes) else value
+
+
+def _texts(content: Mapping) -> dict:
+    """With str keys in place of the bytes that a pickle of Python 2 gives when it is written again."""
+    return {_text(key): value for key, value in content.items()}
 
 
 def _first_file(paths: Iterable[Path]) -> Path | None:

@@ -1,7 +1,6 @@
 """A folder of images as one tensor in memory, with batches that depend on the step alone."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.images import Skipped, describe, extensions, find_images, read_images, shown, to_float
+from utils.class_folders import LeftOut, find_images, listing, require_folder
+from utils.class_folders import class_folders as class_folders_of
+from utils.images import Skipped, extensions, read_images, shown, to_float
 from utils.progress import progress
 from utils.seeding import generator
+
+HOLDS = "--data_dir should hold images, or one folder of images a class"
+TRAINING = ("meta_train", "train", "training")
+SPLITS = {*TRAINING, "meta_val", "val", "valid", "validation", "meta_test", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,33 @@ class TrainingImages:
 
 
 def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | None = None) -> TrainingImages:
-    """Read every image (png, jpg, jpeg, gif, webp) in `folder` and its subfolders, cropped to a square of `size`.
+    """Read every image in `folder` and its subfolders, cropped to a square of `size`.
 
     classes: names of the folders directly in `folder` to read, in this order; None reads all that there are, and
     images directly in `folder` are one more class, ".".
     Files that cannot be read are left out, and one line on stderr counts them; so are classes left without an image
     where `classes` does not ask for them.
-    Raises ValueError where there is no folder or no readable image, also of one class that is asked for.
+    Raises ValueError where there is no folder or no readable image, also of one class that is asked for; and without
+    `classes` where the folders in `folder` are splits, as meta_train and meta_test are.
     """
     root = Path(folder)
-    found = {name: find_images(root / name) for name in (class_folders(root) if classes is None else classes)}
     if classes is None:
-        loose, _ = find_images(root, deep=False)
-        found["."] = [path for path in loose if not path.is_dir()], []
-    images, labels, names, left_out = [], [], [], []
+        folders, files, left_out = listing(require_folder(root, HOLDS))
+        splits = [path.name for path in folders if path.name in SPLITS]
+        if splits and len(splits) == len(folders) and (len(splits) > 1 or listing(folders[0])[0]):
+            raise ValueError(
+                f"{shown(root)}: holds splits ({', '.join(splits)}), and a model must not learn those to test on; "
+                f"{_train_part(folders[0], folders)}"
+            )
+        found = {path.name: find_images(path) for path in folders} | {".": (files, left_out)}
+    else:
+        found = {name: find_images(root / name) for name in classes}
+    images, labels, names = [], [], []
+    everything = LeftOut()
     skipped: Skipped = {} if classes else {shown(root): []}  # first, as what is in it comes after
-    for name, (paths, not_searched) in progress(found.items(), desc=f"reading {root}", unit="class"):
+    for name, (paths, own) in progress(found.items(), desc=f"reading {root}", unit="class"):
         readable, unreadable = read_images(paths, size)
-        own = not_searched + unreadable
-        left_out += own
+        own.add_unread(unreadable)
         if readable:
             images.append(np.stack(readable))
             labels += [len(names)] * len(readable)
@@ -74,38 +87,47 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
         elif classes is not None:
             raise ValueError(_nothing(own, root / name))
         elif name != ".":
-            own = [*own, (root / name, "is a class folder without a readable image")]
-        skipped[shown(root / name)] = [(shown(path), reason) for path, reason in own]
+            own.empty.append(root / name)
+        everything.add(own)
+        skipped[shown(root / name)] = own.rows()
     if not images:
-        raise ValueError(_nothing(left_out, root))
-    if left_out:
-        print(f"{shown(root)}: left out {describe(left_out, root)}", file=sys.stderr)
+        raise ValueError(_nothing(everything, root))
+    everything.say(root)
     return TrainingImages(torch.from_numpy(np.concatenate(images)), torch.tensor(labels), names, skipped)
 
 
 def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
     """Raise ValueError, as `load_images` will, where one of `classes` has no readable image; one of each is read."""
     for name in classes:
-        paths, not_searched = find_images(Path(folder) / name)
+        paths, left_out = find_images(Path(folder) / name)
         readable, unreadable = read_images(paths, 1, most=1)
+        left_out.add_unread(unreadable)
         if not readable:
-            raise ValueError(_nothing(not_searched + unreadable, Path(folder) / name))
+            raise ValueError(_nothing(left_out, Path(folder) / name))
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
-    """Names of the folders directly in `folder`, sorted. Raises ValueError where there is no such folder."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --data_dir should hold images, or one folder of images a class")
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Names of the folders directly in `folder`, sorted, without leftovers; one line on stderr says what is left out.
+
+    Raises ValueError where there is no such folder, or one in it is empty or holds folders of images.
+    """
+    found, left_out = class_folders_of(folder, HOLDS, _train_part)
+    left_out.say(Path(folder))
+    return [path.name for path in found]
 
 
-def _nothing(left_out: list[tuple[Path, str]], folder: Path) -> str:
+def _train_part(nested: Path, folders: list[Path]) -> str:
+    """What to do where the classes are a level deeper: train on the split that is for it, if there is one."""
+    part = next((path for name in TRAINING for path in folders if path.name == name), nested)
+    return f"give --data_dir {shown(part)}, if the folders in it are the classes"
+
+
+def _nothing(left_out: LeftOut, folder: Path) -> str:
     """What an error says where `folder` has no readable image."""
-    if not left_out:
-        return f"{shown(folder)}: holds no images; expected files that end in {extensions()}"
-    path, reason = left_out[0]
+    if not left_out.images:
+        return f"{shown(folder)}: holds no images; expected some ({extensions()})"
+    path, reason = min(left_out.images)
     return (
-        f"{shown(folder)}: got no readable image among {len(left_out)}, the first {shown(path.relative_to(folder))}: "
-        f"{reason}; give a folder of intact images"
+        f"{shown(folder)}: got no readable image among {len(left_out.images)}, the first "
+        f"{shown(path.relative_to(folder))}: {reason}; give a folder of intact images"
     )

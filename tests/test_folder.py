@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from datasets.folder import load_split
-from utils.images import find_images, read_image, to_float, to_uint8
+from utils.class_folders import find_images
+from utils.images import read_image, to_float, to_uint8
 
 
 def write(path, colour, size=(8, 8), mode="RGB"):
@@ -45,6 +46,7 @@ def test_unreadable_images_are_counted_once_in_one_line(tmp_path, capsys):
     (folder / "a" / "0.png").write_bytes(content[: len(content) // 2])
     (folder / "a" / "2.jpg").write_text("no image")
     (folder / "b").mkdir()
+    (folder / "b" / "notes.txt").write_text("no image")
     data = load_split(tmp_path, "meta_val", 8)
     assert data.class_names == ["a"] and len(data.images) == 1
     error = capsys.readouterr().err
@@ -81,7 +83,7 @@ def test_paths_are_sorted_and_recursive(tmp_path):
     (tmp_path / "b" / "1.jpg").rename(tmp_path / "b" / "1.JPG")
     paths, left_out = find_images(tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a.jpeg", "b/1.JPG", "b/2.png"]
-    assert left_out == [] and find_images(tmp_path, deep=False)[0] == [tmp_path / "a.jpeg"]
+    assert left_out.images == [] and find_images(tmp_path, deep=False)[0] == [tmp_path / "a.jpeg"]
 
 
 def test_missing_folders_say_what_they_should_hold(tmp_path):

@@ -14,7 +14,8 @@ from datasets.folder import load_split
 from datasets.sources import load_real
 from guided_diffusion.image_datasets import check_classes, load_images
 from utils import images
-from utils.images import ImageError, find_images, read_image, read_images, shown
+from utils.class_folders import find_images
+from utils.images import NO_IMAGE, ImageError, read_image, read_images, shown
 from utils.run_log import write_skipped
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 20), (10, 20, 230)
@@ -192,7 +193,7 @@ def test_links_to_folders_are_not_walked_for_ever(tmp_path):
     (tmp_path / "self").symlink_to(".")
     paths, left_out = find_images(tmp_path / "a")
     assert paths == [tmp_path / "a" / "deep" / "1.png"]
-    assert left_out == [(tmp_path / "a" / "deep" / "up", "is a link to a folder, which is not followed")]
+    assert left_out.images == [(tmp_path / "a" / "deep" / "up", "is a link to a folder, which is not followed")]
     data = load_images(tmp_path, 8)
     assert data.class_names == ["a", "b"] and len(data.images) == 2
     rows = [row for scanned in data.skipped.values() for row in scanned]
@@ -252,14 +253,15 @@ def mixed(tmp_path):
     (folder / "b" / "loop.gif").symlink_to("loop.gif")
     path = picture(folder / "c" / "cut.png", size=(300, 300))
     path.write_bytes(path.read_bytes()[:-80])
-    (folder / "d").mkdir()
-    (folder / "x.jpg").mkdir()
+    for name in ("d", "x.jpg"):
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("no image")
     return folder
 
 
 EXPECTED = {
     "a/0.png": "is empty (0 bytes)",
-    "a/3.png": "is no image (PNG, JPEG, GIF, WEBP, BMP), or damaged from its start",
+    "a/3.png": "is no image (PNG, JPEG, GIF, WEBP, BMP, ",
     "a/dir.png": "is a folder, not an image",
     "b/loop.gif": "is a symbolic link that leads in a circle",
     "c/cut.png": "is cut short",
@@ -298,7 +300,7 @@ def test_a_first_image_that_is_bad_is_made_up_for(mixed):
 def test_domains_carry_what_they_left_out(mixed, tmp_path):
     (tmp_path / "other").symlink_to("data")
     data = load_real("cifar_mini", [tmp_path / "data", tmp_path / "other"], "meta_val", 8)
-    assert [len(rows) for rows in data.skipped.values()] == [8, 8]
+    assert [len(rows) for rows in data.skipped.values()] == [10, 10]
 
 
 def test_nothing_left_stops_with_a_line(tmp_path):
@@ -316,7 +318,7 @@ def test_nothing_left_stops_with_a_line(tmp_path):
         with pytest.raises(ValueError, match="meta_val/b: got no readable image among 1, the first 2.png"):
             arguments = (8, ["a", "b"]) if call is load_images else (["a", "b"],)
             call(tmp_path / "meta_val", *arguments)
-    with pytest.raises(ValueError, match="empty: holds no images; expected files that end in png"):
+    with pytest.raises(ValueError, match="empty: holds no images; expected some .png"):
         (tmp_path / "empty").mkdir()
         load_images(tmp_path / "empty", 8)
 
@@ -373,7 +375,9 @@ def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path):
     for name in ("a.png", "b.HEIC", "c.tif", "notes.txt", ".d.heic"):
         (tmp_path / name).touch()
     paths, left_out = find_images(tmp_path)
-    assert [path.name for path in paths] == ["a.png"]
-    assert [(path.name, reason) for path, reason in left_out] == [
-        ("b.HEIC", "is a .HEIC; save it as png or jpg"), ("c.tif", "is a .tif; save it as png or jpg"),
+    assert [path.name for path in left_out.leftovers] == [".d.heic"]
+    _, unread = read_images(paths, 8)
+    assert [(path.name, reason) for path, reason in unread] == [
+        ("a.png", "is empty (0 bytes)"), ("b.HEIC", "is a .HEIC; save it as png or jpg"),
+        ("c.tif", "is empty (0 bytes)"), ("notes.txt", NO_IMAGE),
     ]  # fmt: skip

@@ -1,0 +1,192 @@
+"""Folders of images, one a class: which there are, which files are in them, and what is left out of them and why."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import processes
+from utils.images import NO_IMAGE, extensions, is_named_like_a_picture, opens, shown, why
+
+# What systems, archives and notebooks leave in folders, in small letters; so is all that is hidden, such as .DS_Store.
+LEFTOVERS = {
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "@recycle", "$recycle.bin",
+    "system volume information", "lost+found", "found.000", "__pycache__",
+}  # fmt: skip
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".gz", ".7z", ".rar")
+
+
+@dataclass
+class LeftOut:
+    """What was not read, to be said in one line and listed in skipped_images.csv.
+
+    Attributes:
+        images: (path, reason) of images, folders and links.
+        others: files that are no images and are not named like images either.
+        leftovers: what `is_leftover` says of.
+        empty: class folders without a readable image.
+    """
+
+    images: list[tuple[Path, str]] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    leftovers: list[Path] = field(default_factory=list)
+    empty: list[Path] = field(default_factory=list)
+
+    def add(self, more: "LeftOut") -> None:
+        """Take over what `more` has."""
+        for name, paths in vars(more).items():
+            getattr(self, name).extend(paths)
+
+    def add_unread(self, unread: Sequence[tuple[Path, str]]) -> None:
+        """Take over what `read_images` could not read."""
+        self.images += [(path, reason) for path, reason in unread if reason != NO_IMAGE]
+        self.others += [path for path, reason in unread if reason == NO_IMAGE]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(path, reason) for skipped_images.csv: one row an image, one a folder for its other files. No leftovers."""
+        rows = sorted(self.images)
+        for folder in dict.fromkeys(path.parent for path in self.others):
+            names = [path.name for path in self.others if path.parent == folder]
+            rows.append((folder, f"{len(names)} file(s) in it are no images, the first {shown(min(names))}"))
+        rows += [(path, "is a class folder without a readable image") for path in self.empty]
+        return [(shown(path), reason) for path, reason in rows]
+
+    def line(self, root: Path) -> str:
+        """What was left out, how much of each kind and the first, as paths in `root`; "" for nothing."""
+
+        def first(path: Path) -> str:
+            return shown(path.relative_to(root) if path != root else path.name)
+
+        parts = []
+        if self.images:
+            path, reason = min(self.images)
+            parts.append(f"{len(self.images)} unreadable image(s), the first {first(path)}: {reason}")
+        if self.empty:
+            parts.append(f"{len(self.empty)} class(es) without an image, the first {first(self.empty[0])}")
+        if self.others:
+            parts.append(f"{len(self.others)} file(s) that are no images, the first {first(self.others[0])}")
+        if self.leftovers:
+            parts.append(f"{len(self.leftovers)} leftover(s) of other programs, the first {first(self.leftovers[0])}")
+        return f"left out {' and '.join(parts)}" if parts else ""
+
+    def say(self, root: Path) -> None:
+        """Print the line to stderr, where there is anything to say and this is the process that speaks for all."""
+        if (line := self.line(root)) and processes.is_first():
+            print(f"{shown(root)}: {line}", file=sys.stderr)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or is what a system, an archive or an editor leaves behind."""
+    return name.startswith(".") or name.endswith("~") or name.lower() in LEFTOVERS
+
+
+def require_folder(folder: str | os.PathLike, holds: str) -> Path:
+    """The folder as a Path. Raises ValueError, which says what it `holds`, where it is missing or a file."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return folder
+    if not folder.exists():
+        raise ValueError(f"{shown(folder)}: no such folder; {holds}")
+    cure = "unpack it and give the folder" if folder.name.lower().endswith(ARCHIVES) else "give the folder"
+    raise ValueError(f"{shown(folder)}: is a file, expected a folder; {cure}; {holds}")
+
+
+def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[Path], LeftOut]:
+    """List the files in `folder` (`deep`: and in the folders in it) that may be images, and what is none of them.
+
+    Links to folders in `folder` are not followed, and neither is `folder` where it is a link back to a folder that it
+    lies in, so no circle of links is walked for ever. A file given as `folder` is itself what is found.
+
+    Returns:
+        The paths, sorted; nothing says yet that they can be read, or are images. And what is left out: leftovers,
+        folders that are empty, and without `deep` all folders.
+
+    Raises:
+        ValueError: `folder` is missing.
+    """
+    folder, left_out = Path(folder), LeftOut()
+    if folder.is_file():
+        return [folder], left_out
+    require_folder(folder, f"expected one with images ({extensions()})")
+    if folder.is_symlink() and folder.absolute().parent.resolve().is_relative_to(folder.resolve()):
+        left_out.images.append((folder, "is a link back to a folder that it lies in"))
+        return [], left_out
+    paths: list[Path] = []
+
+    def failed(error: OSError) -> None:
+        left_out.images.append((Path(error.filename), why(error)))
+
+    for place, folders, files in os.walk(folder, onerror=failed):
+        left_out.leftovers += [Path(place, name) for name in (*folders, *files) if is_leftover(name)]
+        folders[:] = [name for name in folders if not is_leftover(name)]
+        paths += [Path(place, name) for name in files if not is_leftover(name)]
+        if not deep:
+            left_out.images += [(Path(place, name), "is a folder, not an image") for name in folders]
+            break
+        if Path(place) != folder and not (folders or files):
+            left_out.images.append((Path(place), "is a folder, not an image"))
+        links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]
+        left_out.images.extend((path, "is a link to a folder, which is not followed") for path in links)
+    left_out.images.sort()
+    left_out.leftovers.sort()
+    return sorted(paths), left_out
+
+
+def listing(root: Path) -> tuple[list[Path], list[Path], LeftOut]:
+    """The folders and the files directly in `root`, each sorted, and the leftovers there."""
+    entries = sorted(root.iterdir())
+    kept = [path for path in entries if not is_leftover(path.name)]
+    leftovers = LeftOut(leftovers=[path for path in entries if is_leftover(path.name)])
+    return [path for path in kept if path.is_dir()], [path for path in kept if not path.is_dir()], leftovers
+
+
+def class_folders(
+    root: str | os.PathLike, holds: str, cure: Callable[[Path, list[Path]], str]
+) -> tuple[dict[Path, tuple[list[Path], LeftOut]], LeftOut]:
+    """The class folders in `root`, sorted, each with what `find_images` finds directly in it.
+
+    Leftovers are none of them. Second comes what is left out of `root` itself: leftovers, and images beside folders.
+
+    Args:
+        root: the folder that holds one folder a class.
+        holds: what `root` should hold, for the error where it is missing.
+        cure: what to do about the first of the class folders that hold folders of images, given it and all of them.
+
+    Raises:
+        ValueError: `root` is missing; a class folder is empty, or holds a folder with images.
+    """
+    root = require_folder(root, holds)
+    folders, files, left_out = listing(root)
+    found = {folder: find_images(folder, deep=False) for folder in folders}
+    nested = [folder for folder, (_, inner) in found.items() if any(map(_has_images, _folders_of(folder, inner)))]
+    if nested:
+        raise ValueError(f"{shown(nested[0])}: holds folders of pictures, expected pictures; {cure(nested[0], nested)}")
+    for folder, (paths, inner) in found.items():
+        if not paths and len(_folders_of(folder, inner)) == len(inner.images):
+            raise ValueError(
+                f"{shown(folder)}: is a class without a readable image (it is empty); add one, or take the folder away"
+            )
+    if found:
+        beside = [(path, "lies beside the class folders, in none of them") for path in files if _is_picture(path)]
+        left_out.images += beside
+    return found, left_out
+
+
+def place_with(root: Path, name: str) -> Path | None:
+    """A folder one level above or below `root` that holds a folder `name`, where `root` lacks it."""
+    near = [root.parent, *(listing(root)[0] if root.is_dir() else ())]
+    return next((folder for folder in near if root.is_dir() and (folder / name).is_dir()), None)
+
+
+def _folders_of(folder: Path, left_out: LeftOut) -> list[Path]:
+    """The folders in `folder` among what `find_images` left out of it."""
+    return [path for path, _ in left_out.images if path != folder and path.is_dir()]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(_is_picture(path) for path in find_images(folder)[0])
+
+
+def _is_picture(path: Path) -> bool:
+    return bool(path.suffix) and is_named_like_a_picture(path) or opens(path)

@@ -1,0 +1,176 @@
+"""Any Pillow image as a square of 8-bit RGB: of more bits, of floats, with transparency, and large ones sparingly."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Condition
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 100_000_000  # of one image: 400 MB as Pillow holds it
+LARGE = 16_000_000  # pixels; an image of more is made smaller while it is made RGB, in bands
+BAND = 1_000_000  # pixels
+IN_FLIGHT = 50_000_000  # pixels of all images that are decoded at once; a larger image is decoded alone
+
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # that Pillow makes RGB
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+ORIENTATION = 0x0112  # in EXIF
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+class ImageError(ValueError):
+    """An image that cannot be read. The message is the reason, without the path, in one line."""
+
+
+class _Room:
+    """So many pixels may be decoded at once; who wants more than are free waits."""
+
+    def __init__(self, pixels: int):
+        self.all = self.free = pixels
+        self.changed = Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        wanted = min(pixels, self.all)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= wanted)
+            self.free -= wanted
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += wanted
+                self.changed.notify_all()
+
+
+_ROOM = _Room(IN_FLIGHT)
+
+
+def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
+    """The central square of an image as (3, size, size) uint8 RGB, resized by Lanczos.
+
+    It is turned upright as its EXIF says. Transparent pixels are white. Files of 16 bits are scaled to 8. Grey integers
+    of 32 bits (mode I) up to 255 are taken as such, and up to 65535 as of 16 bits; grey floats (mode F) are taken as of
+    [0, 1], or where one is greater of [0, 255]. Of more than LARGE pixels, blocks are averaged before the resizing.
+
+    own: nobody else has this `image`, so that a large JPEG may be decoded at a smaller scale.
+
+    Raises:
+        ImageError: it has more than MAX_PIXELS pixels, values of no such range, or a mode that Pillow cannot make RGB.
+    """
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageError(f"is {image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all")
+    with _ROOM.of(pixels):
+        if own and pixels > LARGE:
+            image.draft(None, (4 * size, 4 * size))  # has a JPEG decoded at a half, a quarter or an eighth
+        part = _rgb_parts(image)
+        whole = (0, 0, *image.size)
+        upright = part(whole) if image.width * image.height <= LARGE else _smaller(part, image.size, 4 * size)
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    if turn is not None:
+        upright = upright.transpose(turn)
+    side = min(upright.size)
+    left, top = (upright.width - side) / 2, (upright.height - side) / 2
+    box = (left, top, left + side, top + side)
+    small = upright.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+
+
+def _smaller(part: Callable[[Box], Image.Image], size: tuple[int, int], least: int) -> Image.Image:
+    """The central square, of `least` pixels a side or more where it has as many, by the mean of blocks; in bands."""
+    factor = max(1, min(size) // least)
+    side = min(size) // factor
+    left, top = ((length - side * factor) // 2 for length in size)
+    result = Image.new("RGB", (side, side))
+    rows = max(1, BAND // (side * factor * factor))
+    for row in range(0, side, rows):
+        end = min(row + rows, side)
+        band = part((left, top + row * factor, left + side * factor, top + end * factor))
+        result.paste(band.reduce(factor), (0, row))
+    return result
+
+
+def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
+    """Load an image; what gives a box of it as RGB."""
+    coded = _coded(image)
+    image.load()
+    key = image.info.get("transparency")  # the value that is transparent, or the alpha of each in a palette
+    if image.mode[0] in "IF":
+        return _grey_parts(image, key)
+    if image.mode not in MODES:
+        raise ImageError(f"is of mode {image.mode}, which is not read; save it as a png in RGB")
+    if coded == "RGB;16B" and isinstance(key, tuple):
+        return _keyed_parts(image, key)
+    if coded in ("L;2", "L;4") and isinstance(key, int):  # whose values Pillow spreads over 0..255, but not this one
+        bits = int(coded[-1])
+        key = (key & (2**bits - 1)) * 255 // (2**bits - 1)
+
+    def part(box: Box) -> Image.Image:
+        cut = image.crop(box)
+        if key is not None:
+            cut.info["transparency"] = key
+        if cut.has_transparency_data:
+            cut = cut.convert("RGBA")
+            cut = Image.alpha_composite(Image.new("RGBA", cut.size, "white"), cut)
+        return cut.convert("RGB")
+
+    return part
+
+
+def _coded(image: Image.Image) -> str:
+    """How the pixels of a PNG are coded, such as L;2 for grey of 2 bits; "" where that is no longer known."""
+    tiles = getattr(image, "tile", ())
+    return tiles[0].args if image.format == "PNG" and tiles and isinstance(tiles[0].args, str) else ""
+
+
+def _grey_parts(image: Image.Image, key: int | None) -> Callable[[Box], Image.Image]:
+    """`_rgb_parts` of grey images of 16 or 32 bits, or floats."""
+    scaled = _scale(image)
+
+    def part(box: Box) -> Image.Image:
+        values = np.asarray(image.crop(box))
+        grey = scaled(values).astype(np.uint8)
+        if key is not None:
+            grey[values == key] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return part
+
+
+def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes the values of a grey image 0 to 255. Raises ImageError where they are of no range that is known."""
+    if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I":  # 16 bits, says the file
+        return lambda values: values >> 8  # as Pillow does with 16-bit colours
+    step = max(1, BAND // image.width)
+    bands = [(0, top, image.width, min(top + step, image.height)) for top in range(0, image.height, step)]
+    ends = [(values.min(), values.max()) for values in (np.asarray(image.crop(box)) for box in bands)]
+    low, high = (float(end(of)) for end, of in zip((np.min, np.max), zip(*ends, strict=True), strict=True))  # NaN stays
+    ranges = {255.0: 1.0, 65535.0: 1 / 257} if image.mode == "I" else {1.0: 255.0, 255.0: 1.0}
+    for greatest, factor in ranges.items():
+        if -0.001 <= low and high <= 1.001 * greatest if image.mode == "F" else 0 <= low and high <= greatest:
+            return lambda values: np.rint(values * factor).clip(0, 255)
+    kind, expected = ("integers", "0 to 255 or 65535") if image.mode == "I" else ("floats", "[0, 1] or [0, 255]")
+    raise ImageError(f"has {kind} from {low:g} to {high:g}, expected {expected}; save it as an 8-bit png")
+
+
+def _keyed_parts(image: Image.Image, key: tuple[int, ...]) -> Callable[[Box], Image.Image]:
+    """`_rgb_parts` of a PNG of 16-bit colours of which one, `key`, is transparent."""
+    bytes_of = [(image, np.array(key) >> 8)]
+    if filename := getattr(image, "filename", ""):  # Pillow gives the upper bytes, and as of little-endian the lower
+        lower = Image.open(filename, formats=["PNG"])
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        bytes_of.append((lower, np.array(key) & 255))
+
+    def part(box: Box) -> Image.Image:
+        parts = [(np.asarray(each.crop(box)), value) for each, value in bytes_of]
+        rgb = parts[0][0].copy()
+        rgb[np.logical_and.reduce([(found == value).all(-1) for found, value in parts])] = 255
+        return Image.fromarray(rgb)
+
+    return part
