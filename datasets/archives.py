@@ -10,7 +10,7 @@ from pathlib import Path
 
 from utils.class_folders import listing
 
-MOST = 1_000  # times its size that an archive may hold
+MOST = 100  # times its size that an archive may hold
 
 
 class _Refused(ValueError):
@@ -22,9 +22,10 @@ def unpacked(source: Path, beside: Path) -> Iterator[Path]:
     """A folder with what is in the archive `source` (.tar, also compressed, or .zip), gone when the block ends.
 
     It lies in the nearest folder above `beside` that exists, for room. Where the archive holds a single folder, it is
-    that. Any `source` that is no file is given back as it is. Links and devices in it are left out. Raises ValueError for
-    a file of another kind, and for an archive that is damaged, has paths that lead out of it, or claims to hold more
-    than MOST times its size or than the disk has room for.
+    that. Any `source` that is no file is given back as it is. Links and devices in it are left out.
+
+    Raises ValueError for a file of another kind, and for an archive that is damaged, has paths that lead out of it, or
+    claims to hold more than MOST times its size or than the disk has room for.
     """
     if not source.is_file():
         yield source

@@ -100,7 +100,7 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
 
     Returns:
         The paths, sorted; nothing says yet that they can be read, or are images. And what is left out: leftovers,
-        folders that are empty, and without `deep` all folders.
+        empty folders that are named like pictures, and without `deep` all folders.
 
     Raises:
         ValueError: `folder` is missing.
@@ -124,7 +124,7 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
         if not deep:
             left_out.images += [(Path(place, name), "is a folder, not an image") for name in folders]
             break
-        if Path(place) != folder and not (folders or files):
+        if Path(place) != folder and not (folders or files) and _has_ending_of_a_picture(Path(place)):
             left_out.images.append((Path(place), "is a folder, not an image"))
         links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]
         left_out.images.extend((path, "is a link to a folder, which is not followed") for path in links)
@@ -165,7 +165,7 @@ def class_folders(
     for folder, (paths, inner) in found.items():
         if not paths and len(_folders_of(folder, inner)) == len(inner.images):
             raise ValueError(
-                f"{shown(folder)}: is a class without a readable image (it is empty); add one, or take the folder away"
+                f"{shown(folder)}: is a class without a readable image; add one, or take the folder away (it is empty)"
             )
     if found:
         beside = [(path, "lies beside the class folders, in none of them") for path in files if _is_picture(path)]
@@ -189,4 +189,8 @@ def _has_images(folder: Path) -> bool:
 
 
 def _is_picture(path: Path) -> bool:
-    return bool(path.suffix) and is_named_like_a_picture(path) or opens(path)
+    return _has_ending_of_a_picture(path) or opens(path)
+
+
+def _has_ending_of_a_picture(path: Path) -> bool:
+    return bool(path.suffix) and is_named_like_a_picture(path)

@@ -20,6 +20,10 @@ TURNS = {
 }  # fmt: skip
 ORIENTATION = 0x0112  # in EXIF
 
+# The C library gives blocks of this size back to the system at once. Smaller ones stay with the thread that decoded the
+# image, so that four threads keep four large images.
+Image.core.set_block_size(64 * 2**20)
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -58,7 +62,7 @@ def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
     of 32 bits (mode I) up to 255 are taken as such, and up to 65535 as of 16 bits; grey floats (mode F) are taken as of
     [0, 1], or where one is greater of [0, 255]. Of more than LARGE pixels, blocks are averaged before the resizing.
 
-    own: nobody else has this `image`, so that a large JPEG may be decoded at a smaller scale.
+    own: nobody needs `image` after this; it is closed, and a large JPEG is decoded at a smaller scale.
 
     Raises:
         ImageError: it has more than MAX_PIXELS pixels, values of no such range, or a mode that Pillow cannot make RGB.
@@ -73,6 +77,8 @@ def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
         whole = (0, 0, *image.size)
         upright = part(whole) if image.width * image.height <= LARGE else _smaller(part, image.size, 4 * size)
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        if own:
+            image.close()  # gives its memory back before another one is decoded
     if turn is not None:
         upright = upright.transpose(turn)
     side = min(upright.size)
