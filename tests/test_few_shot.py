@@ -409,8 +409,8 @@ def test_too_little_left_is_said_in_one_line(label, tmp_path):
     more = folders(tmp_path / "more", *pictures({"x": 1}))
     more[0].write_text("no image")
     assert label()[::2] == (2, f"error: {tmp_path}/more: has no readable image (left out 1 unreadable image(s), the "
-                               "first x/000.png: is no image (PNG, JPEG, GIF, WEBP, BMP, DIB, TIFF, PPM, AVIF and so on), or "
-                               "damaged from its start); "
+                               "first x/000.png: is no image (PNG, JPEG, GIF, WEBP, BMP, DIB, TIFF, PPM, AVIF "
+                               "and so on), or damaged from its start); "
                                "expected some to label\n")  # fmt: skip
     few[1].write_text("no image")
     status, _, err = label()
