@@ -136,8 +136,10 @@ class Settings:
     phase: str = setting("test", "val or test: the same as --split meta_val or meta_test", choices=("val", "test"),
                          group="testing")  # fmt: skip
     episodes: int = setting(600, "episodes of the test", low=2, group="testing")
-    mix_level: int = setting(200, "noise level t of the mixes, of 1000", low=1, high=1000, group="testing")
-    mix_steps: int = setting(1, "denoising steps of a mix, at most mix_level", low=1, high=1000, group="testing")
+    mix_level: int = setting(200, "noise level of the mixes: t of the cosine schedule of 1000 steps, whatever the pool's",
+                             low=1, high=1000, group="testing")  # fmt: skip
+    mix_steps: int = setting(1, "denoising steps of a mix, at most mix_level and what a pool model has up to it", low=1,
+                             high=1000, group="testing")  # fmt: skip
     head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
     head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
     head_scale: float = setting(

@@ -23,8 +23,8 @@ from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept
 from datasets.sources import load_real
 from guided_diffusion.dist_util import pick_device
+from guided_diffusion.noise_levels import shared_process
 from guided_diffusion.pool import Pool
-from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.clusters import cluster_classes, share_out
@@ -69,7 +69,7 @@ class Training:
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.grouping = learners.Grouping.of(self.per_model, s.within_weight, self.device) if self.per_model else None
         self.draw_weights()
-        self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
+        self.process = shared_process()  # that noises images for h
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         self.restored = self.restore()
 

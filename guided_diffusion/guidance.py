@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.noise_levels import nearest_timesteps, shared_process
 from utils import stopping
 
 LogProbability = Callable[[Tensor, Tensor], Tensor]
@@ -51,7 +52,8 @@ def sample(
     """Solve the diffusion's ODE from `noise` down to x_0, over all timesteps that `diffusion` keeps.
 
     noise: (N, 3, H, W) float, x_T, or an image at the noise level of the highest timestep kept.
-    cond_fn: from `classifier_guidance`; None for no guidance.
+    cond_fn: from `classifier_guidance`; None for no guidance. It is asked at the t of the cosine process of 1000 steps
+    whose alpha-bar is nearest to that of the image it is given; the network is called with its own timesteps.
     guide_on: "x_t", the gradient at the noisy image as published; or "x_0", at the clean image predicted from it
     (its noise held fixed), where a classifier of clean images is at home.
     local_labels: (N,) int64 for a class-conditional network.
@@ -70,6 +72,7 @@ def sample(
         raise ValueError(f"got sampler {sampler!r}, expected {' or '.join(SAMPLERS)}")
     kwargs = {} if local_labels is None else {"y": local_labels}
     weights = _extrapolation(diffusion) if sampler == "dpmpp2m" else [0.0] * diffusion.num_timesteps
+    taught_at = nearest_timesteps(diffusion.alphas_cumprod, shared_process()).tolist()
     x, previous = noise, None
     for index in range(diffusion.num_timesteps - 1, -1, -1):
         stopping.check()
@@ -82,7 +85,7 @@ def sample(
                 strength = ((1 - abar) / abar).clamp(max=GREATEST_STEP)
                 shift = strength * cond_fn(x_0, torch.zeros_like(t))  # a clean image, as far as the classifier knows
             else:
-                shift = (1 - abar) / abar.sqrt() * cond_fn(x, diffusion.model_timesteps(t))
+                shift = (1 - abar) / abar.sqrt() * cond_fn(x, torch.full_like(t, taught_at[index]))
             x_0 = (x_0 + shift).clamp(-1, 1)
         # D may leave [-1, 1], as in the paper; what is returned may not, as the last step takes x_0 itself.
         ahead = x_0 + weights[index] * (x_0 - previous) if weights[index] else x_0
