@@ -146,7 +146,7 @@ class Training:
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
             stream=stream, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on, precision=s.precision,
-            sampler=s.sampler, folder=s.run_folder / "pseudo" / f"batches-{stream}")  # fmt: skip
+            folder=s.run_folder / "pseudo" / f"batches-{stream}")  # fmt: skip
 
     def by_model(self) -> bool:
         """Whether this epoch's images are labelled by their model only."""
