@@ -147,6 +147,7 @@ class Pool:
         path = self.files[index]
         payload = checkpoint.load(path)
         weights, flags, num_classes = self._describe(payload, path)
+        flags["use_fp16"] = False  # says how it was trained; how it draws is for `precision` to say
         network = _on_meta(flags, path)
         _check_size(network, weights, path)
         network.to_empty(device="cpu")
