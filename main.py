@@ -122,7 +122,7 @@ class Training:
         if guided and s.likely:  # what the same noise, unguided, comes closest to
             natural, own, _ = synthesise(self.pool, plan, self.device)
             scores = learners.clean_scores(function, natural, self.device)
-            wanted = share_out(scores, plan.first_of(own), self.per_model)
+            wanted = processes.first_says(share_out(scores, plan.first_of(own), self.per_model))
         images, labels, hits = synthesise(self.pool, plan, self.device, function, wanted)
         if not guided:
             labels = plan.first_of(labels)  # stands for all classes of its model
