@@ -17,8 +17,8 @@ SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
 PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
-BARE = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
-        "diffusion_steps")  # fmt: skip
+BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
+        "noise_schedule", "diffusion_steps", "timestep_respacing", "predict_xstart", "rescale_timesteps")  # fmt: skip
 
 
 def setting(
@@ -78,9 +78,7 @@ class Settings:
     height: int = setting(0, "pixels a side; 0: that of the pool's images", low=0, group="synthesis")
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
-    sample_steps: int = setting(25, "denoising steps of an image", low=2, high=1000, group="synthesis")
-    sampler: str = setting("ddim", "of an image: DDIM, or DPM-Solver++(2M), of second order, for 10 to 15 steps",
-                           choices=("ddim", "dpmpp2m"), group="synthesis")  # fmt: skip
+    sample_steps: int = setting(25, "denoising steps of an image, by DDIM", low=2, high=1000, group="synthesis")
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x_t, t)", low=0, group="synthesis")
     guide_on: str = setting("x_t", "what the class-learner looks at: the noisy image, or the x_0 predicted from it",
                             choices=("x_t", "x_0"), group="synthesis")  # fmt: skip
@@ -99,6 +97,8 @@ class Settings:
     # pools whose checkpoints do not tell (public ones)
     image_size: int = setting(64, "pixels a side", low=8, group="bare checkpoints")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
+    num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down",
+                                      group="bare checkpoints")  # fmt: skip
     num_head_channels: int = setting(
         -1, "channels of an attention head; -1: by the number of heads", group="bare checkpoints"
     )
@@ -108,6 +108,11 @@ class Settings:
     noise_schedule: str = setting("cosine", "of the noise", choices=("linear", "cosine"),
                                   group="bare checkpoints")  # fmt: skip
     diffusion_steps: int = setting(1000, "timesteps of the training", low=1, group="bare checkpoints")
+    timestep_respacing: str = setting("", "those timesteps that were trained on alone, as 250 or ddim25; '': all",
+                                      group="bare checkpoints")  # fmt: skip
+    predict_xstart: bool = setting(False, "the network predicts the image, not the noise", group="bare checkpoints")
+    rescale_timesteps: bool = setting(False, "the network is given t of 1000, however many steps there are",
+                                      group="bare checkpoints")  # fmt: skip
 
     # episodes
     train_nTestNovel: int = setting(30, "queries of a training episode, all classes together", low=1, group="episodes")
@@ -136,8 +141,10 @@ class Settings:
     phase: str = setting("test", "val or test: the same as --split meta_val or meta_test", choices=("val", "test"),
                          group="testing")  # fmt: skip
     episodes: int = setting(600, "episodes of the test", low=2, group="testing")
-    mix_level: int = setting(200, "noise level t of the mixes, of 1000", low=1, high=1000, group="testing")
-    mix_steps: int = setting(1, "denoising steps of a mix, at most mix_level", low=1, high=1000, group="testing")
+    mix_level: int = setting(200, "noise level of the mixes: t of the cosine schedule of 1000 steps, whatever the "
+                             "pool's", low=1, high=1000, group="testing")  # fmt: skip
+    mix_steps: int = setting(1, "denoising steps of a mix, at most mix_level and what a pool model has up to it", low=1,
+                             high=1000, group="testing")  # fmt: skip
     head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
     head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
     head_scale: float = setting(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config import BARE, Settings
 from guided_diffusion.dist_util import pick_device
-from guided_diffusion.mix import diffusion_mixes, mix_labels, mix_timesteps
+from guided_diffusion.mix import diffusion_mixes, mix_labels, timesteps_of
 from guided_diffusion.pool import Pool, PoolModel
 from guided_diffusion.pool_work import work_through
 from models.class_learner import load_statistics
@@ -63,7 +63,7 @@ class HeadFitter:
         self.model, self.size = load_model(self.path, self.device)
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
-            mix_timesteps(s.mix_level, s.mix_steps, self.pool.load(m).flags["diffusion_steps"])
+            timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept
 from datasets.sources import load_real
 from guided_diffusion.dist_util import pick_device
+from guided_diffusion.noise_levels import shared_process
 from guided_diffusion.pool import Pool
-from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.clusters import cluster_classes, share_out
@@ -69,7 +69,7 @@ class Training:
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.grouping = learners.Grouping.of(self.per_model, s.within_weight, self.device) if self.per_model else None
         self.draw_weights()
-        self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")  # that noises images for h
+        self.process = shared_process()  # that noises images for h
         self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
         self.restored = self.restore()
 
@@ -122,7 +122,7 @@ class Training:
         if guided and s.likely:  # what the same noise, unguided, comes closest to
             natural, own, _ = synthesise(self.pool, plan, self.device)
             scores = learners.clean_scores(function, natural, self.device)
-            wanted = share_out(scores, plan.first_of(own), self.per_model)
+            wanted = processes.first_says(share_out(scores, plan.first_of(own), self.per_model))
         images, labels, hits = synthesise(self.pool, plan, self.device, function, wanted)
         if not guided:
             labels = plan.first_of(labels)  # stands for all classes of its model
@@ -146,7 +146,7 @@ class Training:
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
             stream=stream, batch=s.sample_batch, scale=s.guidance_scale, guide_on=s.guide_on, precision=s.precision,
-            sampler=s.sampler, folder=s.run_folder / "pseudo" / f"batches-{stream}")  # fmt: skip
+            folder=s.run_folder / "pseudo" / f"batches-{stream}")  # fmt: skip
 
     def by_model(self) -> bool:
         """Whether this epoch's images are labelled by their model only."""

@@ -48,7 +48,7 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
     """Pass images through the network of `flags` on the meta device."""
     size = flags["image_size"]
     with torch.device("meta"), torch.set_grad_enabled(training):
-        network = network_of(flags)
+        network = network_of({**flags, "use_fp16": False})  # autocast does not know the meta device
         t = torch.zeros(images, dtype=torch.int64)
         out = network(torch.zeros(images, 3, size, size), t, *([t] if flags["class_cond"] else []))
         if training:

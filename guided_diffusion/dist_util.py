@@ -18,12 +18,15 @@ _WIDE = 64  # channels; narrower networks are slower in bf16 on a CPU, whatever 
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes a GPU where there is one, and of several processes each its own.
+    """Return the device of that name, and make a GPU the current one of this process.
 
+    "auto" takes a GPU where there is one. Of several processes "auto" and "cuda" give each its own.
     Raises ValueError for a device that this machine lacks.
     """
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "auto":
+        name = "cpu"
     if name == "cpu":
         _keep_freed_memory()
     try:
@@ -31,11 +34,14 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0]
         raise ValueError(f"got device {name!r}, which this machine lacks ({cause}); choose auto, cpu or cuda") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":  # where the collectives and the caches of this process then are, too
+        torch.cuda.set_device(device)
+    return device
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """A context in which networks train in bf16 where `precision` says so ("auto": on GPUs that have it).
+    """A context in which networks train in bf16 where `precision` says so ("auto": on GPUs that have it natively).
 
     On CPUs "auto" means float32: the small networks that a CPU affords were measured slower in bf16.
     """
@@ -45,7 +51,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def inference_dtype(precision: str, device: torch.device, channels: int) -> torch.dtype:
     """The type of the weights of a diffusion model that only draws; the process around it stays in float32.
 
-    "auto" is bf16 on GPUs that have it, and on CPUs with matrix units (AMX) for networks of 64 channels or more.
+    "auto" is bf16 on GPUs that have it natively, and on CPUs with matrix units (AMX) from 64 channels on.
     """
     wide = device.type == "cpu" and channels >= _WIDE and torch.cpu._is_amx_tile_supported()
     bf16 = _wants_bf16(precision, device) or (precision == "auto" and wide)
@@ -107,7 +113,12 @@ def smaller(batch: int) -> int:
 def _wants_bf16(precision: str, device: torch.device) -> bool:
     if precision not in PRECISIONS:
         raise ValueError(f"got precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and _has_bf16(device))
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether this GPU computes in bf16: from compute capability 8 on. Torch counts emulation, which is slow, too."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _keep_freed_memory() -> None:

@@ -87,7 +87,7 @@ HELP = {
     "resblock_updown": "residual blocks change the resolution",
     "use_new_attention_order": "queries, keys and values apart before the heads are",
     "use_checkpoint": "compute maps again on the way back, for less memory",
-    "use_fp16": "of old checkpoints; see --precision",
+    "use_fp16": "of old checkpoints; refused here: give --precision bf16",
     "dropout": "share of channels dropped in residual blocks",
     "learn_sigma": "learn the variances",
     "diffusion_steps": "timesteps",
@@ -151,6 +151,8 @@ def main() -> None:
         raise ValueError("got no --data_dir; give a folder of images to train on")
     if not 0 <= args.hold_out < 1:
         raise ValueError(f"got hold_out {args.hold_out}, expected a share from 0 to below 1, such as 0.05")
+    if args.use_fp16:
+        raise ValueError("got --use_fp16 True, in which small gradients vanish here; give --precision bf16 instead")
     device = pick_device(args.device)
     if args.pool:
         train_pool(args, device)

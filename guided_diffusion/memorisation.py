@@ -49,7 +49,7 @@ def measure(
 
 def draw(model: PoolModel, seed: int, precision: str, device: torch.device) -> Tensor:
     """SAMPLES unguided images by DDIM, class after class where the model is conditional: (S, 3, h, w) in [-1, 1]."""
-    size, total = model.image_size, model.flags["diffusion_steps"]
+    size, total = model.image_size, model.diffusion().num_timesteps
     process = model.diffusion(sorted(space_timesteps(total, str(min(STEPS, total)))))
     drawn = []
     for index in torch.arange(SAMPLES).split(BATCH):

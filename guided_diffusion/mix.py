@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.guidance import sample
+from guided_diffusion.noise_levels import nearest_timesteps, shared_process
 from guided_diffusion.pool import PoolModel
 
 
@@ -19,6 +20,23 @@ def mix_timesteps(level: int, steps: int, total: int) -> list[int]:
     if steps == 1:
         return [level - 1]
     return [round(i * (level - 1) / (steps - 1)) for i in range(steps)]
+
+
+def timesteps_of(model: PoolModel, level: int, steps: int) -> list[int]:
+    """Return `steps` timesteps of `model`, evenly spaced from its first, that denoise an image at noise level `level`.
+
+    level: t of the cosine process of 1000 steps, from 1 to 1000. The highest timestep is that of nearest alpha-bar.
+    The numbers count among the timesteps that the model was trained on, as in `PoolModel.diffusion`.
+    Raises ValueError where the model has fewer timesteps than that up to the level.
+    """
+    own = model.diffusion()
+    has = 1 + int(nearest_timesteps(shared_process().alphas_cumprod[level - 1 : level], own)[0])
+    if steps > has:
+        raise ValueError(
+            f"{model.path}: has {has} timesteps up to the noise of --mix-level {level}, got --mix-steps {steps}; "
+            f"give --mix-steps {has} or fewer"
+        )
+    return mix_timesteps(has, steps, own.num_timesteps)
 
 
 def diffusion_mixes(
@@ -39,10 +57,10 @@ def diffusion_mixes(
 
     x_a, x_b: (N, 3, H, W) float in [-1, 1]; weight: (N,) in [0, 1], the share of x_a, which is also its share of
     the label (`mix_labels`); noise: (N, 3, H, W) standard normal.
-    level, steps: as for `mix_timesteps`; local_labels: (N,) for a class-conditional network.
+    level, steps: as for `timesteps_of`; local_labels: (N,) for a class-conditional network.
     Returns (N, 3, H, W) float in [-1, 1].
     """
-    diffusion = model.diffusion(mix_timesteps(level, steps, model.flags["diffusion_steps"]))
+    diffusion = model.diffusion(timesteps_of(model, level, steps))
     share = weight.view(-1, 1, 1, 1)
     start = torch.full((len(x_a),), diffusion.num_timesteps - 1, device=x_a.device, dtype=torch.int64)
     x_t = diffusion.q_sample(share * x_a + (1 - share) * x_b, start, noise)

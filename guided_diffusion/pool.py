@@ -13,7 +13,7 @@ import torch
 
 from guided_diffusion.costs import that_fit
 from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
-from guided_diffusion.respace import SpacedDiffusion, respaced
+from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 from guided_diffusion.script_util import (
     create_gaussian_diffusion,
     infer_model_flags,
@@ -23,7 +23,7 @@ from guided_diffusion.script_util import (
 from guided_diffusion.unet import UNetModel
 from utils import checkpoint
 
-_DIFFUSION_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps")
+_DIFFUSION_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing")
 _LARGEST = 100_000  # number among a checkpoint's flags
 
 
@@ -68,17 +68,21 @@ class PoolModel:
         float(self.network(x, t, *labels).sum())
 
     def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
-        """Its process, visiting the timesteps `kept`: "ddim25" and the like, or a list; "" keeps all."""
+        """Return its process, visiting of the timesteps that it was trained on only `kept`.
+
+        kept: "ddim25" and the like; or a list of numbers, from 0 on, among those it was trained on; "" keeps all.
+        Raises ValueError for timesteps that it does not have.
+        """
         chosen = tuple(self.flags[name] for name in _DIFFUSION_FLAGS)
         return _process(self.flags["diffusion_steps"], kept if isinstance(kept, str) else tuple(kept), chosen)
 
 
 @lru_cache(maxsize=8)  # its tables then go to the device once, not once a batch
 def _process(steps: int, kept: str | tuple[int, ...], chosen: tuple) -> SpacedDiffusion:
-    flags = dict(zip(_DIFFUSION_FLAGS, chosen, strict=True))
-    if isinstance(kept, str):
-        return create_gaussian_diffusion(steps=steps, timestep_respacing=kept, **flags)
-    return respaced(create_gaussian_diffusion(steps=steps, **flags), kept)
+    trained_on = create_gaussian_diffusion(steps=steps, **dict(zip(_DIFFUSION_FLAGS, chosen, strict=True)))
+    if kept == "":
+        return trained_on
+    return respaced(trained_on, space_timesteps(trained_on.num_timesteps, kept) if isinstance(kept, str) else kept)
 
 
 class Pool:
@@ -143,6 +147,7 @@ class Pool:
         path = self.files[index]
         payload = checkpoint.load(path)
         weights, flags, num_classes = self._describe(payload, path)
+        flags["use_fp16"] = False  # says how it was trained; how it draws is for `precision` to say
         network = _on_meta(flags, path)
         _check_size(network, weights, path)
         network.to_empty(device="cpu")
@@ -152,7 +157,12 @@ class Pool:
         network = network.to(device, dtype, memory_format=layout)
         if worth_compiling(torch.device(device), flags["num_channels"]):
             compile_in_place(network)
-        return PoolModel(network.eval().requires_grad_(False), flags, num_classes, path)
+        model = PoolModel(network.eval().requires_grad_(False), flags, num_classes, path)
+        try:
+            model.diffusion()
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{path}: no process is like this ({error}); give its flags") from error
+        return model
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
         """How many of `batch` images to pass `model` at once, by the memory at hand when first asked of one like it.
@@ -202,7 +212,9 @@ class Pool:
             try:
                 model.diffusion(f"ddim{steps}")
             except ValueError as error:
-                raise ValueError(f"{model.path}: cannot take {steps} DDIM steps ({error})") from None
+                raise ValueError(
+                    f"{model.path}: cannot take {steps} DDIM steps ({error}); give another --sample-steps"
+                ) from None
             if model.class_cond and unconditional:
                 raise ValueError(
                     f"{model.path}: is conditional, so what it draws has a class already; clusters and likely classes "

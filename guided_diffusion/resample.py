@@ -101,4 +101,5 @@ class LossSecondMomentResampler(ScheduleSampler):
                 f"sampler state has history of shape {shape}; expected {tuple(self.history.shape)}: "
                 "were schedule_sampler or diffusion_steps changed?"
             )
-        self.history, self.seen = state["history"].clone(), state["seen"].clone()
+        self.history.copy_(state["history"])  # stays on the CPU, also where the state was read onto a GPU
+        self.seen.copy_(state["seen"])

@@ -83,12 +83,20 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 def respaced(diffusion: GaussianDiffusion, timesteps: Iterable[int]) -> SpacedDiffusion:
-    """The process that visits only `timesteps` of `diffusion`, which visits all of its own."""
-    return SpacedDiffusion(
+    """Return the process that visits only `timesteps` of the num_timesteps that `diffusion` visits.
+
+    Networks are still called with the timesteps that they were trained on.
+    """
+    spaced = SpacedDiffusion(
         timesteps,
         betas=diffusion.betas,
         model_mean_type=diffusion.model_mean_type,
         model_var_type=diffusion.model_var_type,
         loss_type=diffusion.loss_type,
         rescale_timesteps=diffusion.rescale_timesteps,
+        loss_weighting=diffusion.loss_weighting,
     )
+    if isinstance(diffusion, SpacedDiffusion):  # which counts in timesteps of a longer one
+        spaced.timestep_map = diffusion.timestep_map[spaced.timestep_map]
+        spaced.original_num_steps = diffusion.original_num_steps
+    return spaced

@@ -24,7 +24,7 @@ class Synthesis:
     Attributes:
         classes: pseudo classes of each pool model, in order; class c belongs to one model and stays with it.
         per_class: images a class.
-        steps: of the sampler.
+        steps: of DDIM.
         size: side in pixels of what comes out; models of another size are resampled.
         seed, stream: image i of a model starts from noise that depends on these, the model and i alone, so that it
             does not change with the batch.
@@ -32,7 +32,6 @@ class Synthesis:
         scale: s in s * grad log p(c | x_t, t).
         guide_on: "x_t" or "x_0", as in `guidance.sample`.
         precision: of the diffusion models: auto, float32 or bf16.
-        sampler: "ddim" or "dpmpp2m", as in `guidance.sample`.
         folder: where batches are kept until all are there, for a stopped run to go on from; the caller deletes it.
             None: in memory, for one process.
     """
@@ -47,7 +46,6 @@ class Synthesis:
     scale: float = 1.0
     guide_on: str = "x_t"
     precision: str = "auto"
-    sampler: str = "ddim"
     folder: Path | None = None
 
     def first_class(self, m: int) -> int:
@@ -104,7 +102,6 @@ def _draw(
         cond_fn=classifier_guidance(log_probability, asked, plan.scale) if log_probability is not None else None,
         guide_on=plan.guide_on,
         local_labels=asked - plan.first_class(m) if model.class_cond else None,
-        sampler=plan.sampler,
     )
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{model.path}: drew images that are not finite; try --precision float32, or a lower scale")

@@ -12,10 +12,11 @@ SHARPNESS = 2.0  # of p(c | x) before it is balanced; 1 spreads unsure images to
 def balanced_clusters(
     features: Tensor, count: int, generator: torch.Generator, *, rounds: int = 30, temperature: float = 0.05
 ) -> Tensor:
-    """Assign each row of features (N, D) to one of `count` clusters of nearly equal size: (N,) int64.
+    """Assign each row of features (N, D) to one of `count` clusters, whose sizes differ by at most 1: (N,) int64.
 
     Spherical k-means whose assignments are balanced by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371), on
-    features with their mean taken away. The best of five starts, by total cosine, is kept.
+    features with their mean taken away; rows are then given out as in `share_out`. The best of five starts, by total
+    cosine, is kept.
     Raises ValueError for fewer rows than clusters.
     """
     if len(features) < count:
@@ -27,7 +28,7 @@ def balanced_clusters(
         for _ in range(rounds):
             shares = _sinkhorn(points @ centres.T / temperature)
             centres = F.normalize(shares.T @ points, dim=1)
-        labels = shares.argmax(1)
+        labels = _evenly(shares)
         fit = float((points * centres[labels]).sum())
         if fit > best_fit:
             best, best_fit = labels, fit
@@ -61,14 +62,19 @@ def share_out(scores: Tensor, first: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _evenly(shares: Tensor) -> Tensor:
-    """Give each row of shares (N, K) a column, and a column at most ceil(N / K) rows, largest shares first: (N,)."""
+    """Give each row of shares (N, K) a column, largest shares first: (N,) int64.
+
+    A column gets N / K rows, rounded down or up.
+    """
     count, ways = shares.shape
-    labels, room = [-1] * count, [-(-count // ways)] * ways
+    least, larger = divmod(count, ways)  # `larger` columns get one row more
+    labels, sizes = [-1] * count, [0] * ways
     for place in shares.flatten().argsort(descending=True, stable=True).tolist():
         row, column = divmod(place, ways)
-        if labels[row] < 0 and room[column]:
-            labels[row], room[column] = column, room[column] - 1
-    return torch.tensor(labels, dtype=torch.int64)
+        if labels[row] < 0 and sizes[column] < least + (larger > 0):
+            larger -= sizes[column] == least
+            labels[row], sizes[column] = column, sizes[column] + 1
+    return torch.tensor(labels, dtype=torch.int64, device=shares.device)
 
 
 def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

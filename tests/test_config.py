@@ -55,7 +55,7 @@ def test_recipes():
     assert own.recipe == "clusters" and own == read("--recipe clusters")
     published = dict(first_labels="random", guide_on="x_t", guidance_scale=1.0, ask="equal",
                      dense_weight=0.5, within_weight=1.0, kl_weight=1.0, learner_rate=0.1, replay=0,
-                     lr=0.1, weight_decay=5e-4, scale_cls=7.0, sampler="ddim")  # fmt: skip
+                     lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
     assert {name: getattr(paper, name) for name in published} == published
     changed = {f.name for f in fields(Settings) if getattr(paper, f.name) != getattr(own, f.name)}
     assert changed == {"recipe", *RECIPES["clusters"]} - {"within_weight"}  # sizes are the scenario's either way
@@ -108,7 +108,7 @@ def test_ranges(field):
         ("--start-epoch 30", "less than --max-epoch, 30"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
-        ("--sampler euler", "dpmpp2m"),
+        ("--guide-on x_1", "x_0"),
         ("--support S", "got --support, expected --support and --query"),
         ("--query Q --out P.csv", "got --query and --out, expected"),
         ("--support S --query Q --out P", "ends in .csv"),

@@ -146,7 +146,7 @@ def test_the_preset_is_told_apart(copied):
     run = Run.read(copied)
     changed = run.changed()
     assert changed["samples_per_class"] == (4, SCENARIOS["glyphs"].defaults["samples_per_class"])
-    assert "num_classes" not in changed and "sampler" not in changed  # the former is what the pool said
+    assert "num_classes" not in changed and "kl_weight" not in changed  # the former is what the pool said
     assert '<span class="changed">4</span>' in report.render(run)
     for argv in ([], ["--dataset", "co_cifarfs"], ["--recipe", "paper"]):
         assert parse([*argv, "--lr", "3"], description="").preset() == parse(argv, description="").as_dict()
@@ -254,7 +254,7 @@ def test_the_command(call, copied, made, tmp_path, monkeypatch):
     page = Reader((tmp_path / "report.html").read_text())
     text = "".join(page.text)
     assert "2 runs" in text and "12.34" in text and {"Settings that differ", "Results", "Learning"} <= page.headings
-    assert "lr" in page.text and "0.25" in page.text and "sampler" not in page.text
+    assert "lr" in page.text and "0.25" in page.text and "kl_weight" not in page.text
     assert page.tags.count("svg") == 2
 
 

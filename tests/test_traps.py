@@ -19,6 +19,7 @@ from guided_diffusion import synthesis
 from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.image_datasets import load_images
 from guided_diffusion.pool import Pool, subset_path
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import Synthesis, synthesise
 from guided_diffusion.unet import UNetModel
 from models import learners
@@ -189,7 +190,7 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
 
     def spy_learner(model, learner, images, noised, t, *args, **kwargs):
         clean.append(images)
-        abar = main.create_gaussian_diffusion(noise_schedule="cosine").alphas_cumprod
+        abar = create_gaussian_diffusion(noise_schedule="cosine").alphas_cumprod
         rest = noised - torch.from_numpy(abar).float()[t].sqrt().view(-1, 1, 1, 1) * images
         unit = rest / (1 - torch.from_numpy(abar).float()[t]).sqrt().view(-1, 1, 1, 1)
         assert abs(float(unit.std()) - 1) < 0.05
