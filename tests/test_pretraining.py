@@ -37,6 +37,15 @@ def words(**flags):
     return [word for name, value in (FLAGS | flags).items() for word in (f"--{name}", value)]
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """Few samples to measure, and to show; a short trial."""
+    sheet = TrainLoop.sample_sheet
+    monkeypatch.setattr("guided_diffusion.memorisation.SAMPLES", 4)
+    monkeypatch.setattr(image_train, "TRIAL", 0.0)
+    monkeypatch.setattr(TrainLoop, "sample_sheet", lambda loop: sheet(loop, 2))
+
+
 @pytest.fixture
 def folder(picture_folder, tmp_path):
     return picture_folder(tmp_path / "images", {name: [20 * i, 255 - 30 * i, 128] for i, name in enumerate("abc")})
@@ -211,11 +220,11 @@ def test_an_annealed_run_says_that_it_cannot_be_lengthened(train, tmp_path, monk
 
 
 def test_a_pool_is_trained_further(train, tmp_path):
-    flags = dict(pool=tmp_path / "pool", classes_per_model=1)
-    assert train(**flags, subsets="1,2", keep_state=True)[0] == 0
+    flags = dict(pool=tmp_path / "pool", classes_per_model=2)
+    assert train(**flags, subsets=1, keep_state=True)[0] == 0
     assert "of which are done" in train(**flags, steps=6, dry_run=True)[1]
     assert train(**flags, steps=6)[0] == 0 and train("whole", **(flags | {"pool": tmp_path / "w"}), steps=6)[0] == 0
-    for m in (1, 2, 3):
+    for m in (1, 2):
         one, other = (checkpoint.load(subset_path(tmp_path / pool, m)) for pool in ("pool", "w"))
         assert one["step"] == 6 and same(one, other)
     contents = json.loads((tmp_path / "pool" / "pool.json").read_text())
