@@ -5,19 +5,22 @@
 
 A pool takes the class folders of --data_dir in sorted order, trains one model for every --classes_per_model of them
 into <pool>/subset{m}/ckpt/model.pt, and writes <pool>/pool.json, which says what is where. The same command again
-goes on where it stopped; a subset that is done is not done again.
+resumes where it stopped; a model that is done is not done again, and higher --steps train it further. Images or flags
+that would give other weights are refused.
 
 Images that cannot be read are left out; skipped_images.csv in the model's or the pool's folder says which and why.
 
-A few images of each class are kept back (--hold_out): a line after the training, for a pool also pool.json, says how
-near the model's samples lie to its training images, against how near those held-out images lie to them.
+A few images of each class are kept back (--hold_out): a line after the training says how near the model's samples lie
+to its training images, against how near those held-out images lie to them; memorisation.json, of a pool pool.json,
+keeps it.
 """
 
 import argparse
-import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,135 +28,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 from guided_diffusion.dist_util import pick_device  # noqa: E402
 from guided_diffusion.image_datasets import TrainingImages, check_classes, class_folders, load_images  # noqa: E402
+from guided_diffusion.made_with import ENTRY, IMAGES, NO_EFFECT, Kept, check_same, digest, kept  # noqa: E402
 from guided_diffusion.memorisation import measure, sentence, split  # noqa: E402
 from guided_diffusion.pool import Pool, subset_path  # noqa: E402
 from guided_diffusion.script_util import (  # noqa: E402
-    add_dict_to_argparser,
     args_to_dict,
     create_model_and_diffusion,
-    model_and_diffusion_defaults,
+    model_and_diffusion_defaults,  # noqa: E402
 )
-from guided_diffusion.train_util import MODEL_FILE, TrainLoop, TrainSettings  # noqa: E402
+from guided_diffusion.train_flags import create_argparser, defaults, parse  # noqa: E402, F401
+from guided_diffusion.train_util import MODEL_FILE, TrainLoop, TrainSettings, drop_state  # noqa: E402
 from utils import processes  # noqa: E402
-from utils.cli import OneLineParser, run  # noqa: E402
-from utils.images import Skipped  # noqa: E402
+from utils.cli import run  # noqa: E402
+from utils.images import Skipped, shown  # noqa: E402
 from utils.lock import locked  # noqa: E402
 from utils.progress import duration, hush  # noqa: E402
-from utils.run_log import write_json, write_skipped  # noqa: E402
+from utils.run_log import read_json, write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
 POOL = 5  # models that the clusters recipe of main.py needs
 TRIAL = 10.0  # seconds of steps that the estimate of --dry_run comes from
 FIGURES = "memorisation"  # in pool.json, by model
-
-HELP = {
-    "data_dir": "folder of images, nested as you like; for a pool or with --class_cond one folder a class",
-    "save_dir": "where one model goes: model.pt, samples.png",
-    "pool": "make a pool in this folder instead of one model",
-    "classes_per_model": "classes that a model of the pool learns",
-    "subsets": "train only these models of the pool, as 1,3,5 (several processes can share the work); empty: all",
-    "hold_out": "share of each class of 20 images or more to keep back, at most 16, to see whether the model copies; "
-    "0: none",
-    "held_out_dir": "class folders of other images, that the pool never saw, to measure it against instead",
-    "steps": "optimiser steps",
-    "lr_anneal_steps": "take this many steps and lower the rate linearly to 0 over them; 0: off",
-    "batch_size": "images a step",
-    "microbatch": "images that pass the network at once; -1: the whole batch",
-    "ema_rate": "decay of the weights' moving average, warmed up",
-    "grad_clip": "greatest gradient norm; 0: no clipping",
-    "random_flip": "mirror half of the images; say False where left and right differ",
-    "schedule_sampler": "uniform or loss-second-moment",
-    "log_interval": "steps between losses shown",
-    "save_interval": "steps between saves, each with a grid of EMA samples",
-    "precision": "auto, float32 or bf16",
-    "half_weights": "save the weights in float16, half the size",
-    "device": "auto, cpu, cuda or cuda:N",
-    "quiet": "show no progress bars",
-    "dry_run": "say how many steps there are to take and about how long they take, by a trial, and stop",
-    "lr": "learning rate",
-    "weight_decay": "of AdamW",
-    "seed": "of everything random; model m of a pool has this + m",
-    "image_size": "pixels a side",
-    "num_channels": "channels of the first level; 128 for 64 pixels, 16 to 32 for a CPU",
-    "num_res_blocks": "residual blocks a level",
-    "channel_mult": "channels of each level as multiples, as 1,2,4; empty: by the image size (64 or more)",
-    "attention_resolutions": "sides in pixels of the levels with attention, as 16,8",
-    "num_heads": "attention heads",
-    "num_head_channels": "channels a head; -1: by the number of heads",
-    "num_heads_upsample": "heads on the way up; -1: as on the way down",
-    "class_cond": "take class labels; the folders are the classes",
-    "num_classes": "set by the folders",
-    "use_scale_shift_norm": "time and class scale the normalised maps, too",
-    "resblock_updown": "residual blocks change the resolution",
-    "use_new_attention_order": "queries, keys and values apart before the heads are",
-    "use_checkpoint": "compute maps again on the way back, for less memory",
-    "use_fp16": "of old checkpoints; refused here: give --precision bf16",
-    "dropout": "share of channels dropped in residual blocks",
-    "learn_sigma": "learn the variances",
-    "diffusion_steps": "timesteps",
-    "noise_schedule": "linear or cosine",
-    "timestep_respacing": "train on these timesteps alone, as 250 or ddim25; empty: all",
-    "use_kl": "the variational bound as the loss",
-    "predict_xstart": "predict the image in place of the noise; better for small networks",
-    "rescale_timesteps": "give the network t of 1000 whatever --diffusion_steps",
-    "rescale_learned_sigmas": "scale the loss of the variances to that of the means",
-    "loss_weighting": "uniform, or min_snr (arXiv 2303.09556): good samples in fewer steps",
-}
+FIGURE_FILE = "memorisation.json"  # of one model
+SPLITS = ("meta_train", "meta_val", "meta_test")  # of a data folder
 
 
-def defaults() -> dict[str, Any]:
-    """Every flag with its default; those of guided-diffusion's trainer keep their names."""
-    return {
-        "data_dir": "",
-        "save_dir": "ckpt/diffusion",
-        "pool": "",
-        "classes_per_model": 5,
-        "subsets": "",
-        "hold_out": 0.05,
-        "held_out_dir": "",
-        "steps": 20_000,
-        "lr": 1e-4,
-        "weight_decay": 0.0,
-        "lr_anneal_steps": 0,
-        "batch_size": 24,
-        "microbatch": -1,
-        "ema_rate": 0.9999,
-        "grad_clip": 0.0,
-        "random_flip": True,
-        "schedule_sampler": "uniform",
-        "log_interval": 10,
-        "save_interval": 2_000,
-        "precision": "auto",
-        "half_weights": False,
-        "device": "auto",
-        "quiet": False,
-        "dry_run": False,
-        "seed": 0,
-        **model_and_diffusion_defaults(),
-    }
+class Loaded(NamedTuple):
+    """Images to train on, those held out (H, 3, size, size) uint8, what was left out, and the hash of all images."""
 
-
-def create_argparser() -> argparse.ArgumentParser:
-    """The flags, with their help and defaults."""
-    parser = OneLineParser(
-        description="Pretrain an unconditional or class-conditional diffusion model, or a pool of them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_dict_to_argparser(parser, defaults(), HELP)
-    return parser
+    data: TrainingImages
+    held_out: Tensor
+    skipped: Skipped
+    images: str
 
 
 def main() -> None:
     """Parse, check, and train what was asked for."""
-    args = create_argparser().parse_args()
+    args = parse()
     hush(args.quiet)
     if not args.data_dir:
         raise ValueError("got no --data_dir; give a folder of images to train on")
-    if not 0 <= args.hold_out < 1:
-        raise ValueError(f"got hold_out {args.hold_out}, expected a share from 0 to below 1, such as 0.05")
-    if args.use_fp16:
-        raise ValueError("got --use_fp16 True, in which small gradients vanish here; give --precision bf16 instead")
+    for flag in ("data_dir", "held_out_dir"):
+        if getattr(args, flag):
+            _refuse_splits(flag, Path(getattr(args, flag)))
     device = pick_device(args.device)
+    say("mirrors half of the images (--random_flip True)" if args.random_flip else "mirrors no images; where left and "
+        "right are alike --random_flip True does")  # fmt: skip
     if args.pool:
         train_pool(args, device)
     else:
@@ -161,84 +81,171 @@ def main() -> None:
 
 
 def train_one(args: argparse.Namespace, device) -> None:
-    """Train one model on what is in --data_dir, and measure it; or say what that would be."""
+    """Train one model on what is in --data_dir, or train it further, and measure it; or say what that would be."""
     path = Path(args.save_dir) / MODEL_FILE
-    if path.exists():
-        raise ValueError(f"{path}: is there already; give another --save_dir or move it away")
+    place = path.with_name(FIGURE_FILE)
     names = _classes(args) if args.class_cond else None
-    data, held_out, skipped = _load(args, args.image_size, names, args.hold_out)
-    loop = training(args, data, path.parent, args.seed, device)
-    if args.dry_run:
-        return say(_work(loop, 1))
-    with locked(path.parent):  # now that flags and images are known to be good
-        write_skipped(path.parent, skipped)
-        say(f"saved {loop.run()}")
+    loaded = _load(args, args.image_size, names, args.hold_out)
+    here = _made_with(args, args.seed, args.hold_out) | {IMAGES: loaded.images}
+    if processes.first_says(_standing(path.parent, here).done):
+        say(f"{path} is done")
+        if args.dry_run:
+            return
+    else:
+        loop = training(args, loaded.data, path.parent, args.seed, device, here)
+        if args.dry_run:
+            return say(_work(loop, 1))
+        with locked(path.parent):  # now that flags and images are known to be good
+            loop.restore()
+            if processes.is_first():
+                place.unlink(missing_ok=True)
+            write_skipped(path.parent, loaded.skipped)
+            say(f"saved {loop.run()}")
     if processes.is_first():
-        _figure(args, path, data, held_out, args.seed, device)
+        with locked(path.parent):
+            _tidy(path.parent, here)
+            if not _measured(args, read_json(place, dict)):
+                write_json(place, _figure(args, path, loaded.data, loaded.held_out, args.seed, device))
 
 
 def train_pool(args: argparse.Namespace, device) -> None:
     """Train the models of a pool that are not there yet, and measure those that are not; or say what that would be."""
     names = _classes(args)
-    if args.classes_per_model < 1:
-        raise ValueError(f"got classes_per_model {args.classes_per_model}, expected 1 or more")
     groups = [names[i : i + args.classes_per_model] for i in range(0, len(names), args.classes_per_model)]
     wanted = _subsets(args.subsets, len(groups))
     models = [
         {"path": str(subset_path(".", m)), "classes": group, "num_classes": len(group)}
         for m, group in enumerate(groups, 1)
     ]
-    index = Path(args.pool) / "pool.json"
-    known, hold_out = _read(index), args.hold_out
+    index, steps = Path(args.pool) / "pool.json", _steps(args)
+    known, hold_out = processes.first_says(_read(index)), args.hold_out
     if known:
         if known.get("models") != models:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
         hold_out = known.get("hold_out", 0.0)  # without an entry it is from before there was any
         if hold_out != args.hold_out:
             say(f"{index}: was made with --hold_out {hold_out:g}, which stays")
-    contents = {"image_size": args.image_size, "steps": _steps(args), "hold_out": hold_out, "models": models}
-    to_train = [m for m in wanted if not subset_path(args.pool, m).exists()]
-    check_classes(args.data_dir, [name for m in to_train for name in groups[m - 1]])  # before hours of training
+    record = _made_with(args, args.seed, hold_out)
+    if known:
+        _check_pool(index, known, record, wanted, len(groups))
+    contents = {
+        "image_size": args.image_size, "steps": steps, "hold_out": hold_out, "models": models, ENTRY: record,
+    }  # fmt: skip
+    missing = [m for m in wanted if not subset_path(args.pool, m).exists()]
+    check_classes(args.data_dir, [name for m in missing for name in groups[m - 1]])  # before hours of training
+    standing = {m: _standing_of(args, m, groups[m - 1], hold_out, record) for m in wanted}
+    to_train = [m for m in wanted if not standing[m].done]
     if len(groups) < POOL:
         say(f"{len(groups)} models: main.py will need --recipe paper; its default learns to tell {POOL} or more apart")
     if args.dry_run and not to_train:
         return say(f"{args.pool}: all models are trained")
     for m in to_train if args.dry_run else wanted:
-        path, seed, size = subset_path(args.pool, m), args.seed + m, args.image_size
-        done = processes.first_says(path.exists())
+        path, seed = subset_path(args.pool, m), args.seed + m
+        done = processes.first_says(standing[m].done)
         if done:
             say(f"{path} is done")
-            measured = known.get(FIGURES, {}).get(f"subset{m}")
-            if measured and not (args.held_out_dir and measured["held_out"] is None):
+            if standing[m].leftover and processes.is_first():
+                with locked(path.parent):
+                    drop_state(path.parent)
+            if _measured(args, known.get(FIGURES, {}).get(f"subset{m}")):
                 continue
-            size = Pool(path).load(0).image_size
-        data, held_out, skipped = _load(args, size, groups[m - 1], hold_out)
+        loaded = _load(args, args.image_size, groups[m - 1], hold_out)
         if not done:
-            loop = training(args, data, path.parent, seed, device)
+            here = record | {"seed": seed, IMAGES: loaded.images}
+            loop = training(args, loaded.data, path.parent, seed, device, here)
             if args.dry_run:
-                return say(_work(loop, len(to_train)))
+                left = sum(steps - standing[other].step for other in to_train)
+                return say(_work(loop, len(to_train), left))
             with locked(path.parent):  # now that flags and images are known to be good
+                loop.restore()
                 if processes.is_first():
                     _write(index, contents, m, None)
-                write_skipped(args.pool, skipped)
+                    with locked(args.pool, wait=True):
+                        write_skipped(args.pool, loaded.skipped)
                 say(f"saved {loop.run()}")
         if not processes.is_first():
             continue
-        _write(index, {**contents, **known} if done else contents, m, _figure(args, path, data, held_out, seed, device))
+        figure = _figure(args, path, loaded.data, loaded.held_out, seed, device)
+        _write(index, {**contents, **known} if done else contents, m, figure)
 
 
-def _load(
-    args: argparse.Namespace, size: int, names: list[str] | None, hold_out: float
-) -> tuple[TrainingImages, Tensor, Skipped]:
-    """What to train on, the held-out images (H, 3, size, size) uint8, and what was left out of both."""
-    data, held_out = split(load_images(args.data_dir, size, names), hold_out)
-    if not args.held_out_dir:
-        return data, held_out, data.skipped
-    others = load_images(args.held_out_dir, size, names)
-    return data, others.images, data.skipped | others.skipped
+def _standing(folder: Path, here: Mapping[str, Any]) -> Kept:
+    """What there is of a model, without its weights. Raises ValueError where it was made with anything else."""
+    found = kept(folder, here)
+    return Kept(*({"step": each["step"]} if each else None for each in (found.state, found.model)), found.steps,
+                found.notes, found.leftover)  # fmt: skip
 
 
-def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed: int, device) -> TrainLoop:
+def _standing_of(
+    args: argparse.Namespace, m: int, names: list[str], hold_out: float, record: Mapping[str, Any]
+) -> Kept:
+    """What there is of model m of the pool, held against the images of its classes as they are now."""
+    folder = subset_path(args.pool, m).parent
+    here = {**record, "seed": args.seed + m}
+    found = _standing(folder, here)
+    if found.step:  # before any model trains, not when its turn comes
+        found = _standing(folder, here | {IMAGES: _load(args, args.image_size, names, hold_out).images})
+    return found
+
+
+def _tidy(folder: Path, here: Mapping[str, Any]) -> None:
+    """Take away what a run left that was stopped right after it saved its model."""
+    if kept(folder, here).leftover:
+        drop_state(folder)
+
+
+def _measured(args: argparse.Namespace, figure: Any) -> bool:
+    """Whether there is such a figure already, and nothing better to measure against."""
+    return bool(isinstance(figure, dict) and figure) and not (args.held_out_dir and figure.get("held_out") is None)
+
+
+def _made_with(args: argparse.Namespace, seed: int, hold_out: float) -> dict[str, Any]:
+    """All flags that change the weights, with the steps that they come to."""
+    flags = {name: value for name, value in vars(args).items() if name in defaults() and name not in NO_EFFECT}
+    return flags | {"steps": _steps(args), "seed": seed, "hold_out": hold_out}
+
+
+def _check_pool(index: Path, known: dict[str, Any], here: dict[str, Any], wanted: list[int], count: int) -> None:
+    """Refuse a pool that was made otherwise: ValueError."""
+    record = known.get(ENTRY)
+    if not isinstance(record, Mapping):
+        record = {name: known[name] for name in ("image_size", "steps") if name in known}
+        say(f"{index}: is of an older version and does not say what it was made with; flags are taken to be the same")
+    check_same(index, record, here, longer=True)
+    others = [subset_path(index.parent, m) for m in range(1, count + 1) if m not in wanted]
+    behind = [path for path in others if path.exists()]
+    if behind and here["steps"] != record.get("steps", here["steps"]):
+        raise ValueError(
+            f"{behind[0]}: has {record['steps']} steps (got {here['steps']}); leave --subsets out to train every "
+            "model further, or give the same --steps"
+        )
+
+
+def _refuse_splits(flag: str, folder: Path) -> None:
+    """Refuse a folder that holds the splits of a data set, not the images of one: ValueError."""
+    for place, folders, _ in os.walk(folder):
+        found = sorted(name for name in {*folders} & {*SPLITS} if any(Path(place, name).iterdir()))
+        if found:
+            raise ValueError(
+                f"{shown(place)}: holds {', '.join(found)}, expected images to train on alone; "
+                f"give --{flag} {shown(Path(place, SPLITS[0]))}"
+            )
+
+
+def _load(args: argparse.Namespace, size: int, names: list[str] | None, hold_out: float) -> Loaded:
+    """Read the images of those classes, and of --held_out_dir where it is given."""
+    every = load_images(args.data_dir, size, names)
+    data, held_out = split(every, hold_out)
+    skipped = data.skipped
+    if args.held_out_dir:
+        others = load_images(args.held_out_dir, size, names)
+        held_out, skipped = others.images, skipped | others.skipped
+    return Loaded(data, held_out, skipped, digest(every))
+
+
+def training(
+    args: argparse.Namespace, data: TrainingImages, folder: Path, seed: int, device, made_with: Mapping[str, Any]
+) -> TrainLoop:
     """The training of one model on `data`, ready to run."""
     flags = args_to_dict(args, list(model_and_diffusion_defaults()))
     if args.class_cond:
@@ -260,21 +267,24 @@ def training(args: argparse.Namespace, data: TrainingImages, folder: Path, seed:
         save_interval=args.save_interval,
         precision=args.precision,
         half_weights=args.half_weights,
+        keep_state=args.keep_state,
         seed=seed,
     )
     say(f"{folder}: {len(data.images)} images of {len(data.class_names)} classes, "
           f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}")  # fmt: skip
     return TrainLoop(
-        model=model, diffusion=diffusion, data=data, settings=settings, flags=flags, folder=folder, device=device
-    )
+        model=model, diffusion=diffusion, data=data, settings=settings, flags=flags, folder=folder, device=device,
+        made_with=made_with,
+    )  # fmt: skip
 
 
-def _work(loop: TrainLoop, models: int) -> str:
-    """What there is to do for `models` like that of `loop`, the only one that may have begun, and about how long."""
-    left, flops, seconds = loop.measure(TRIAL)
+def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
+    """What there is to do for `models` like that of `loop`, with `left` steps to take in all, and about how long."""
+    own, flops, seconds = loop.measure(TRIAL)
     s = loop.settings
-    steps = left + (models - 1) * s.steps
-    begun = f", {s.steps - left:,} of which are done" if left < s.steps else ""
+    steps = own if left is None else left
+    done = models * s.steps - steps
+    begun = f", {done:,} of which are done" if done else ""
     return (
         f"{models} model{'s' * (models > 1)} x {s.steps:,} steps{begun} x {s.batch_size} images: "
         f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds)} on {loop.device}, after a trial of "
@@ -304,16 +314,23 @@ def say(text: str) -> None:
 
 
 def _read(index: Path) -> dict[str, Any]:
-    return json.loads(index.read_text()) if index.exists() else {}
+    """What pool.json says; nothing where it is missing or damaged, as each model says what it was made with, too."""
+    known = read_json(index, dict)
+    sound = known is None or (isinstance(known.get("hold_out", 0.0), int | float) and _are_figures(known.get(FIGURES)))
+    if known is None and index.exists() or not sound:
+        say(f"{index}: is damaged, and is written anew")
+    return known if known and sound else {}
+
+
+def _are_figures(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()))
 
 
 def _write(index: Path, contents: dict[str, Any], m: int, figure: dict[str, Any] | None) -> None:
-    """Write pool.json with model m's figure, or without one; those that other processes wrote meanwhile stay.
-
-    Should two write in the same instant, a figure is lost at worst, and the same command again makes it.
-    """
-    figures = _read(index).get(FIGURES, {}) | {f"subset{m}": figure}
-    write_json(index, {**contents, FIGURES: {name: each for name, each in figures.items() if each}})
+    """Write pool.json with model m's figure, or without one; those that other processes wrote meanwhile stay."""
+    with locked(index.parent, wait=True):
+        figures = _read(index).get(FIGURES, {}) | {f"subset{m}": figure}
+        write_json(index, {**contents, FIGURES: {name: each for name, each in figures.items() if each}})
 
 
 def _classes(args: argparse.Namespace) -> list[str]:

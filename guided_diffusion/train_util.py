@@ -1,5 +1,6 @@
-"""Training one diffusion model: AdamW, an EMA with warm-up, saves that a killed run goes on from."""
+"""Training one diffusion model: AdamW, an EMA with warm-up, saves that a killed run resumes from."""
 
+import math
 import os
 import statistics
 import time
@@ -8,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from guided_diffusion.costs import image_flops, that_fit
 from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, or_too_much, smaller, worth_compiling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
+from guided_diffusion.made_with import ENTRY, MODEL_FILE, STATE_FILE, Kept, kept
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.respace import respaced, space_timesteps
 from utils import checkpoint, processes, stopping
@@ -26,8 +28,7 @@ from utils.plots import contact_sheet
 from utils.progress import progress
 from utils.seeding import generator
 
-STATE_FILE = "state.pt"  # what a run goes on from; gone when it is done
-MODEL_FILE = "model.pt"  # the EMA weights with their settings: the checkpoint that others use
+USELESS = 10  # times the loss of a network that answers 0: average weights with more are not worth keeping
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class TrainSettings:
         grad_clip: greatest gradient norm, 0 for none.
         flip: mirror half of the images.
         half_weights: save the EMA weights in float16, half the size.
+        keep_state: keep what a run resumes from beside the finished model.
     """
 
     steps: int = 20_000
@@ -52,12 +54,13 @@ class TrainSettings:
     microbatch: int = -1
     ema_rate: float = 0.9999
     grad_clip: float = 0.0
-    flip: bool = True
+    flip: bool = False
     schedule_sampler: str = "uniform"
     log_interval: int = 10
     save_interval: int = 2_000
     precision: str = "auto"
     half_weights: bool = False
+    keep_state: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class TrainSettings:
 
 
 class TrainLoop:
-    """Trains `model` in `folder` until `settings.steps`; `run()` goes on from what an earlier one saved there."""
+    """Trains `model` in `folder` until `settings.steps`; `run()` resumes from what an earlier one saved there."""
 
     def __init__(
         self,
@@ -85,8 +88,13 @@ class TrainLoop:
         flags: Mapping[str, Any],
         folder: str | os.PathLike,
         device: torch.device,
+        made_with: Mapping[str, Any] | None = None,
     ):
-        """flags: those of `create_model_and_diffusion` that made `model`; they travel in the checkpoint."""
+        """flags: those of `create_model_and_diffusion` that made `model`; they travel in the checkpoint.
+
+        made_with: all that changes the weights, `steps` among it; of a folder that was begun with anything else
+        nothing is resumed.
+        """
         self.model, self.diffusion, self.data = model.to(device).train(), diffusion, data
         self.settings, self.flags, self.folder, self.device = settings, dict(flags), Path(folder), device
         if settings.batch_size % processes.count():
@@ -94,6 +102,8 @@ class TrainLoop:
                 f"got batch_size {settings.batch_size} for {processes.count()} processes, expected a multiple; "
                 "give another --batch_size, or another number of processes"
             )
+        self.made_with = dict(made_with or {**self.flags, "steps": settings.steps})
+        self.kept: Kept | None = None  # once `restore` has looked
         self.ema = deepcopy(self.model).eval().requires_grad_(False)
         if worth_compiling(device, self.flags.get("num_channels", 0)):
             self.model.to(memory_format=torch.channels_last)
@@ -110,7 +120,9 @@ class TrainLoop:
 
     def run(self) -> Path:
         """Train to the end and return the path of the finished checkpoint."""
-        self._restore()
+        self.restore()
+        if self.kept.done:
+            return self.folder / MODEL_FILE
         self.fit_memory()
         mean, losses = 0.0, []
         processes.meet()  # before the first one saves what the others have just read
@@ -144,7 +156,7 @@ class TrainLoop:
 
         The weights are changed.
         """
-        self._restore()
+        self.restore()
         self.fit_memory()
         left = self.settings.steps - self.step
         flops = self.settings.batch_size * image_flops(self.flags, training=True)
@@ -163,18 +175,13 @@ class TrainLoop:
         rate = s.lr * (1 - self.step / s.steps if s.anneal else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        images, labels = self.data.batch(s.batch_size, self.step, s.seed, flip=s.flip, device=self.device)
-        rng = generator(s.seed, "noise", self.step)
         if self.flags.get("dropout"):  # it draws from the global generator
             torch.manual_seed(generator(s.seed, "dropout", self.step).initial_seed())
-        t, weights = self.sampler.sample(len(images), self.device, rng)
-        noise = torch.randn(images.shape, generator=rng).to(self.device)
-        images, labels, t, weights, noise = map(processes.own_share, (images, labels, t, weights, noise))
-        work = partial(self.gradients, images, labels, t, weights, noise)
-        while (total := or_too_much(work)) is None:
+        share = [processes.own_share(part) for part in self.batch()]
+        while (total := or_too_much(partial(self.gradients, *share))) is None:
             if processes.count() > 1:  # the others wait for gradients of as many parts
                 raise MemoryError("out of memory in one of several processes; give a lower --microbatch")
-            self.micro = smaller(min(self.micro, len(images)))
+            self.micro = smaller(min(self.micro, len(share[0])))
         if s.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
         self.optimizer.step()
@@ -184,6 +191,14 @@ class TrainLoop:
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         return total
 
+    def batch(self) -> tuple[torch.Tensor, ...]:
+        """Images, labels, timesteps, loss weights and noise of this step, on the device."""
+        s = self.settings
+        images, labels = self.data.batch(s.batch_size, self.step, s.seed, flip=s.flip, device=self.device)
+        rng = generator(s.seed, "noise", self.step)
+        t, weights = self.sampler.sample(len(images), self.device, rng)
+        return images, labels, t, weights, torch.randn(images.shape, generator=rng).to(self.device)
+
     def gradients(
         self, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
@@ -192,19 +207,47 @@ class TrainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(images), self.micro):
             part = slice(start, start + self.micro)
-            kwargs = {"y": labels[part]} if self.flags.get("class_cond") else {}
-            with autocast(self.settings.precision, self.device):
-                terms = self.diffusion.training_losses(self.network, images[part], t[part], kwargs, noise[part])
-            ((terms["loss"] * weights[part]).sum() / len(images)).backward()
-            losses.append(terms["loss"].detach())
+            loss = self.losses(self.network, images[part], labels[part], t[part], noise[part])
+            ((loss * weights[part]).sum() / len(images)).backward()
+            losses.append(loss.detach())
         every = torch.cat(losses)
         self.sampler.update_with_local_losses(t, every)
         return (every * weights).sum() / len(images)
 
+    def losses(
+        self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The unweighted loss of each image, (N,)."""
+        kwargs = {"y": labels} if self.flags.get("class_cond") else {}
+        with autocast(self.settings.precision, self.device):
+            return self.diffusion.training_losses(network, images, t, kwargs, noise)["loss"]
+
+    @torch.no_grad()
+    def check_average(self) -> None:
+        """Refuse average weights that are of no use, by their loss on the batch of the step to come: ValueError."""
+        *batch, weights, noise = self.batch()
+        found = []
+        for network in (self.ema, self._zeros):
+            parts = zip(*(part.split(self.micro) for part in (*batch, noise)), strict=True)
+            every = torch.cat([self.losses(network, *part) for part in parts])
+            found.append(float((every * weights).mean()))
+        loss, of_zeros = found
+        if not loss <= USELESS * max(1.0, of_zeros):  # NaN, too
+            self._diverged(f"average weights of no use (loss {loss:.4g}, of a network that answers 0 {of_zeros:.4g})")
+        self._check_weights(self.model.state_dict())
+
+    def _zeros(self, x: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 6 if self.flags.get("learn_sigma") else 3, *x.shape[2:])
+
     def save(self) -> None:
-        """Save what the run goes on from, with the save before it beside it, and a sheet of EMA samples."""
-        if not processes.is_first():
-            return
+        """Save what the run resumes from, with the save before it beside it, and a sheet of EMA samples."""
+        if processes.is_first():
+            self.save_state()
+            self.sample_sheet()
+
+    def save_state(self) -> None:
+        """Save what the run resumes from, with the save before it beside it; not weights that are of no use."""
+        self.check_average()
         checkpoint.save(
             self.folder / STATE_FILE,
             {
@@ -214,29 +257,31 @@ class TrainLoop:
                 "optimizer": self.optimizer.state_dict(),
                 "sampler": self.sampler.state_dict(),
                 "flags": self.flags,
+                ENTRY: self.made_with,
             },
             keep_old=True,
         )
-        self.sample_sheet()
 
     def finish(self) -> Path:
-        """Write the finished checkpoint and take the intermediate one away."""
-        if not processes.is_first():
-            processes.meet()
-            return self.folder / MODEL_FILE
-        weights = self.ema.state_dict()
-        if self.settings.half_weights:
-            weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
-        payload = {
-            "model": {name: w.cpu() for name, w in weights.items()},
-            "flags": self.flags,
-            "num_classes": len(self.data.class_names),
-            "step": self.step,
-        }
-        self.sample_sheet()
-        checkpoint.save(self.folder / MODEL_FILE, payload)
-        for path in (self.folder / STATE_FILE, previous(self.folder / STATE_FILE)):
-            path.unlink(missing_ok=True)
+        """Write the finished checkpoint and take the intermediate one away. Raises ValueError for weights of no use."""
+        if processes.is_first():
+            self.check_average()
+            weights = self.ema.state_dict()
+            if self.settings.half_weights:
+                weights = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+            self._check_weights(weights)
+            self.sample_sheet()
+            if self.settings.keep_state:
+                self.save_state()
+            payload = {
+                "model": {name: w.cpu() for name, w in weights.items()},
+                "flags": self.flags,
+                "num_classes": len(self.data.class_names),
+                "step": self.step,
+                ENTRY: self.made_with,
+            }
+            checkpoint.save(self.folder / MODEL_FILE, payload)
+            drop_state(self.folder, newest=not self.settings.keep_state)
         processes.meet()
         return self.folder / MODEL_FILE
 
@@ -254,23 +299,45 @@ class TrainLoop:
             images = spaced.ddim_sample_loop(self.ema, noise.shape, noise=noise, model_kwargs=kwargs)
         contact_sheet(to_uint8(images.cpu()), 10, self.folder / "samples.png")
 
-    def _restore(self) -> None:
-        path = self.folder / STATE_FILE
-        state = checkpoint.load_newest(path, self.device)
-        if state is None:
+    def restore(self) -> None:
+        """Take up what the folder has, once. Raises ValueError, naming what differs, for what was made otherwise."""
+        if self.kept is not None:
             return
-        if state.get("flags") != self.flags:
-            changed = sorted(k for k in self.flags if self.flags[k] != state.get("flags", {}).get(k))
-            raise ValueError(f"{path}: was made with other {', '.join(changed)}; give the same flags or another folder")
-        checkpoint.load_state(self.model, state["model"], path)
-        checkpoint.load_state(self.ema, state["ema"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.step = state["step"]
+        self.kept = kept(self.folder, self.made_with, self.device)
+        if processes.is_first():
+            for note in self.kept.notes:
+                print(note)
+        if self.kept.done:
+            return
+        if self.kept.state is not None:
+            state, path = self.kept.state, self.folder / STATE_FILE
+            checkpoint.load_state(self.model, state["model"], path)
+            checkpoint.load_state(self.ema, state["ema"], path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sampler.load_state_dict(state["sampler"])
+        elif self.kept.model is not None:
+            for network in (self.model, self.ema):
+                checkpoint.load_state(network, self.kept.model["model"], self.folder / MODEL_FILE)
+        self.step = self.kept.step
 
     def _check(self, loss: float) -> None:
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise ValueError(
-                f"{self.folder}: got loss {loss} at step {self.step} with lr {self.settings.lr}; "
-                "lower --lr or set --grad_clip 1 and start again: the last save is kept"
-            )
+        if not math.isfinite(loss):
+            self._diverged(f"loss {loss}")
+
+    def _check_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        if not all(bool(torch.isfinite(each).all()) for each in weights.values()):
+            self._diverged("weights that are not finite")
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"{self.folder}: got {what} at step {self.step} with lr {self.settings.lr}; "
+            "lower --lr or set --grad_clip 1, in another --save_dir or --pool: the last save is kept"
+        )
+
+
+def drop_state(folder: str | os.PathLike, *, newest: bool = True) -> None:
+    """Delete what a run resumes from; newest: also the newest, not only the one kept before it."""
+    path = Path(folder) / STATE_FILE
+    previous(path).unlink(missing_ok=True)
+    if newest:
+        path.unlink(missing_ok=True)

@@ -228,6 +228,7 @@ CASES = [
     (image_train, TRAIN, "--class_cond True --data_dir flat", "got no class folders"),
     (image_train, TRAIN, "--steps 0", "steps 0"),
     (image_train, TRAIN, "--lr 0", "lr 0"),
+    (image_train, TRAIN, "--lr 1e9", "up to 1"),
     (image_train, TRAIN, "--image_size 15", "15"),
     (image_train, TRAIN, "--num_heads 3", "cannot have 3 heads"),
     (image_train, TRAIN, "--noise_schedule sine", "linear or cosine"),
@@ -254,7 +255,7 @@ AT_WORK = [
     (main, MAIN, "", "memory", "out of memory for a single image"),
     (diffusionmix, MIX, "--resume run.pt", "memory", "out of memory for a single image"),
     (diffusionmix, MIX, "--resume run.pt", "disk", "the disk is full"),
-    (image_train, TRAIN, "--lr 1e30 --steps 3 --log_interval 1", "", "loss"),
+    (image_train, TRAIN, "--lr 1 --ema_rate 0 --steps 3", "", "of no use"),
     (image_train, TRAIN, "", "disk", "the disk is full"),
     (image_train, TRAIN, "", "memory", "out of memory for a single image"),
 ]  # fmt: skip

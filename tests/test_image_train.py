@@ -34,7 +34,8 @@ def train(call, folder, out, *flags):
 
 def test_one_model(call, folder, tmp_path):
     payload = train(call, folder, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "model.pt", "samples.png"]
+    names = [".lock", "memorisation.json", "model.pt", "samples.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (payload["step"], payload["num_classes"], payload["flags"]["num_channels"]) == (3, 5, 8)
     model = Pool(tmp_path / "out" / "model.pt").load(0)
     assert model.image_size == 16 and not model.class_cond
@@ -116,7 +117,7 @@ def test_other_flags_do_not_go_on(call, folder, tmp_path, monkeypatch):
     status, _, err = call(
         image_train, "--data_dir", folder, "--save_dir", tmp_path / "out", *FLAGS, "--rescale_timesteps", "True",
     )  # fmt: skip
-    assert status == 2 and "state.pt: was made with other rescale_timesteps" in err
+    assert status == 2 and "state.pt: was made with rescale_timesteps False (got True)" in err
 
 
 def test_pool(call, folder, tmp_path):

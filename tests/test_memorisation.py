@@ -178,7 +178,8 @@ def test_killed_before_the_figure(call, folder, tmp_path, monkeypatch):
         assert call(image_train, *command)[0] == 130
     before = subset_path(out, 1).stat().st_mtime_ns
     assert not figures(out)
-    assert call(image_train, *command, "--image_size", 32)[0] == 0  # measured at its own size
+    assert call(image_train, *command, "--image_size", 32)[0] == 2 and not figures(out)  # of other images
+    assert call(image_train, *command)[0] == 0
     assert subset_path(out, 1).stat().st_mtime_ns == before
     found = figures(out)["subset1"]
     assert None not in found.values() and json.loads((out / "pool.json").read_text())["image_size"] == 16

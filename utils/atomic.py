@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,15 @@ def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = Fals
         ) from error
     finally:
         temporary.unlink(missing_ok=True)  # gone already where the rename went through
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files that killed runs left in `folder`, but in no folder in it that has a lock of its own.
+
+    For who holds the lock of `folder`: else they may be of a run at work.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(place, name, ".lock").exists()]
+        for name in files:
+            if re.fullmatch(r"\..+\.\d+\.tmp", name):
+                Path(place, name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import processes
+from utils.atomic import sweep
 
 try:
     import fcntl
@@ -14,9 +15,10 @@ except ImportError:  # not a Unix: there is nothing then that a crash would not 
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder` (made where missing) for this process: ValueError where another one holds it, or it is a file.
 
+    Temporary files that killed runs left in it are deleted. wait: for the other one to let go, in place of ValueError.
     Of several processes of one run the first holds it for all. The lock is the system's, on the file .lock in it: it
     ends with the process, however that ends.
     """
@@ -31,9 +33,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     with open(folder / ".lock", "a", encoding="utf-8") as file:
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise ValueError(
                     f"{folder}: another run is at work in this folder; wait for it, or give another --save-dir"
                 ) from None
+        sweep(folder)
         yield
