@@ -442,6 +442,11 @@ def flag_of(f) -> str:
 TESTING = {"split", "mix", "support", "query", "out"} | {
     f.name for f in fields(Settings) if f.metadata["group"] == "testing"
 }
+# what only training looks at, so that a test tells that of its checkpoint
+TRAINING = {"source", "recipe", "samples_per_class", "max_epoch", "image_size", "train_nTestNovel", "train_epoch_size",
+            "train_batch", "epoch_size"} | {
+    f.name for f in fields(Settings) if f.metadata["group"] in ("synthesis", "learning")
+}  # fmt: skip
 _UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
 _GROUPS = {
     "machine": "the machine and its memory",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import dry_run
-from config import PLACES, Settings, parse
+from config import PLACES, TRAINING, Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
@@ -40,6 +41,7 @@ from utils.run_log import read_json, write_json, write_skipped
 
 # between a stopped test and its resumption; of pictures and of the pool their contents count
 MAY_CHANGE = PLACES | {"support", "query", "out", "pool", "data_root"}
+TRAINED = ("source", "dataset", "recipe", "seed", "num_classes", "samples_per_class")  # told in results.json
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
 
@@ -146,6 +148,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
         "seed": s.seed,
         **figures(mixed, plain),
         "seconds": time.perf_counter() - started,
+        **{f"trained_{name}": tests[0].fitter.trained.get(name) for name in TRAINED},
         "mix_steps": s.mix_steps if pool else 0,
         "pool_models": len(pool) if pool else 0,
         "precision": s.precision,
@@ -157,6 +160,15 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
             root.name: figures(*outcome) for root, outcome in zip(s.data_paths, outcomes, strict=True)
         }
     return results | {"by_episode": mixed.tolist(), "by_episode_without_mix": plain.tolist()}
+
+
+def notes_of(fitter: HeadFitter) -> dict:
+    """What to note of a test: as `Settings.notes`, with what concerns the training as its checkpoint has it."""
+    s = fitter.s
+    told = {name: fitter.trained[name] for name in TRAINING & fitter.trained.keys()}
+    preset = replace(s, recipe=told.get("recipe", s.recipe)).preset() | {"num_classes": told["num_classes"]}
+    trained = {"model": str(fitter.path), **fitter.trained}
+    return s.notes() | {"settings": s.as_dict() | told, "preset": preset, "trained": trained}
 
 
 def figures(mixed: Tensor, plain: Tensor) -> dict[str, float]:
@@ -249,7 +261,7 @@ def main() -> None:
         support = sum(test.episodes.support.numel() for test in tests)
         return dry_run.of_testing(settings, tests[0].fitter.pool, support)
     with locked(settings.run_folder):
-        note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, settings.notes())
+        note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, notes_of(tests[0].fitter))
         results = evaluate(settings, tests)
         if processes.is_first():
             tests[0].save_mixes()

@@ -55,6 +55,7 @@ class HeadFitter:
         device: where networks are.
         model: the meta-model, in eval mode.
         size: side of the images that it takes, in pixels.
+        trained: the settings of its training, as the checkpoint has them, with what the pool said.
         pool: None without mixes.
     """
 
@@ -63,7 +64,7 @@ class HeadFitter:
         s = self.s = settings
         self.device = pick_device(s.device_name)
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
-        self.model, self.size = load_model(self.path, self.device)
+        self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             mix_timesteps(s.mix_level, s.mix_steps, self.pool.load(m).flags["diffusion_steps"])
@@ -327,8 +328,8 @@ class FewShotClassifier:
         return float(np.mean([a == b for a, b in zip(found.tolist(), wanted, strict=True)]))
 
 
-def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
-    """The meta-model of a run in eval mode, and the size of the images that it was trained on.
+def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[str, Any]]:
+    """The meta-model of a run in eval mode, the size of the images that it was trained on, and all of its settings.
 
     Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
     """
@@ -347,7 +348,8 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
     model.to(device)
     checkpoint.load_state(model, state["model"], path)
     load_statistics(model, state["model_statistics"])
-    return model.eval(), state["image_size"]
+    known = {"num_classes": state["num_classes"], "image_size": state["image_size"]}
+    return model.eval(), state["image_size"], {**settings, **known}
 
 
 def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
