@@ -419,11 +419,22 @@ def _defaults(dataset: str, recipe: str) -> dict[str, Any]:
 
 
 def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_change: set[str]) -> None:
-    """Refuse to go on in a run folder with other settings than its file `path` was made with: ValueError."""
+    """Refuse to resume in a run folder with other settings than its file `path` was made with: ValueError.
+
+    "contents" are digests of the pool and the images, by name; those that are not known on both sides may be anything.
+    """
+    then, now = made_with.get("contents"), here.get("contents", {})
+    then = then if isinstance(then, dict) else {}
+    changed = [name for name, digest in then.items() if now.get(name, digest) != digest]
+    if changed:
+        raise ValueError(
+            f"{path}: {' and '.join(changed)} changed since this run began (--pool {here.get('pool')!r}, --data-root "
+            f"{here.get('data_root')!r}); put the former files back, or give another --save-dir"
+        )
     other = [
         f"{name} {value!r} (got {here.get(name)!r})"
         for name, value in made_with.items()
-        if here.get(name) != value and name not in may_change
+        if here.get(name) != value and name not in may_change | {"contents"}
     ]
     if other:
         raise ValueError(f"{path}: was made with {', '.join(other)}; give the same settings, or another --save-dir")
@@ -438,6 +449,11 @@ def flag_of(f) -> str:
 TESTING = {"split", "mix", "support", "query", "out"} | {
     f.name for f in fields(Settings) if f.metadata["group"] == "testing"
 }
+# what only training looks at, so that a test tells that of its checkpoint
+TRAINING = {"source", "recipe", "samples_per_class", "max_epoch", "image_size", "train_nTestNovel", "train_epoch_size",
+            "train_batch", "epoch_size"} | {
+    f.name for f in fields(Settings) if f.metadata["group"] in ("synthesis", "learning")
+}  # fmt: skip
 _UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
 _GROUPS = {
     "machine": "the machine and its memory",

@@ -8,11 +8,10 @@ Each episode has a head of its own, fitted on its support set, on diffusion mixe
 the support set again; and for comparison one fitted on the support alone. All heads are fitted together.
 """
 
-import csv
 import hashlib
-import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dry_run
-from config import PLACES, Settings, parse
+from config import PLACES, TRAINING, Settings, parse
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
@@ -31,17 +30,18 @@ from utils.atomic import atomic_file
 from utils.board import Board
 from utils.class_folders import find_images
 from utils.cli import run
-from utils.images import extensions, read_images, shown, to_float, to_uint8
+from utils.images import extensions, read_images, shown, to_float
 from utils.lock import locked
 from utils.machine import note_start
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
-from utils.pieces import Pieces, discard
-from utils.plots import contact_sheet
+from utils.pieces import Pieces, digest_of, discard
+from utils.predictions import check_place, write_predictions
 from utils.report import Report
 from utils.run_log import read_json, write_json, write_skipped
 
-# between a stopped test and its going on; of own pictures what is in them counts
-MAY_CHANGE = PLACES | {"support", "query", "out"}
+# between a stopped test and its resumption; of pictures and of the pool their contents count
+MAY_CHANGE = PLACES | {"support", "query", "out", "pool", "data_root"}
+TRAINED = ("source", "dataset", "recipe", "seed", "num_classes", "samples_per_class")  # told in results.json
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
 
@@ -52,11 +52,12 @@ class Testing:
     def __init__(self, settings: Settings, root: Path):
         s = self.s = settings
         self.fitter = HeadFitter(s)
-        self.pieces = pieces_of(self.fitter, "mixes", f"{root}, {SHOWN} shown".encode())
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size, workers=s.workers)
         s.check_images(f"{root}/{s.test_split}", self.images.counts())
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
+        found = self.images
+        self.pieces = pieces_of(self.fitter, "mixes", found.images, found.labels, torch.tensor(SHOWN))
         self.chosen = [self.to_show(m) for m in range(min(SHOWN, len(self.fitter.pool or ())))]
 
     def run(self) -> tuple[Tensor, Tensor]:
@@ -119,12 +120,15 @@ class Testing:
             )
 
 
-def pieces_of(fitter: HeadFitter, folder: str, *data: bytes) -> Pieces:
-    """Where in the run folder the features of mixes are: of this meta-model, these settings and these data alone."""
-    s = fitter.s
+def pieces_of(fitter: HeadFitter, folder: str, *data: Tensor) -> Pieces:
+    """Where in the run folder the features of mixes are: of this model, pool, data and settings alone."""
+    s, made_with = fitter.s, hashlib.sha256()
     same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE}
-    made_with = hashlib.sha256(b"".join([fitter.path.read_bytes(), json.dumps(same).encode(), *data])).hexdigest()
-    return Pieces(s.run_folder / folder / made_with[:16])
+    with open(fitter.path, "rb") as file:
+        model = hashlib.file_digest(file, "sha256").hexdigest()
+    pool = fitter.pool.digest() if fitter.pool else ""
+    made_with.update(json.dumps([model, pool, digest_of(*data), same]).encode())
+    return Pieces(s.run_folder / folder / made_with.hexdigest()[:16])
 
 
 def evaluate(settings: Settings, tests: list[Testing]) -> dict:
@@ -144,6 +148,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
         "seed": s.seed,
         **figures(mixed, plain),
         "seconds": time.perf_counter() - started,
+        **{f"trained_{name}": tests[0].fitter.trained.get(name) for name in TRAINED},
         "mix_steps": s.mix_steps if pool else 0,
         "pool_models": len(pool) if pool else 0,
         "precision": s.precision,
@@ -155,6 +160,15 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
             root.name: figures(*outcome) for root, outcome in zip(s.data_paths, outcomes, strict=True)
         }
     return results | {"by_episode": mixed.tolist(), "by_episode_without_mix": plain.tolist()}
+
+
+def notes_of(fitter: HeadFitter) -> dict:
+    """What to note of a test: as `Settings.notes`, with what concerns the training as its checkpoint has it."""
+    s = fitter.s
+    told = {name: fitter.trained[name] for name in TRAINING & fitter.trained.keys()}
+    preset = replace(s, recipe=told.get("recipe", s.recipe)).preset() | {"num_classes": told["num_classes"]}
+    trained = {"model": str(fitter.path), **fitter.trained}
+    return s.notes() | {"settings": s.as_dict() | told, "preset": preset, "trained": trained}
 
 
 def figures(mixed: Tensor, plain: Tensor) -> dict[str, float]:
@@ -178,11 +192,15 @@ class OwnPictures:
     def __init__(self, settings: Settings):
         """Read them. Raises ValueError for fewer than 2 classes, a class without a picture, and nothing to label."""
         s, self.started = settings, time.perf_counter()
-        self.s, self.fitter = s, HeadFitter(s)
         self.path = Path(s.out or s.run_folder / "predictions.csv")
+        check_place(self.path, s.support, s.query)
+        self.s, self.fitter = s, HeadFitter(s)
         self.support = load_split(s.support, "", self.fitter.size, every_class=True, workers=s.workers)
         if len(self.support.class_names) < 2:
             raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
+        names = [shown(name) for name in self.support.class_names]
+        if alike := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{s.support}: got two classes that are shown as {alike[0]}; rename one of the folders")
         paths, left_out = find_images(s.query)
         images, unreadable = read_images(paths, self.fitter.size, workers=s.workers)
         left_out.add_unread(unreadable)
@@ -197,32 +215,20 @@ class OwnPictures:
     def label(self) -> np.ndarray:
         """Learn from the ones, and give the probabilities (N, way) of the others."""
         support = self.support
-        pieces = pieces_of(self.fitter, "own_mixes", support.images.numpy().tobytes(), support.labels.numpy().tobytes())
+        pieces = pieces_of(self.fitter, "own_mixes", support.images, support.labels)
         pixels, names = support.images.permute(0, 2, 3, 1), [support.class_names[c] for c in support.labels.tolist()]
         classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
         return classifier.predict_proba(self.query)
 
     def write(self, probabilities: np.ndarray) -> None:
         """Write predictions.csv, and beside it a sheet of the surest, and say so."""
-        path = self.path
-        names = [shown(name) for name in self.support.class_names]
-        labels = [names[number] for number in probabilities.argmax(1)]
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["path", "label", *names])
-        for picture, label, row in zip(self.paths, labels, probabilities, strict=True):
-            table.writerow([shown(picture), label, *(f"{value:.6f}" for value in row)])
-        with atomic_file(path) as file:
-            file.write(text.getvalue().encode())
-        surest = probabilities.max(1).argsort(kind="stable")[::-1][:SHEET]
-        surest = sorted(surest, key=lambda i: labels[i])  # of a label together, the surest first
-        pictures = torch.from_numpy(self.query[surest]).permute(0, 3, 1, 2)
-        larger = to_uint8(torch.nn.functional.interpolate(to_float(pictures), (96, 96)))  # room for the text
-        below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
-        contact_sheet(larger, 10, path.with_suffix(".png"), below)
+        on_sheet = write_predictions(
+            self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET
+        )
         print(
-            f"labelled {len(labels)} pictures with {len(names)} classes, learnt from {len(self.support.labels)}, "
-            f"{time.perf_counter() - self.started:.0f} s; {path}, {path.with_suffix('.png')} (the surest {len(surest)})"
+            f"labelled {len(self.paths)} pictures with {len(self.support.class_names)} classes, learnt from "
+            f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "
+            f"{self.path.with_suffix('.png')} (the surest {on_sheet})"
         )
 
     def say_what_to_expect(self) -> None:
@@ -254,7 +260,7 @@ def main() -> None:
         support = sum(test.episodes.support.numel() for test in tests)
         return dry_run.of_testing(settings, tests[0].fitter.pool, support)
     with locked(settings.run_folder):
-        note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, settings.notes())
+        note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, notes_of(tests[0].fitter))
         results = evaluate(settings, tests)
         if processes.is_first():
             tests[0].save_mixes()

@@ -9,7 +9,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,12 +30,15 @@ from models.episode_head import Heads, Stage, fit_heads, predict
 from models.meta_model import MetaModel
 from utils import checkpoint
 from utils.images import ImageError, pixels_of, shown, to_float, to_uint8
+from utils.labels import check_kinds, encoded, plain_labels
 from utils.pieces import Pieces
 from utils.remote import local
 from utils.seeding import generator, noise, numpy_generator
 
 RATES = (0.05, 0.01, 0.05)  # of the head's three stages
 MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
+RANGES = ((-1, 1), (0, 1))  # that floats may be in
+TOLERANCE = 0.001  # that floats may be out of their range, by rounding
 
 
 class HeadFitter:
@@ -52,6 +55,7 @@ class HeadFitter:
         device: where networks are.
         model: the meta-model, in eval mode.
         size: side of the images that it takes, in pixels.
+        trained: the settings of its training, as the checkpoint has them, with what the pool said.
         pool: None without mixes.
     """
 
@@ -60,7 +64,7 @@ class HeadFitter:
         s = self.s = settings
         self.device = pick_device(s.device_name)
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
-        self.model, self.size = load_model(self.path, self.device)
+        self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
@@ -187,8 +191,9 @@ class FewShotClassifier:
     """Learns classes from a few images each, with scikit-learn's methods.
 
     Images are given as a list of paths, PIL images, or single arrays; or as one array or tensor, (N, H, W, 3) uint8 or
-    (N, 3, H, W) float in [-1, 1], RGB (those in [0, 1] are 2 x - 1 there). They may be of any sizes: of each the
-    central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value an image.
+    (N, 3, H, W) float in [-1, 1] or, with value_range=(0, 1), in [0, 1], RGB. They may be of any sizes: of each the
+    central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value an image, in a
+    list, an array or a column.
 
     All that is random comes from `seed`. It does not matter in which order the classes are given, while that of the
     images of a class decides which are mixed. scikit-learn is not needed; its `clone`, pipelines and cross-validation,
@@ -200,6 +205,8 @@ class FewShotClassifier:
         mix_level, mix_steps, head_steps, head_init, head_scale, seed, sample_batch, precision, device: as the flags of
             `diffusionmix.py`; config.py has their ranges.
         pool_flags: what bare public checkpoints in the pool do not tell, such as {"num_heads": 4}.
+        value_range: the range of images given as floats, (-1, 1) or (0, 1), the latter as torchvision's ToTensor gives
+            them. None: (-1, 1), and a call whose floats have no negative value is refused, as they may be the other.
 
     Attributes:
         classes_: (way,) array, the labels in order: sorted, or where they cannot be, by type and text.
@@ -224,11 +231,13 @@ class FewShotClassifier:
         precision: str = Settings.precision,
         device: str = Settings.device,
         pool_flags: Mapping[str, Any] | None = None,
+        value_range: tuple[float, float] | None = None,
     ):
         self.model, self.pool, self.pool_flags = model, pool, pool_flags  # as given, as scikit-learn's clone expects
         self.mix_level, self.mix_steps = mix_level, mix_steps
         self.head_steps, self.head_init, self.head_scale = head_steps, head_init, head_scale
         self.seed, self.sample_batch, self.precision, self.device = seed, sample_batch, precision, device
+        self.value_range = value_range
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the constructor, by name; `deep` changes nothing."""
@@ -256,6 +265,7 @@ class FewShotClassifier:
         """The parameters as settings of `diffusionmix.py`. Raises ValueError for one out of range."""
         params = self.get_params()
         model, pool, flags = (params.pop(name) for name in ("model", "pool", "pool_flags"))
+        del params["value_range"]  # of images that no flag gives
         if odd := sorted(set(flags or {}) - set(BARE)):
             raise ValueError(f"got pool_flags with {', '.join(odd)}, expected some of {', '.join(BARE)}")
         places = {"resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
@@ -276,8 +286,8 @@ class FewShotClassifier:
         does not load.
         """
         fitter = fitter or HeadFitter(self.settings())
-        classes, numbers = _encoded(labels)
-        pixels = _read(images, fitter.size)
+        classes, numbers = encoded(plain_labels(labels))
+        pixels = _read(images, fitter.size, self.value_range)
         if len(pixels) != len(numbers):
             raise ValueError(f"got {len(pixels)} images and {len(numbers)} labels, expected one label an image")
         order = numbers.argsort(stable=True)
@@ -297,7 +307,7 @@ class FewShotClassifier:
         """
         if not hasattr(self, "heads_"):
             raise ValueError("this FewShotClassifier is not fitted yet; call fit(images, labels) first")
-        features = self.fitter_.features(to_float(_read(images, self.fitter_.size)))
+        features = self.fitter_.features(to_float(_read(images, self.fitter_.size, self.value_range)))
         return predict(self.heads_, features[None])[0].double().softmax(-1).numpy()
 
     def predict(self, images: Iterable) -> np.ndarray:
@@ -306,15 +316,20 @@ class FewShotClassifier:
         return self.classes_[best]
 
     def score(self, images: Iterable, labels: Iterable[Hashable]) -> float:
-        """The share of images, 0 to 1, whose predicted label is theirs."""
-        found, wanted = self.predict(images), _plain(labels)
+        """The share of images, 0 to 1, whose predicted label is theirs.
+
+        Raises ValueError for labels that no prediction could equal, as texts where `fit` was given numbers, and as
+        `fit` does.
+        """
+        found, wanted = self.predict(images), plain_labels(labels)
+        check_kinds(wanted, self.classes_.tolist())
         if len(found) != len(wanted):
             raise ValueError(f"got {len(found)} images and {len(wanted)} labels, expected one label an image")
         return float(np.mean([a == b for a, b in zip(found.tolist(), wanted, strict=True)]))
 
 
-def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
-    """The meta-model of a run in eval mode, and the size of the images that it was trained on.
+def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[str, Any]]:
+    """The meta-model of a run in eval mode, the size of the images that it was trained on, and all of its settings.
 
     Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
     """
@@ -333,7 +348,8 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int]:
     model.to(device)
     checkpoint.load_state(model, state["model"], path)
     load_statistics(model, state["model_statistics"])
-    return model.eval(), state["image_size"]
+    known = {"num_classes": state["num_classes"], "image_size": state["image_size"]}
+    return model.eval(), state["image_size"], {**settings, **known}
 
 
 def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
@@ -345,39 +361,11 @@ def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps:
     return Stage(inputs, weighted / mass, steps, rate, mass[..., 0])
 
 
-def _plain(labels: Iterable[Hashable]) -> list:
-    """Labels of a list, array, tensor or the like as plain values, which hash and compare as such."""
-    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
-        raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one an image")
-    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
-
-
-def _encoded(labels: Iterable[Hashable]) -> tuple[np.ndarray, Tensor]:
-    """The classes in order, and the number of each label's among them, (N,) int64."""
-    labels = _plain(labels)
-    try:
-        found = set(labels)
-    except TypeError:
-        raise ValueError("got labels that are lists or the like, expected one hashable value an image") from None
-    if any(label != label for label in found):
-        raise ValueError("got NaN among the labels, expected one value of its class an image")
-    if len(found) < 2:
-        raise ValueError(f"got {len(found)} classes, expected 2 or more: give labelled images of another class too")
-    try:
-        ordered = sorted(found)
-    except TypeError:  # of types that do not compare
-        ordered = sorted(found, key=lambda label: (type(label).__name__, repr(label)))
-    alike = len({type(label) for label in ordered}) == 1 and isinstance(ordered[0], str | int | float)
-    classes = np.array(ordered) if alike else np.empty(len(ordered), object)
-    for number, label in enumerate(ordered):  # one by one, as tuples would be taken for axes
-        classes[number] = label
-    numbers = {label: number for number, label in enumerate(ordered)}
-    return classes, torch.tensor([numbers[label] for label in labels])
-
-
-def _read(images: Iterable, size: int) -> Tensor:
+def _read(images: Iterable, size: int, value_range: Sequence[float] | None) -> Tensor:
     """Images as the class takes them, as (N, 3, size, size) uint8."""
-    single = isinstance(images, str | os.PathLike) or not isinstance(images, Iterable)
+    if value_range is not None and (not isinstance(value_range, list | tuple) or tuple(value_range) not in RANGES):
+        raise ValueError(f"got value_range {value_range!r}, expected {RANGES[0]}, {RANGES[1]} or None")
+    single = isinstance(images, str | os.PathLike | Mapping | Set) or not isinstance(images, Iterable)
     if single or (isinstance(images, np.ndarray | Tensor) and images.ndim not in (1, 4)):
         got = getattr(images, "shape", type(images).__name__)
         raise ValueError(
@@ -387,10 +375,11 @@ def _read(images: Iterable, size: int) -> Tensor:
     images = list(images)
     if not images:
         raise ValueError("got no images, expected one or more")
+    zero_to_one = value_range is not None and tuple(value_range) == (0, 1)
 
     def read(image: object) -> np.ndarray | str:
         try:
-            return pixels_of(image, size)
+            return pixels_of(_centred(image) if zero_to_one and _is_float(image) else image, size)
         except ImageError as error:
             return str(error)
 
@@ -400,4 +389,25 @@ def _read(images: Iterable, size: int) -> Tensor:
         if isinstance(result, str):
             name = shown(image) if isinstance(image, str | os.PathLike) else f"image number {number} (from 0)"
             raise ValueError(f"{name}: {result}")
+    lowest = min((float(image.min()) for image in images if _is_float(image)), default=-1.0)
+    if value_range is None and lowest > -TOLERANCE:
+        raise ValueError(
+            f"got float images without a negative value (from {lowest:g}), expected [-1, 1]; give value_range=(0, 1) "
+            "to FewShotClassifier if they are in [0, 1], value_range=(-1, 1) if they are right as they are"
+        )
     return torch.from_numpy(np.stack(done))
+
+
+def _is_float(image: object) -> bool:
+    if isinstance(image, np.ndarray):
+        return np.issubdtype(image.dtype, np.floating)
+    return isinstance(image, Tensor) and image.is_floating_point()
+
+
+def _centred(image: np.ndarray | Tensor) -> Tensor:
+    """Floats in [0, 1] as floats in [-1, 1]. Raises ImageError for others."""
+    found = torch.as_tensor(image).detach().to(torch.float32)
+    low, high = (float(found.min()), float(found.max())) if found.numel() else (0.0, 1.0)
+    if not -TOLERANCE < low <= high < 1 + TOLERANCE:  # refuses NaN, too
+        raise ImageError(f"has values from {low:g} to {high:g}, expected [0, 1], as value_range says")
+    return 2 * found - 1

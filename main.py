@@ -34,7 +34,7 @@ from utils.cli import run
 from utils.lock import locked
 from utils.machine import note_start
 from utils.metrics import rate_by_class
-from utils.pieces import discard
+from utils.pieces import digest_of, discard
 from utils.plots import curves
 from utils.progress import hush
 from utils.remote import local
@@ -88,10 +88,10 @@ class Training:
         labels = len(self.per_model) if s.source == "unguided" or s.clusters else self.num_classes
         real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
         s.check_suffices(self.size, labels, {split: images.counts() for split, images in real.items()})
+        self.contents = {split: digest_of(found.images, found.labels) for split, found in real.items()}
         if self.per_model:
+            self.contents["pool"] = processes.first_says(self.pool.digest())
             self.pool.check(self.per_model, s.sample_steps, s.clusters or s.likely)
-
-    # ---- synthesis
 
     def training_data(self, round_index: int) -> PseudoDataset:
         """The images of this epoch, those of earlier rounds too; read anew only where round or labels change."""
@@ -115,6 +115,8 @@ class Training:
         """Draw a round's images. Returns them and what to note of them."""
         processes.same_weights(self.model, self.learner)
         s = self.s
+        here = {**self.resolved(), "contents": {**self.contents, "pool": processes.first_says(self.pool.digest())}}
+        check_same(self.log.folder / "config.json", {"contents": self.contents}, here, set())  # the same pool as before
         guided = s.source == "guided" and not (s.clusters and round_index == 0)
         function = learners.log_probability(self.model, self.learner) if guided else None
         plan = self.plan(round_index)
@@ -162,8 +164,6 @@ class Training:
 
         return kept(self.log.folder / "pseudo" / "clusters", make)
 
-    # ---- learning
-
     def train_epoch(self, data: PseudoDataset) -> dict[str, object]:
         """One epoch of the meta-model, then, where there will be guidance, one of the class-learner."""
         s = self.s
@@ -195,14 +195,13 @@ class Training:
         )  # fmt: skip
         return entries
 
-    # ---- validation and state
-
     def save(self, name: str, **extra) -> None:
         """Save the weights with all that is needed to use them; `extra` to go on from them."""
         if processes.is_first():
             contents = {
                 **self.pair.state(), "num_classes": self.num_classes, "image_size": self.size,
-                "settings": self.s.as_dict(), "epoch": self.epoch, "val_accuracy": self.best, **extra,
+                "settings": self.s.as_dict(), "epoch": self.epoch, "val_accuracy": self.best,
+                "contents": self.contents, **extra,
             }  # fmt: skip
             checkpoint.save(self.log.folder / name, contents, keep_old=bool(extra))
 
@@ -220,7 +219,8 @@ class Training:
         if not isinstance(state, dict) or "class_learner_statistics" not in state:
             raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
         if path == last:
-            check_same(last, state["settings"], self.s.as_dict(), MAY_CHANGE)
+            made_with = {**state["settings"], "contents": state.get("contents", {})}
+            check_same(last, made_with, {**self.s.as_dict(), "contents": self.contents}, MAY_CHANGE)
         self.pair.load(state, path)
         if path != last:
             return None
@@ -229,8 +229,9 @@ class Training:
         return last
 
     def resolved(self) -> dict[str, object]:
-        """The settings with what the pool said, for config.json."""
-        return {**self.s.as_dict(), "num_classes": self.num_classes, "image_size": self.size}
+        """The settings with what the pool said, and digests of pool and images, for config.json."""
+        known = {"num_classes": self.num_classes, "image_size": self.size, "contents": self.contents}
+        return {**self.s.as_dict(), **known}
 
     def train(self) -> None:
         """All rounds and epochs, from where the folder stands."""

@@ -1,5 +1,6 @@
 """The pool: a folder of pre-trained diffusion models, the only source of data that there is."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,6 +124,14 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def digest(self) -> str:
+        """SHA-256 of what all files hold, in their order, as hex digits: it changes with any of them."""
+        whole = hashlib.sha256()
+        for path in self.files:
+            with open(path, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
 
     def each(
         self, device: torch.device, precision: str = "float32", only: Sequence[int] | None = None

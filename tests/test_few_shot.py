@@ -343,7 +343,7 @@ def test_the_command_and_the_class_agree(label, classifier, tmp_path):
     status, out, err = label()
     assert status == 0, err
     rows = rows_of(tmp_path / "run" / "predictions.csv")
-    assert list(rows[0]) == ["path", "label", "ape", "cow, brown", "zebra"]
+    assert list(rows[0]) == ["path", "label", "p_ape", "p_cow, brown", "p_zebra"]
     assert [row["path"] for row in rows] == sorted(map(str, more))
     few.sort()
     classifier.fit(few, [path.parent.name for path in few])
@@ -359,9 +359,9 @@ def test_the_command_and_the_class_agree(label, classifier, tmp_path):
     assert label("--out", tmp_path / "new" / "x.csv", "--sample-batch", 3)[0] == 0
     assert (tmp_path / "new" / "x.png").exists()
     close = np.array(
-        [[float(row[name]) for name in classifier.classes_] for row in rows_of(tmp_path / "new" / "x.csv")]
+        [[float(row[f"p_{name}"]) for name in classifier.classes_] for row in rows_of(tmp_path / "new" / "x.csv")]
     )
-    again = np.array([[float(row[name]) for name in classifier.classes_] for row in rows])
+    again = np.array([[float(row[f"p_{name}"]) for name in classifier.classes_] for row in rows])
     np.testing.assert_allclose(close, again, atol=2e-6)
     assert label()[0] == 0 and (tmp_path / "run" / "predictions.csv").read_bytes() == first
 
@@ -379,7 +379,7 @@ def test_class_names_that_the_font_lacks(label, tmp_path):
     folders(tmp_path / "few", *pictures({"日本語の本": 1, "b\nc": 2}))
     folders(tmp_path / "more", *pictures({"x": 2}))
     assert label("--mix", "False")[0] == 0
-    assert list(rows_of(tmp_path / "run" / "predictions.csv")[0])[2:] == ["b\\nc", "日本語の本"]
+    assert list(rows_of(tmp_path / "run" / "predictions.csv")[0])[2:] == ["p_b\\nc", "p_日本語の本"]
 
 
 def test_public_checkpoints_as_the_pool(model, toy_pool, tmp_path):

@@ -1,10 +1,13 @@
 """The pieces of a long job, kept until all are there: a stopped job goes on, and processes share it."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from utils import checkpoint, processes
 
@@ -42,6 +45,15 @@ class Pieces:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.pt"
+
+
+def digest_of(*tensors: torch.Tensor) -> str:
+    """SHA-256 of the shapes, types and values of tensors on any device, as hex digits."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        whole.update(tensor.detach().cpu().contiguous().numpy())
+    return whole.hexdigest()
 
 
 def discard(folder: str | os.PathLike) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from utils.atomic import atomic_file
 from utils.run_log import read_metrics
 
+MADE_BY = "diffusion-meta-learning"  # what a sheet says of itself, so that it is known as one
 _GAP = 2  # pixels between images
 _TEXT = 12  # pixels of height for a label
 
@@ -46,8 +48,10 @@ def contact_sheet(
         sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (left, top))
         if labels is not None:
             draw.text((left, top + height), str(labels[index]), fill="black")
+    made_by = PngInfo()
+    made_by.add_text("Software", MADE_BY)
     with atomic_file(path) as file:
-        sheet.save(file, format="PNG")
+        sheet.save(file, format="PNG", pnginfo=made_by)
 
 
 def curves(

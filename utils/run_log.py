@@ -133,7 +133,9 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
             rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) == 2][1:]
     for scan in scans:
         for scanned, left_out in scan.items():
-            rows = [row for row in rows if row[0] != scanned and not row[0].startswith(scanned + os.sep)] + left_out
+            scanned = cell(scanned)
+            rows = [row for row in rows if row[0] != scanned and not row[0].startswith(scanned + os.sep)]
+            rows += [(cell(skipped), cell(reason)) for skipped, reason in left_out]
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -141,6 +143,11 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *rows])
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
+
+
+def cell(text: str) -> str:
+    """A text for a CSV: a quote is put before one that a spreadsheet would take for a formula."""
+    return f"'{text}" if text.strip()[:1] in {*"=+-@＝＋－＠"} or text[:1] in {*"\t\r\n"} else text
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,95 @@
+"""Labels as people give them: a list, an array, a column or a table of one value an image, made plain and checked."""
+
+import numbers
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def plain_labels(labels: Iterable[Hashable]) -> list:
+    """The labels as plain values, one an image, which hash and compare as such.
+
+    labels: a list, array, tensor, series or the like, or a column (N, 1) of such, of hashable values.
+
+    Raises ValueError for labels without an order (a set, a dictionary), rows of several values (one-hot), values that
+    do not hash, and NaN or another missing value.
+    """
+    if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
+        raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one an image")
+    if hasattr(labels, "to_numpy"):  # a table, which by itself would give the names of its columns
+        labels = labels.to_numpy()
+    given = _plain(labels)
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise ValueError("got labels of no dimension, expected a list or array, one an image")
+    found = [_plain(label) for label in given]
+    while found and all(isinstance(label, list) and len(label) == 1 for label in found):
+        found = [_plain(label[0]) for label in found]  # a column
+    for label in found:
+        if isinstance(label, list) or not _hashes(label):
+            raise ValueError(
+                f"got a label of type {type(label).__name__}, expected one hashable value an image; of one-hot rows "
+                "give labels.argmax(1)"
+            )
+        if type(label).__name__ in ("NAType", "NaTType") or label != label:  # the former has no truth value
+            raise ValueError("got NaN or a missing value among the labels, expected one value of its class an image")
+    return found
+
+
+def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
+    """The classes in order, and the number of each label's among them, (N,) int64.
+
+    labels: as `plain_labels` gives them. Raises ValueError for fewer than 2 classes, and for measurements: fractions
+    of which no two are the same.
+    """
+    found = set(labels)
+    if len(found) < 2:
+        raise ValueError(f"got {len(found)} classes, expected 2 or more: give labelled images of another class too")
+    if 2 < len(labels) == len(found) and any(isinstance(each, float) and not each.is_integer() for each in found):
+        raise ValueError(
+            f"got {len(found)} different fractions as labels, which are measurements, expected classes; give texts if "
+            "each is a class of its own"
+        )
+    try:
+        ordered = sorted(found)
+    except TypeError:  # of types that do not compare
+        ordered = sorted(found, key=lambda label: (type(label).__name__, repr(label)))
+    alike = len({type(label) for label in ordered}) == 1 and isinstance(ordered[0], str | int | float)
+    classes = np.array(ordered) if alike else None
+    if classes is None or classes.tolist() != ordered:  # NumPy rounds large integers, and cuts zero bytes off texts
+        classes = np.empty(len(ordered), object)
+        for number, label in enumerate(ordered):  # one by one, as tuples would be taken for axes
+            classes[number] = label
+    numbers_ = {label: number for number, label in enumerate(ordered)}
+    return classes, torch.tensor([numbers_[label] for label in labels])
+
+
+def check_kinds(labels: Sequence[Hashable], classes: Sequence[Hashable]) -> None:
+    """Refuse labels of a kind that no class is of, such as texts where the classes are numbers: ValueError."""
+    known = {_kind(label) for label in classes}
+    if strange := sorted({_kind(label) for label in labels} - known):
+        raise ValueError(
+            f"got labels of kind {', '.join(strange)}, expected {', '.join(sorted(known))}, as those of fit were; give "
+            "both in one kind"
+        )
+
+
+def _kind(label: Hashable) -> str:
+    """The kind of a label: labels of two kinds are never equal."""
+    if isinstance(label, str):
+        return "text"
+    return "number" if isinstance(label, numbers.Number) else type(label).__name__
+
+
+def _plain(value: Any) -> Any:
+    """A value of NumPy or torch as one of Python, or nested lists of such; any other value as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _hashes(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:  # of what is in a tuple, too
+        return False
+    return True

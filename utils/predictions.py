@@ -1,0 +1,115 @@
+"""predictions.csv, what own pictures are, and the sheet beside it: where they may be, and what is in them."""
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.atomic import atomic_file
+from utils.images import shown, to_float, to_uint8
+from utils.plots import MADE_BY, contact_sheet
+from utils.run_log import cell
+
+_AGAIN = "give another --out"
+_LONGEST = 1 << 20  # bytes of a first line that is looked at
+
+
+def check_place(path: Path, *pictures: str | os.PathLike) -> None:
+    """Refuse, before any work, a place where predictions cannot be written or would take that of other files.
+
+    Neither `path`, nor its sheet, nor the skipped_images.csv beside it, takes the place of a file that this program
+    did not write, and none lies in the folders `pictures`, where the sheet would be one of the pictures.
+
+    Raises ValueError that names the file and --out.
+    """
+    try:
+        for folder in map(Path, pictures):
+            if folder.is_dir() and path.parent.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"{shown(path)}: lies in {shown(folder)}, where its sheet would be one of the pictures; {_AGAIN}"
+                )
+        ours = {path: _is_table, path.with_suffix(".png"): _is_sheet, path.with_name("skipped_images.csv"): _is_list}
+        for file, is_ours in ours.items():
+            if file.is_dir():
+                raise ValueError(f"{shown(file)}: is a folder, expected room for a file; {_AGAIN}")
+            if os.path.lexists(file) and not (file.is_file() and is_ours(file)):
+                raise ValueError(
+                    f"{shown(file)}: is there, and this program did not write it; move it away, or {_AGAIN}"
+                )
+            _check_writable(file)
+    except (OSError, RuntimeError) as error:  # the latter of links that lead in a circle
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{shown(path)}: cannot be written ({reason}); {_AGAIN}") from error
+
+
+def write_predictions(
+    path: Path, pictures: Sequence[Path], images: np.ndarray, classes: Sequence[str], probabilities: np.ndarray,
+    most: int,
+) -> int:  # fmt: skip
+    """Write the table at `path`, and as PNG beside it a sheet of the surest; returns how many are on that.
+
+    pictures: N paths; images: (N, H, W, 3) uint8, RGB; classes: C names; probabilities: (N, C); most: on the sheet.
+    """
+    names = [shown(name) for name in classes]
+    labels = [names[number] for number in probabilities.argmax(1)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", "label", *(f"p_{name}" for name in names)])  # no class has a column's name
+    for picture, label, row in zip(pictures, labels, probabilities, strict=True):
+        table.writerow([cell(shown(picture)), cell(label), *(f"{value:.6f}" for value in row)])
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+    surest = probabilities.max(1).argsort(kind="stable")[::-1][:most]
+    surest = sorted(surest, key=lambda i: labels[i])  # of a label together, the surest first
+    chosen = torch.from_numpy(images[surest]).permute(0, 3, 1, 2)
+    larger = to_uint8(torch.nn.functional.interpolate(to_float(chosen), (96, 96)))  # room for the text
+    below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
+    contact_sheet(larger, 10, path.with_suffix(".png"), below)
+    return len(surest)
+
+
+def _is_table(path: Path) -> bool:
+    head = _head(path)
+    return head[:2] == ["path", "label"] and len(head) > 3 and all(name.startswith("p_") for name in head[2:])
+
+
+def _is_list(path: Path) -> bool:
+    return _head(path) == ["path", "reason"]
+
+
+def _is_sheet(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get("Software") == MADE_BY
+    except Exception:  # a file of anybody's can raise nearly anything out of Pillow
+        return False
+
+
+def _head(path: Path) -> list[str]:
+    """The first row of a table, [] where it is none."""
+    with open(path, "rb") as file:
+        line = file.readline(_LONGEST)
+    try:
+        return next(csv.reader([line.decode()]), [])
+    except (ValueError, csv.Error):
+        return []
+
+
+def _check_writable(path: Path) -> None:
+    """Raise OSError where a file of that name cannot be made, in the folder or the nearest that is there."""
+    folder = path.parent
+    while True:
+        try:
+            os.lstat(folder)
+            break
+        except FileNotFoundError:
+            folder = folder.parent
+    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    os.close(handle)
+    os.unlink(name)
