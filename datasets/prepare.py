@@ -9,7 +9,6 @@
 To take up a run that was cut short, run the same command again: what is there is not made again.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,7 +26,7 @@ from utils.atomic import atomic_file
 from utils.cli import OneLineParser, run
 from utils.images import ImageError, read_image
 from utils.progress import progress
-from utils.run_log import write_json
+from utils.run_log import read_json, write_json
 
 SETTINGS = "prepared.json"  # in the output folder: what its images were made from
 CIFAR_SIDE, MINI_SIDE = 32, 84  # pixels
@@ -200,7 +199,8 @@ def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mappin
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
     made_from = out / SETTINGS
-    if made_from.exists() and (got := json.loads(made_from.read_text())) != settings:
+    got = read_json(made_from, dict, "it is written anew; only the names of the images there are checked")
+    if got is not None and got != settings:
         raise ValueError(f"{made_from}: the images there are of {got}, now asked for {settings}; give another --out")
     known = set(_file_names())
     for split, names in classes.items():

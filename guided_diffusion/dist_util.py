@@ -31,6 +31,8 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         cause = str(error).splitlines()[0]
         raise ValueError(f"got device {name!r}, which this machine lacks ({cause}); choose auto, cpu or cuda") from None
+    if torch.device(name).type == "meta":
+        raise ValueError("got device 'meta', whose tensors hold no numbers; choose auto, cpu or cuda")
     return torch.device(name)
 
 

@@ -26,7 +26,6 @@ _CURES = {  # of what the system says
     errno.ELOOP: "it is a link that leads back to itself; give another",
     errno.EISDIR: "a file was expected; move the folder away or give another name",
     errno.EMFILE: "allow more open files (ulimit -n)",
-    errno.ENOENT: "check the path",
     errno.ENOTDIR: "a folder was expected; check the path",
 }
 
@@ -106,7 +105,7 @@ def _one_line(error: Exception) -> str:
         what = f"out of memory{f' ({asked[1]} were asked for)' if asked else ''}"
         return f"{what}; give a lower --train-batch, --sample-batch or --samples-per-class, or smaller images"
     if isinstance(error, BrokenPipeError):
-        return "nobody reads the output any more (a closed pipe); the same command again goes on, > FILE keeps it"
+        return "nobody reads the output any more (a closed pipe); the same command again resumes"
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename is not None else ""
         cure = _CURES.get(error.errno)
