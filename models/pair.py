@@ -9,7 +9,7 @@ import torch
 
 from models import learners
 from models.class_learner import ClassLearner, load_statistics, statistics
-from models.meta_model import MetaModel
+from models.meta_model import BACKBONES, MetaModel
 from utils import checkpoint
 from utils.seeding import generator
 
@@ -82,7 +82,7 @@ def _mapping(value: Any) -> bool:
 MODEL_ENTRIES = {
     "model": _mapping, "model_statistics": _mapping, "num_classes": _whole(1, 100_000), "image_size": _whole(8, 4096),
     "settings": lambda value: isinstance(value, Mapping) and _number(value.get("scale_cls"))
-    and isinstance(value.get("backbone"), str),
+    and value.get("backbone") in BACKBONES,
     "epoch": _whole(0, 1_000_000), "val_accuracy": _number,
 }  # fmt: skip
 PAIR_ENTRIES = {**MODEL_ENTRIES, "class_learner": _mapping, "class_learner_statistics": _mapping}

@@ -40,7 +40,11 @@ def run(main: Callable[[], object]) -> None:
     """
     try:
         with stopping.heeded(), processes.together():
-            main()
+            try:
+                main()
+            except SystemExit:  # of --help
+                sys.stdout.flush()
+                raise
         sys.stdout.flush()  # here, where a closed pipe can still be told
     except stopping.Stopped as stopped:
         _end(f"stopped by {stopped}; the same command again goes on", 128 + stopped.number)
