@@ -294,6 +294,13 @@ def test_numbers_out_of_range(flags, call, place):
     assert everything(place) == before
 
 
+def test_a_training_that_diverges_keeps_what_was_saved(call, place, monkeypatch):
+    monkeypatch.setattr("models.learners.train_meta_model", lambda *_, **__: {"loss": math.nan})
+    argv = (*MAIN, "--source", "real", "--save-dir", "new", "--train_nTestNovel", 3, "--nKnovel", 3, "--nTestNovel", 9)
+    refused_at_work(call(main, *argv), "got loss nan in epoch 1 at rate 0.1; lower --lr")
+    assert not (place / "new" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("module, argv", [(diffusionmix, MIX), (image_train, TRAIN)])
 def test_a_device_that_holds_no_numbers(module, argv, call, place):
     refused(call(module, *argv, "--device", "meta"), "meta")

@@ -160,7 +160,7 @@ def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callab
     """Refuse a checkpoint that lacks an entry, or has one that `expected`, name -> whether a value is sound, does not
     take: CheckpointError. what: the file that it should be.
     """
-    if not isinstance(payload, dict) or not set(expected) & set(payload):
+    if not isinstance(payload, dict) or len(set(expected) - set(payload)) > len(expected) / 2:
         raise CheckpointError(f"{path}: is no {what}")
     if missing := [name for name in expected if name not in payload]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing[:_SHOWN])}: is no {what}")
