@@ -210,9 +210,8 @@ class Training:
     def restore(self) -> Path | None:
         """Go on from last.pt of this folder, which is returned, or start from the weights of --resume."""
         last = self.s.run_folder / "last.pt"
-        state = checkpoint.load_newest(last, self.device)
+        state, config = checkpoint.load_newest(last, self.device), self.s.run_folder / "config.json"
         path = last if state is not None else local(self.s.resume) if self.s.resume else None
-        config = self.s.run_folder / "config.json"
         made_with = read_json(config, dict, "it is written anew, and so are images that only it tells the settings of")
         self.unknown = made_with is None and path != last and config.exists()
         if path != last:  # of a run killed in its first epoch, whose pseudo images are there

@@ -252,7 +252,9 @@ def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
     for name, default in model_and_diffusion_defaults().items():
         value, most = flags.get(name, default), _MOST.get(name, _LARGEST)
         number, whole = isinstance(default, int | float), isinstance(default, int)
-        kind = f"a {'whole ' * isinstance(value, float)}number up to {most}" if number else f"a text of up to {_LONGEST} characters"
+        kind = f"a text of up to {_LONGEST} characters"
+        if number:
+            kind = f"a {'whole ' * isinstance(value, float)}number up to {most}"
         if not isinstance(value, str if not number else int if whole else int | float):
             got = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
         elif (number and not abs(value) <= most) or (not number and len(value) > _LONGEST):
