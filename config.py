@@ -4,6 +4,8 @@
 """
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +19,7 @@ SOURCES = ("guided", "unguided", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
 PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
+MOST = 1_000_000  # of a number without a limit of its own
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
         "noise_schedule", "diffusion_steps", "timestep_respacing", "predict_xstart", "rescale_timesteps")  # fmt: skip
 
@@ -24,7 +27,10 @@ BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "u
 def setting(
     default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="needed first"
 ):
-    """A dataclass field that becomes a flag. low, high: the range that a number must lie in, inclusive."""
+    """A dataclass field that becomes a flag. low, high: the range that a number must lie in, inclusive.
+
+    Without `high` a number may be up to `MOST`, so that none is infinite, or keeps a run busy for ever.
+    """
     extra = dict(help=help, flags=flags, choices=choices, low=low, high=high, group=group)
     return field(default=default, metadata=extra)
 
@@ -58,7 +64,7 @@ class Settings:
     support: str = setting("", "folder with one folder of your own pictures a class, for diffusionmix.py to learn from")
     query: str = setting("", "folder of your own pictures to label, also those in the folders in it; or one picture")
     out: str = setting("", "where to write what they are; '': predictions.csv in the run folder")
-    seed: int = setting(1, "of everything random", low=0)
+    seed: int = setting(1, "of everything random", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     quiet: bool = setting(False, "show no progress, only the closing line")
     dry_run: bool = setting(False, "say what would be done, and about how long it takes, and stop")
@@ -67,7 +73,7 @@ class Settings:
     gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",),
                                group="machine")  # fmt: skip
     precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"), group="machine")
-    workers: int = setting(4, "threads that read images", flags=("-j",), low=0, group="machine")
+    workers: int = setting(4, "threads that read images", flags=("-j",), low=0, high=1024, group="machine")
     sample_batch: int = setting(250, "images in a batch of the diffusion models; halved where memory is short", low=1,
                                 group="machine")  # fmt: skip
     test_batch: int = setting(100, "episodes whose heads are fitted at once", low=1, group="machine")
@@ -75,7 +81,7 @@ class Settings:
                                 group="machine")  # fmt: skip
 
     # the pool and its images
-    height: int = setting(0, "pixels a side; 0: that of the pool's images", low=0, group="synthesis")
+    height: int = setting(0, "pixels a side; 0: that of the pool's images", low=0, high=4096, group="synthesis")
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
     sample_steps: int = setting(25, "denoising steps of an image, by DDIM", low=2, high=1000, group="synthesis")
@@ -95,12 +101,12 @@ class Settings:
     replay: int = setting(0, "earlier rounds whose images are trained on too", low=0, group="synthesis")
 
     # pools whose checkpoints do not tell (public ones)
-    image_size: int = setting(64, "pixels a side", low=8, group="bare checkpoints")
+    image_size: int = setting(64, "pixels a side", low=8, high=4096, group="bare checkpoints")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
     num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down",
                                       group="bare checkpoints")  # fmt: skip
     num_head_channels: int = setting(
-        -1, "channels of an attention head; -1: by the number of heads", group="bare checkpoints"
+        -1, "channels of an attention head; -1: by the number of heads", low=-1, group="bare checkpoints"
     )
     use_new_attention_order: bool = setting(
         False, "queries, keys and values apart before the heads are", group="bare checkpoints"
@@ -126,9 +132,10 @@ class Settings:
     drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
-    lr: float = setting(0.1, "learning rate of the meta-model", low=0, group="learning")
-    learner_rate: float = setting(0.1, "rate of the class-learner, as a share of --lr", low=0, group="learning")
-    weight_decay: float = setting(5e-4, "L2 penalty", low=0, group="learning")
+    lr: float = setting(0.1, "learning rate of the meta-model", low=0, high=10, group="learning")
+    learner_rate: float = setting(0.1, "rate of the class-learner, as a share of --lr", low=0, high=100,
+                                  group="learning")  # fmt: skip
+    weight_decay: float = setting(5e-4, "L2 penalty", low=0, high=1, group="learning")
     start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
     within_weight: float = setting(1.0, "weight of telling apart the classes of one pool model, for the meta-model "
@@ -156,8 +163,12 @@ class Settings:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"got {flag_of(f)} {value!r}, expected one of {', '.join(f.metadata['choices'])}")
-            if not ((low is None or value >= low) and (high is None or value <= high)):  # refuses NaN, too
+            if isinstance(value, str | bool):
+                continue
+            if not (low is None or value >= low) or not (high is None or value <= high):  # refuses NaN, too
                 raise ValueError(f"got {flag_of(f)} {value}, expected {_range(low, high)}")
+            if value > MOST and f.name != "seed":
+                raise ValueError(f"got {flag_of(f)} {value:g}, expected at most {MOST:,}")
         if self.dataset not in SCENARIOS:
             raise ValueError(f"got --dataset {self.dataset!r}, expected one of {', '.join(SCENARIOS)}")
         for name in ("train_nTestNovel", "nTestNovel"):
@@ -175,6 +186,7 @@ class Settings:
                         f"--warm-up is {self.warm_up}, expected less than {flag}, {epochs}: the clusters come after "
                         f"it; give --warm-up {max(1, epochs - 1)}, or more epochs"
                     )
+        self._check_names()
         roots = self.data_root.split(",") if self.data_root else []
         if "" in roots or len({Path(root).resolve().name for root in roots}) < len(roots):
             raise ValueError(
@@ -194,6 +206,32 @@ class Settings:
             raise ValueError("got --tensorboard, which needs the package tensorboard; pip install tensorboard")
         if self.out and not self.out.endswith(".csv"):
             raise ValueError(f"got --out {self.out}, expected a name that ends in .csv; its sheet ends in .png")
+
+    def _check_names(self) -> None:
+        """Refuse names that no file can have, and links that lead back to themselves."""
+        for name in ("data_root", "pool", "save_dir", "resume", "support", "query", "out"):
+            for place in filter(None, getattr(self, name).split(",") if name == "data_root" else [getattr(self, name)]):
+                try:
+                    if "://" not in place:
+                        os.stat(place)
+                except (OSError, ValueError) as error:
+                    number = getattr(error, "errno", errno.EINVAL)
+                    if number in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EIO):
+                        why = os.strerror(number)
+                        raise ValueError(f"got --{name.replace('_', '-')} {place:.80}, {why}; give another") from None
+
+    def check_memory(self, classes: int, size: int, free: int | None) -> None:
+        """Refuse training that would not fit into the `free` bytes of memory: ValueError. size: pixels a side."""
+        images = classes * self.samples_per_class * 3 * size**2
+        step = self.train_batch * (self.way * self.shot + self.train_nTestNovel) * 3 * 4 * size**2
+        needed = max(images, step, 8 * 4 * classes**2) * (self.source != "none")  # the last for the learners
+        _refuse_above(free, needed, f"{classes} classes, --samples-per-class {self.samples_per_class}, --train-batch "
+                      f"{self.train_batch} and images of {size} pixels")  # fmt: skip
+
+    def check_episodes(self, models: int, features: int, free: int | None) -> None:
+        """Refuse episodes whose features would not fit into the `free` bytes: ValueError. models: that mix."""
+        needed = self.episodes * self.way * self.shot * (1 + models) * (features + self.way) * 4
+        _refuse_above(free, needed, f"--episodes {self.episodes} of {self.way * self.shot} images")
 
     def check_suffices(self, size: int, classes: int, real: Mapping[str, Mapping[str, int]]) -> None:
         """Refuse to train where no step could be made, by one ValueError that names all that is in the way.
@@ -462,6 +500,13 @@ _GROUPS = {
     "learning": "learning (main.py)",
     "testing": "testing (diffusionmix.py)",
 }
+
+
+def _refuse_above(free: int | None, needed: int, what: str) -> None:
+    if free is not None and needed > free:
+        raise ValueError(
+            f"got {what}: {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free; give lower numbers"
+        )
 
 
 def _range(low, high) -> str:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import BARE, Settings
+from guided_diffusion.costs import free_memory
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels, timesteps_of
 from guided_diffusion.pool import Pool, PoolModel
@@ -28,6 +29,7 @@ from guided_diffusion.pool_work import work_through
 from models.class_learner import load_statistics
 from models.episode_head import Heads, Stage, fit_heads, predict
 from models.meta_model import MetaModel
+from models.pair import MODEL_ENTRIES, WHAT
 from utils import checkpoint
 from utils.images import ImageError, pixels_of, shown, to_float, to_uint8
 from utils.labels import check_kinds, encoded, plain_labels
@@ -66,6 +68,7 @@ class HeadFitter:
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
+        s.check_episodes(len(self.pool or ()), self.model.feature_dim, free_memory())
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 
@@ -339,15 +342,16 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
             "and so on, or name one with --resume"
         )
     state = checkpoint.load(path, device)
-    wanted = ("model", "model_statistics", "num_classes", "image_size", "settings")
-    if not isinstance(state, dict) or any(name not in state for name in wanted):
-        raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
+    checkpoint.entries(state, path, MODEL_ENTRIES, WHAT)
     settings = state["settings"]
+    with torch.device("meta"):  # where weights that do not fit take no memory
+        checkpoint.check_state(MetaModel(state["num_classes"], backbone=settings["backbone"]), state["model"], path)
+    checkpoint.check_size(state["model"], path)
     with torch.random.fork_rng(devices=[]):  # the weights that it is made with are replaced: leave no trace of them
         model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"])
     model.to(device)
     checkpoint.load_state(model, state["model"], path)
-    load_statistics(model, state["model_statistics"])
+    load_statistics(model, state["model_statistics"], path)
     known = {"num_classes": state["num_classes"], "image_size": state["image_size"]}
     return model.eval(), state["image_size"], {**settings, **known}
 

@@ -8,7 +8,6 @@ will steer the next round. The weights that are best on meta_val are kept. The s
 stopped.
 """
 
-import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,13 +21,14 @@ from datasets.augment import AugmentSettings, augment
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept
 from datasets.sources import load_real
+from guided_diffusion.costs import free_memory
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.noise_levels import shared_process
 from guided_diffusion.pool import Pool
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import learners
 from models.clusters import cluster_classes, share_out
-from models.pair import Pair
+from models.pair import PAIR_ENTRIES, WHAT, Pair, run_entries
 from utils import checkpoint, processes
 from utils.cli import run
 from utils.lock import locked
@@ -39,7 +39,7 @@ from utils.plots import curves
 from utils.progress import hush
 from utils.remote import local
 from utils.report import Report
-from utils.run_log import RunLog, write_skipped
+from utils.run_log import RunLog, read_json, write_skipped
 from utils.seeding import generator
 
 MAY_CHANGE = PLACES | TESTING | {"sample_batch"}
@@ -56,10 +56,11 @@ class Training:
         needs_pool = s.source in ("guided", "unguided") or Path(s.pool_place).exists()
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
-        self.validation = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
         self.per_model = []
         if s.source in ("guided", "unguided"):
             self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
+        s.check_memory(sum(self.per_model) or s.num_classes or 1, size, free_memory())
+        self.validation = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
         self.real = None
         if s.source == "real":  # only the reference may see labelled base images
             self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.samples_per_class, s.workers)
@@ -208,16 +209,16 @@ class Training:
     def restore(self) -> Path | None:
         """Go on from last.pt of this folder, which is returned, or start from the weights of --resume."""
         last = self.s.run_folder / "last.pt"
-        state = checkpoint.load_newest(last, self.device)
+        state, config = checkpoint.load_newest(last, self.device), self.s.run_folder / "config.json"
         path = last if state is not None else local(self.s.resume) if self.s.resume else None
-        config = self.s.run_folder / "config.json"
-        if path != last and config.exists():  # of a run killed in its first epoch, whose pseudo images are there
-            check_same(config, json.loads(config.read_text()), self.resolved(), MAY_CHANGE - {"resume"})
+        made_with = read_json(config, dict, "it is written anew, and so are images that only it tells the settings of")
+        self.unknown = made_with is None and path != last and config.exists()
+        if path != last:  # of a run killed in its first epoch, whose pseudo images are there
+            check_same(config, made_with or {}, self.resolved(), MAY_CHANGE - {"resume"})
         if path is None:
             return None
         state = checkpoint.load(path, self.device) if state is None else state
-        if not isinstance(state, dict) or "class_learner_statistics" not in state:
-            raise ValueError(f"{path}: is no checkpoint of main.py; give best_model.pt or last.pt of a run")
+        checkpoint.entries(state, path, run_entries(self.s.max_epoch) if path == last else PAIR_ENTRIES, WHAT)
         if path == last:
             made_with = {**state["settings"], "contents": state.get("contents", {})}
             check_same(last, made_with, {**self.s.as_dict(), "contents": self.contents}, MAY_CHANGE)
@@ -225,7 +226,7 @@ class Training:
         if path != last:
             return None
         self.epoch, self.best = state["epoch"], state["val_accuracy"]
-        self.pair.load_optimizers(state["optimizers"])
+        self.pair.load_optimizers(state["optimizers"], last)
         return last
 
     def resolved(self) -> dict[str, object]:
@@ -238,8 +239,8 @@ class Training:
         s = self.s
         self.log = RunLog(s.run_folder, tensorboard=s.tensorboard, done=self.epoch, epochs=s.epochs)
         self.report = Report(s.run_folder)
-        if self.restored:
-            self.log.line(f"going on from {self.restored}, after epoch {self.epoch}")
+        discard(s.run_folder / "pseudo") if self.unknown else None
+        self.log.line(f"going on from {self.restored}, after epoch {self.epoch}") if self.restored else None
         write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)

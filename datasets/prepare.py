@@ -236,13 +236,11 @@ def _is_complete(folder: Path) -> bool:
 
 def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> None:
     """Raise ValueError where `out` holds images that are not of `classes` or were made by other settings."""
-    if out.exists() and not out.is_dir():
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
     made_from = out / SETTINGS
-    got = read_json(made_from, dict)
-    if got is None and made_from.exists():
-        print(f"{made_from}: is damaged and will be written anew")
-    elif got not in (None, settings):
+    got = read_json(made_from, dict, "it is written anew; only the names of the images there are checked")
+    if got not in (None, settings):
         raise ValueError(f"{made_from}: the images there are of {got}, now asked for {settings}; give another --out")
     for split, names in classes.items():
         _check_strange(out / split, names, set(_file_names()))

@@ -99,6 +99,11 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
+def free_memory() -> int | None:
+    """Bytes that the system could give to this process, None where it does not tell."""
+    return _free_memory()
+
+
 def _free_memory() -> int | None:
     """Bytes that the system could give to this process, None where it does not tell."""
     free = []

@@ -35,6 +35,8 @@ def pick_device(name: str = "auto") -> torch.device:
         cause = str(error).splitlines()[0]
         raise ValueError(f"got device {name!r}, which this machine lacks ({cause}); choose auto, cpu or cuda") from None
     device = torch.device(name)
+    if device.type == "meta":
+        raise ValueError("got device 'meta', whose tensors hold no numbers; choose auto, cpu or cuda")
     if device.type == "cuda":  # where the collectives and the caches of this process then are, too
         torch.cuda.set_device(device)
     return device

@@ -43,7 +43,7 @@ from utils.cli import run  # noqa: E402
 from utils.images import Skipped, shown  # noqa: E402
 from utils.lock import locked  # noqa: E402
 from utils.progress import duration, hush  # noqa: E402
-from utils.run_log import read_json, write_json, write_skipped  # noqa: E402
+from utils.run_log import read_json, say_damaged, write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
 POOL = 5  # models that the clusters recipe of main.py needs
@@ -118,7 +118,7 @@ def train_pool(args: argparse.Namespace, device) -> None:
         for m, group in enumerate(groups, 1)
     ]
     index, steps = Path(args.pool) / "pool.json", _steps(args)
-    known, hold_out = processes.first_says(_read(index)), args.hold_out
+    known, hold_out = processes.first_says(_read(index, "it is written anew")), args.hold_out
     if known:
         if known.get("models") != models:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
@@ -313,17 +313,23 @@ def say(text: str) -> None:
         print(text)
 
 
-def _read(index: Path) -> dict[str, Any]:
-    """What pool.json says; nothing where it is missing or damaged, as each model says what it was made with, too."""
-    known = read_json(index, dict)
-    sound = known is None or (isinstance(known.get("hold_out", 0.0), int | float) and _are_figures(known.get(FIGURES)))
-    if known is None and index.exists() or not sound:
-        say(f"{index}: is damaged, and is written anew")
-    return known if known and sound else {}
+def _read(index: Path, instead: str = "") -> dict[str, Any]:
+    """What pool.json says, {} without one. instead: what is done without what is damaged in it; "" says nothing."""
+    known = read_json(index, dict, instead) or {}
+    for name, sound in _SOUND.items():
+        if name in known and not sound(known[name]):
+            if instead:
+                say_damaged(index, f"its {name} is damaged; {instead}")
+            del known[name]
+    return known if "models" in known else {}
 
 
-def _are_figures(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()))
+_SOUND = {  # entries of pool.json that are looked at
+    "models": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
+    "hold_out": lambda value: isinstance(value, int | float) and 0 <= value < 1,
+    FIGURES: lambda value: isinstance(value, dict)
+    and all(isinstance(each, dict) and "held_out" in each for each in value.values()),
+}
 
 
 def _write(index: Path, contents: dict[str, Any], m: int, figure: dict[str, Any] | None) -> None:

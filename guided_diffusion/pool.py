@@ -16,16 +16,20 @@ from guided_diffusion.costs import that_fit
 from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 from guided_diffusion.script_util import (
+    contents,
     create_gaussian_diffusion,
     infer_model_flags,
     model_and_diffusion_defaults,
     network_of,
+    unwrapped,
 )
 from guided_diffusion.unet import UNetModel
 from utils import checkpoint
 
 _DIFFUSION_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing")
 _LARGEST = 100_000  # number among a checkpoint's flags
+_MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # of those that it is less for
+_LONGEST = 1000  # characters of a text among them
 
 
 def subset_path(pool: str | os.PathLike, m: int) -> Path:
@@ -94,7 +98,8 @@ class Pool:
     """
 
     def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
-        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors), or one checkpoint file (then M = 1).
+        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors). Or, then M = 1, one checkpoint file,
+        or a folder with model.pt directly in it.
 
         Raises ValueError where there is neither, or where the numbers have a gap.
         """
@@ -109,6 +114,10 @@ class Pool:
                 number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
                 if number:
                     found[int(number[1])] = file
+        direct = [self.path / name for name in ("model.pt", "model.safetensors") if (self.path / name).is_file()]
+        if direct and not found:
+            self.files = direct[:1]
+            return
         if not found:
             raise ValueError(
                 f"{self.path}: got no diffusion models, expected subset1/ckpt/model.pt and so on; make a pool with "
@@ -158,7 +167,8 @@ class Pool:
         weights, flags, num_classes = self._describe(payload, path)
         flags["use_fp16"] = False  # says how it was trained; how it draws is for `precision` to say
         network = _on_meta(flags, path)
-        _check_size(network, weights, path)
+        checkpoint.check_state(network, weights, path)
+        checkpoint.check_size(weights, path)
         network.to_empty(device="cpu")
         checkpoint.load_state(network, weights, path)
         dtype = inference_dtype(precision, torch.device(device), flags["num_channels"])
@@ -236,31 +246,43 @@ class Pool:
                 )
 
     def _describe(self, payload: Any, path: Path) -> tuple[Mapping, dict[str, Any], int | None]:
-        """Weights, flags and number of classes of a checkpoint of ours or of a bare state dict."""
+        """Weights, flags and number of classes of a checkpoint of ours, or of what else holds a state dict."""
         if not isinstance(payload, Mapping):
             raise checkpoint.CheckpointError(f"{path}: got {type(payload).__name__}, expected a state dict")
         if "model" in payload and "flags" in payload:
-            if not isinstance(payload["model"], Mapping) or not isinstance(payload["flags"], Mapping):
+            weights, flags = payload.get("ema", payload["model"]), payload["flags"]  # the former of a training's state
+            if not isinstance(weights, Mapping) or not isinstance(flags, Mapping):
                 raise checkpoint.CheckpointError(f"{path}: holds no weights with their flags; make the model again")
-            _check_flags(payload["flags"], path)
-            _check_flags({"num_classes": payload.get("num_classes") or 0}, path)
-            return payload["model"], {**model_and_diffusion_defaults(), **payload["flags"]}, payload.get("num_classes")
+            _check_flags(flags, path)
+            classes = payload.get("num_classes") or (flags.get("num_classes") if flags.get("class_cond") else None)
+            _check_flags({"num_classes": classes or 0}, path)
+            return weights, {**model_and_diffusion_defaults(), **flags}, classes
+        weights = unwrapped(payload)
+        if weights is None:
+            raise checkpoint.CheckpointError(f"{path}: holds {contents(payload)}; give the checkpoint of a U-Net")
         flags = {**model_and_diffusion_defaults(), **self._flags}
         try:
-            flags.update(infer_model_flags(payload, flags["image_size"]))
+            flags.update(infer_model_flags(weights, flags["image_size"]))
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{path}: {error}") from None
-        return payload, flags, flags["num_classes"] if flags["class_cond"] else None
+        return weights, flags, flags["num_classes"] if flags["class_cond"] else None
 
 
 def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
     """Refuse flags of a type or a size that no model has: a network or a process of them could fill the memory."""
     for name, default in model_and_diffusion_defaults().items():
-        value = flags.get(name, default)
-        number = isinstance(default, int | float)
-        if not isinstance(value, int | float if number else str) or (number and not abs(value) <= _LARGEST):
-            kind = f"a number up to {_LARGEST}" if number else "a text"
-            raise checkpoint.CheckpointError(f"{path}: got flag {name} {value!r:.40}, expected {kind}; make it again")
+        value, most = flags.get(name, default), _MOST.get(name, _LARGEST)
+        number, whole = isinstance(default, int | float), isinstance(default, int)
+        kind = f"a text of up to {_LONGEST} characters"
+        if number:
+            kind = f"a {'whole ' * isinstance(value, float)}number up to {most}"
+        if not isinstance(value, str if not number else int if whole else int | float):
+            got = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+        elif (number and not abs(value) <= most) or (not number and len(value) > _LONGEST):
+            got = repr(value)
+        else:
+            continue
+        raise checkpoint.CheckpointError(f"{path}: got flag {name} {got:.40}, expected {kind}; make it again")
 
 
 def _on_meta(flags: Mapping[str, Any], path: Path) -> UNetModel:
@@ -270,17 +292,3 @@ def _on_meta(flags: Mapping[str, Any], path: Path) -> UNetModel:
             return network_of(flags)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); give the flags it has") from error
-
-
-def _check_size(network: UNetModel, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse, while `network` takes no memory, weights that do not fit it or are more than the file has.
-
-    Tensors may share or repeat what is in the file, so that a small one could name a network of any size.
-    """
-    checkpoint.check_state(network, weights, path)
-    claimed, held = sum(weight.nbytes for weight in weights.values()), path.stat().st_size
-    if claimed > held:
-        raise checkpoint.CheckpointError(
-            f"{path}: names {claimed:,} bytes of weights, expected at most the {held:,} of the file; "
-            "get it again from its source"
-        )

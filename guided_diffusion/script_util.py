@@ -181,6 +181,37 @@ def create_gaussian_diffusion(
     )
 
 
+def unwrapped(payload: Mapping[str, Any], depth: int = 3) -> Mapping[str, torch.Tensor] | None:
+    """The state dict of the U-Net in `payload`, None where there is none.
+
+    It may be under a prefix that all of its names have (module., of several processes), or in an entry, to `depth`
+    levels (state_dict, model). Of several the one whose name says ema counts, else the first.
+    """
+    names = [name for name in payload if isinstance(name, str)]
+    prefixes = [name.removesuffix(_FIRST) for name in names if name == _FIRST or name.endswith(f".{_FIRST}")]
+    if prefixes:
+        prefix = min(prefixes, key=lambda each: "ema" not in each.lower())
+        return {name.removeprefix(prefix): payload[name] for name in names if name.startswith(prefix)}
+    for name in sorted(names, key=lambda each: "ema" not in each.lower()) if depth else ():
+        if isinstance(payload[name], Mapping) and (found := unwrapped(payload[name], depth - 1)) is not None:
+            return found
+    return None
+
+
+_FIRST = "time_embed.0.weight"  # of every U-Net
+
+
+def contents(payload: Mapping[str, Any]) -> str:
+    """What a mapping that is not the state dict of a U-Net holds, in a few words."""
+    if {"state", "param_groups"} <= set(payload):
+        return "an optimiser's state, not the state dict of a guided-diffusion U-Net"
+    if {"class_learner", "settings"} <= set(payload):
+        return "a meta-model of main.py, not the state dict of a guided-diffusion U-Net"
+    names = [f"{name!s:.30}" for name in list(payload)[:4]]
+    more = f" and {len(payload) - len(names)} more" if len(payload) > len(names) else ""
+    return f"{', '.join(names) or 'nothing'}{more}, not the state dict of a guided-diffusion U-Net"
+
+
 def infer_model_flags(state_dict: Mapping[str, torch.Tensor], image_size: int | None = None) -> dict[str, Any]:
     """The flags that the names and shapes of a U-Net's state dict tell.
 

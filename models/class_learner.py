@@ -1,10 +1,14 @@
 """The class-learner h: a small head, conditioned on the diffusion time, from image features to class logits."""
 
 import math
+import os
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils import checkpoint
 
 _MAX_PERIOD = 10000.0
 _STATISTICS = ("running_mean", "running_var", "updates")
@@ -62,21 +66,16 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in _buffers(module).items()}
 
 
-def load_statistics(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Put back what `statistics` collected.
+def load_statistics(module: nn.Module, values: Mapping[str, Tensor], source: str | os.PathLike = "statistics") -> None:
+    """Put back what `statistics` collected. source: what an error names as the origin, usually the file.
 
     Raises:
-        ValueError: names or shapes differ from the module's; the module is then unchanged.
+        ValueError: names or shapes differ from the module's, or numbers are not finite; the module is then unchanged.
     """
     buffers = _buffers(module)
-    odd = sorted(buffers.keys() ^ values.keys())
-    if odd:
-        side = "lack" if odd[0] in buffers else "have the unknown"
-        raise ValueError(f"the statistics {side} '{odd[0]}': load those that were saved with this model")
-    for name, buffer in buffers.items():
-        if values[name].shape != buffer.shape:
-            got, expected = tuple(values[name].shape), tuple(buffer.shape)
-            raise ValueError(f"statistics '{name}' have shape {got}, expected {expected}: use the same classes")
+    checkpoint.check_tensors(buffers, values, source, f"the statistics of {type(module).__name__}")
+    if odd := [name for name in buffers if not bool(torch.isfinite(values[name].float()).all())]:
+        raise ValueError(f"{source}: its statistics {odd[0]} are NaN or infinite; take an earlier checkpoint")
     for name, buffer in buffers.items():
         buffer.copy_(values[name])
 

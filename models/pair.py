@@ -1,6 +1,7 @@
 """The two learners that are trained in turns, with their optimisers, and what is saved of them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from models import learners
 from models.class_learner import ClassLearner, load_statistics, statistics
-from models.meta_model import MetaModel
+from models.meta_model import BACKBONES, MetaModel
 from utils import checkpoint
 from utils.seeding import generator
 
@@ -52,10 +53,42 @@ class Pair:
         """Take the weights of `state`, read from `path`. Raises CheckpointError for those of other networks."""
         checkpoint.load_state(self.model, state["model"], path)
         checkpoint.load_state(self.learner, state["class_learner"], path)
-        load_statistics(self.model, state["model_statistics"])
-        load_statistics(self.learner, state["class_learner_statistics"])
+        load_statistics(self.model, state["model_statistics"], path)
+        load_statistics(self.learner, state["class_learner_statistics"], path)
 
-    def load_optimizers(self, states: list[dict[str, Any]]) -> None:
-        """Put back what `optimizer_states` gave."""
+    def load_optimizers(self, states: list[dict[str, Any]], path: Path) -> None:
+        """Put back what `optimizer_states` gave, read from `path`. Raises CheckpointError for that of others."""
         for optimizer, saved in zip((self.model_optimizer, self.learner_optimizer), states, strict=True):
-            optimizer.load_state_dict(saved)
+            checkpoint.load_optimizer(optimizer, saved, path)
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+# What a checkpoint of a run must hold, for `checkpoint.entries`: to test with, to start from, to resume
+MODEL_ENTRIES = {
+    "model": _mapping, "model_statistics": _mapping, "num_classes": _whole(1, 100_000), "image_size": _whole(8, 4096),
+    "settings": lambda value: isinstance(value, Mapping) and _number(value.get("scale_cls"))
+    and value.get("backbone") in BACKBONES,
+    "epoch": _whole(0, 1_000_000), "val_accuracy": _number,
+}  # fmt: skip
+PAIR_ENTRIES = {**MODEL_ENTRIES, "class_learner": _mapping, "class_learner_statistics": _mapping}
+WHAT = "checkpoint of main.py; give best_model.pt or last.pt of a run"
+
+
+def run_entries(epochs: int) -> dict[str, Callable[[Any], bool]]:
+    """What last.pt of a run of so many epochs must hold."""
+    return {**PAIR_ENTRIES, "optimizers": _pair, "epoch": _whole(0, epochs)}

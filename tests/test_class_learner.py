@@ -95,12 +95,14 @@ def test_statistics_travel_beside_the_state_dict():
 
 def test_other_statistics_are_refused():
     learner, values = ClassLearner(20), statistics(ClassLearner(20))
-    with pytest.raises(ValueError, match="lack 'batchnorm.updates'"):
+    with pytest.raises(ValueError, match="missing: batchnorm.updates"):
         load_statistics(learner, {k: v for k, v in values.items() if not k.endswith("updates")})
-    with pytest.raises(ValueError, match="unknown 'extra'"):
+    with pytest.raises(ValueError, match="unexpected: extra"):
         load_statistics(learner, values | {"extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"shape \(30,\), expected \(20,\)"):
+    with pytest.raises(ValueError, match=r"got \(30,\), expected \(20,\)"):
         load_statistics(learner, statistics(ClassLearner(30)))
+    with pytest.raises(ValueError, match="a.pt: its statistics batchnorm.running_mean are NaN"):
+        load_statistics(learner, values | {"batchnorm.running_mean": torch.full((20,), torch.nan)}, "a.pt")
 
 
 def test_wrong_inputs_are_refused():

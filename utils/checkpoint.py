@@ -1,13 +1,14 @@
 """The one place that saves and loads checkpoints. It refuses what it does not know."""
 
 import os
+import pickletools
 import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,9 @@ from utils.atomic import atomic_file, previous
 _SHOWN = 3  # names an error lists before it only counts
 _ZIP = b"PK\x03\x04"  # how a zip begins, which is what torch goes by
 _CODE = re.compile(r"GLOBAL (\S+)|reduce for unrecognized function|Can only (?:create|build)|Unsupported operand 149")
+_GROWS = re.compile(r"(builtins|__builtin__) bytearray|_codecs encode|torch(\.\w+)* (\w*Tensor|TypedStorage)")
+_PICKLES = 5  # at the start of a file of older torch
+_DEEPEST, _MOST = 50, 10_000_000  # levels of containers in containers, and values in all, of a checkpoint
 
 
 class CheckpointError(ValueError):
@@ -68,17 +72,26 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-        if start[8:] == b"{":  # after eight bytes of its length, the header of safetensors
-            return load_file(path, device=str(device))
-        if start.startswith(_ZIP):
-            _check_claims(path)
+            if start[8:] == b"{":  # after eight bytes of its length, the header of safetensors
+                return load_file(path, device=str(device))
+            if start.startswith(_ZIP):
+                _check_claims(path)
+            else:
+                file.seek(0)
+                for _ in range(_PICKLES):
+                    _check_names(file, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickles by other programs, refused just below
-            return torch.load(path, map_location=device, weights_only=True)
+            payload = torch.load(path, map_location=device, weights_only=True)
+        _count(payload, path, {})
+        return payload
     except PermissionError as error:
         raise CheckpointError(f"{path}: may not be read; change its permissions (chmod u+r)") from error
     except (CheckpointError, torch.OutOfMemoryError):
         raise  # of the latter the file is sound
+    except OSError as error:
+        why = error.strerror or "the file ends too soon"
+        raise CheckpointError(f"{path}: cannot be read ({why}); look after the disk, or copy the file again") from error
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         raise CheckpointError(f"{path}: {_cause(str(error), device)}") from error
 
@@ -98,8 +111,82 @@ def _check_claims(path: Path) -> None:
                 "get it again from its source, or save it again with torch.save"
             )
         damaged = archive.testzip()
+        for record in archive.namelist():
+            if record.endswith("data.pkl") and not damaged:
+                with archive.open(record) as file:
+                    _check_names(file, path)
     if damaged:
         raise CheckpointError(f"{path}: {damaged} in it does not match its checksum; copy or download it again")
+
+
+def _check_names(file: BinaryIO, path: Path) -> None:
+    """Refuse a pickle, read up to its end, that names what makes bytes from a number: it could fill the memory.
+
+    What else it must not name torch refuses.
+    """
+    try:
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "GLOBAL" and _GROWS.fullmatch(argument):
+                raise CheckpointError(
+                    f"{path}: holds the object {argument.replace(' ', '.')}, and loading that could fill the memory; "
+                    "save it again as a plain dictionary of tensors, numbers and strings"
+                )
+    except CheckpointError:
+        raise
+    except ValueError:  # no pickle, which torch says
+        file.read()
+
+
+def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int:
+    """Count the values in a nest of containers, those in a container that is there twice twice, as to print them would.
+
+    Raises CheckpointError where they are so many, or so deep, that to compare or print them would take for ever.
+    """
+    if not isinstance(value, Mapping | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        total = 1 + sum(_count(each, path, known, depth + 1) for each in parts) if depth < _DEEPEST else _MOST + 1
+        if total > _MOST:
+            raise CheckpointError(
+                f"{path}: holds lists in lists more than {_DEEPEST} deep, or of more than {_MOST:,} values, which no "
+                "checkpoint needs; get it again from its source"
+            )
+        known[id(value)] = total
+    return known[id(value)]
+
+
+def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callable[[Any], bool]], what: str) -> None:
+    """Refuse a checkpoint that lacks an entry, or has one that `expected`, name -> whether a value is sound, does not
+    take: CheckpointError. what: the file that it should be.
+    """
+    if not isinstance(payload, dict) or len(set(expected) - set(payload)) > len(expected) / 2:
+        raise CheckpointError(f"{path}: is no {what}")
+    if missing := [name for name in expected if name not in payload]:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing[:_SHOWN])}: is no {what}")
+    if odd := [name for name, sound in expected.items() if not sound(payload[name])]:
+        got = payload[odd[0]]
+        shown_ = repr(got) if isinstance(got, int | float | str) else f"a {type(got).__name__}"
+        raise CheckpointError(f"{path}: its {odd[0]} is {shown_:.40}: is no {what}")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str | os.PathLike) -> None:
+    """Put back what `optimizer.state_dict()` gave, but not its rates and the like, which come from the settings.
+
+    Raises CheckpointError where it is of other parameters, damaged, or not finite. `source`: as of `check_state`.
+    """
+    try:
+        optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+        sound = all(
+            isinstance(part, torch.Tensor) and part.shape in (parameter.shape, ()) and bool(torch.isfinite(part).all())
+            for parameter, parts in optimizer.state.items()
+            for part in parts.values()
+            if part is not None
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{source}: its optimiser's state is damaged, or of another network; take an earlier one")
 
 
 def _cause(message: str, device: str | torch.device) -> str:
@@ -136,10 +223,16 @@ def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
     Raises:
         CheckpointError: up to three missing, unexpected and wrong-shape names each.
     """
+    check_tensors(module.state_dict(), state_dict, source, type(module).__name__)
+
+
+def check_tensors(
+    expected: Mapping[str, torch.Tensor], state_dict: Any, source: str | os.PathLike, what: str
+) -> None:
+    """Check names, shapes and kinds of tensors as `check_state` does, against `expected`, those of `what`."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise CheckpointError(f"{source}: got {kind}, expected a state dict (names with tensors); check the file")
-    expected = module.state_dict()
     missing = [name for name in expected if name not in state_dict]
     unexpected = [str(name) for name in state_dict if name not in expected]
     shared = [name for name in expected if name in state_dict]
@@ -161,8 +254,21 @@ def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
     ]
     if problems:
         raise CheckpointError(
-            f"{source}: does not fit {type(module).__name__}: {'; '.join(problems)}; "
+            f"{source}: does not fit {what}: {'; '.join(problems)}; "
             "use the settings it was made with, or another checkpoint"
+        )
+
+
+def check_size(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights of more bytes than their file has: CheckpointError.
+
+    Tensors may share or repeat what is in the file, so that a small one could name a network of any size.
+    """
+    claimed, held = sum(weight.nbytes for weight in state_dict.values()), path.stat().st_size
+    if claimed > held:
+        raise CheckpointError(
+            f"{path}: names {claimed:,} bytes of weights, expected at most the {held:,} of the file; "
+            "get it again from its source"
         )
 
 

@@ -2,39 +2,75 @@
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
+
+import torch
 
 from utils import processes, stopping
 
-_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, MemoryError)
+_TOLD = (ValueError, OSError, MemoryError, KeyboardInterrupt)
+_CURES = {  # of what the system says
+    errno.EIO: "the disk fails; what was saved before is whole: look after the disk, or choose a folder on another",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions (chmod), or choose another",
+    errno.EPERM: "change its permissions (chmod), or choose another",
+    errno.ENOSPC: "make room and give the same command again",
+    errno.EDQUOT: "make room in your share (quota) and give the same command again",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "it is a link that leads back to itself; give another",
+    errno.EISDIR: "a file was expected; move the folder away or give another name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENOTDIR: "a folder was expected; check the path",
+}
 
 
 def run(main: Callable[[], object]) -> None:
     """Call `main()` and turn an error that its user can mend into one line on stderr.
 
-    ValueError, FileNotFoundError, NotADirectoryError, PermissionError and MemoryError become `error: ...` and exit
-    status 2. Ctrl-C and SIGTERM end the run after the step that it is at, with exit status 130 and 143. Any other
-    error is a fault of the program and keeps its traceback. With TRACEBACK=1 in the environment every error keeps it.
-    Processes that torchrun started are joined meanwhile.
+    ValueError, what the system says of files (OSError) and a lack of memory become `error: ...` and exit status 2; so
+    does an output that nobody reads any more. Ctrl-C and SIGTERM end the run after the step that it is at, with exit
+    status 130 and 143. Any other error is a fault of the program and keeps its traceback. With TRACEBACK=1 in the
+    environment every error keeps it. Processes that torchrun started are joined meanwhile.
     """
     try:
         with stopping.heeded(), processes.together():
-            main()
+            try:
+                main()
+            except SystemExit:  # of --help
+                sys.stdout.flush()
+                raise
+        sys.stdout.flush()  # here, where a closed pipe can still be told
     except stopping.Stopped as stopped:
-        print(f"stopped by {stopped}; the same command again goes on", file=sys.stderr)
-        sys.exit(128 + stopped.number)
-    except (*_USER_ERRORS, KeyboardInterrupt) as error:
-        if os.environ.get("TRACEBACK") == "1":
+        _end(f"stopped by {stopped}; the same command again goes on", 128 + stopped.number)
+    except (*_TOLD, RuntimeError) as error:
+        if os.environ.get("TRACEBACK") == "1" or not (isinstance(error, _TOLD) or _lacks_memory(error)):
             raise
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted; the same command again goes on from the last save", file=sys.stderr)
-            sys.exit(130)
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+            _end("interrupted; the same command again goes on from the last save", 130)
+        _end(f"error: {_one_line(error)}", 2)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on a CPU
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """Print `line` on stderr and exit. What cannot be written there any more is dropped."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):  # which Python flushes once more at the end
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -68,6 +104,14 @@ def _plain(flag: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if _lacks_memory(error):
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        what = f"out of memory{f' ({asked[1]} were asked for)' if asked else ''}"
+        return f"{what}; give a lower --train-batch, --sample-batch or --samples-per-class, or smaller images"
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more (a closed pipe); the same command again resumes"
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        cure = _CURES.get(error.errno)
+        return " ".join(f"{place}{error.strerror}{f'; {cure}' if cure else ''}".split())
     return " ".join(str(error).split()) or type(error).__name__

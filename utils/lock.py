@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils import processes
-from utils.atomic import sweep
+from utils.atomic import named, sweep
 
 try:
     import fcntl
@@ -27,7 +27,8 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         return
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: got a file, expected a folder for the run; choose another folder") from error
     with open(folder / ".lock", "a", encoding="utf-8") as file:

@@ -61,7 +61,7 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
             **notes,
         }
     )
-    known = read_json(path, list) or []  # none yet, or damaged: nothing that a run depends on
+    known = read_json(path, list, "it is begun anew") or []  # nothing that a run depends on
     known = [each for each in known if isinstance(each, dict)]
     if any({**each, "started": None} == {**start, "started": None} for each in known):
         return

@@ -1,6 +1,7 @@
 """Pictures of a run: contact sheets of images, curves of training."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,19 +60,27 @@ def curves(
 ) -> None:
     """Plot training loss and validation accuracy by epoch as a PNG, with a line where a round starts.
 
+    Where that fails it is said on stderr: a picture of a run is not worth the run.
+
     Args:
         metrics_path: a metrics.jsonl whose lines have "epoch" and any of "round", `loss` and `accuracy`, read as by
             `read_metrics`.
         path: the PNG to write.
         loss, accuracy: the names of the two entries; accuracies in percent.
     """
+    try:
+        _draw(read_metrics(metrics_path), path, loss, accuracy)
+    except Exception as error:
+        print(f"{path}: is not drawn ({type(error).__name__}: {' '.join(str(error).split())})", file=sys.stderr)
+
+
+def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike, loss: str, accuracy: str) -> None:
     from matplotlib.figure import Figure  # here, as it is slow to import; Figure draws by Agg, without a display
 
-    entries = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, name, title in zip(axes, (loss, accuracy), ("training loss", "validation accuracy (%)"), strict=True):
-        points = [(entry["epoch"], entry[name]) for entry in entries if entry.get(name) is not None]
+        points = [(entry["epoch"], entry[name]) for entry in entries if isinstance(entry.get(name), int | float)]
         axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
         for epoch in round_starts(entries):
             axis.axvline(epoch, color="grey", linestyle=":", linewidth=0.8)

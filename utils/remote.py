@@ -89,7 +89,7 @@ def _fetch(place: str, target: Path) -> None:
     checksum = target.with_name(f"{target.name}.sha256")  # as sha256sum -c reads it
     if target.exists() and checksum.exists():
         with open(target, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == checksum.read_text().split(" ")[0]:
+            if hashlib.file_digest(file, "sha256").hexdigest() == checksum.read_text(errors="replace").split(" ")[0]:
                 return
         print(f"{target}: does not match its checksum, reading {place} again", file=sys.stderr)
     digest = hashlib.sha256()

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from utils import processes
-from utils.atomic import atomic_file
+from utils.atomic import atomic_file, named
 from utils.board import Board
 from utils.images import Skipped
 from utils.progress import is_quiet, progress
@@ -54,8 +54,10 @@ class RunLog:
     def forget_after(self, epoch: int) -> None:
         """Drop what was recorded of later epochs, which a run that goes on from `epoch` does again."""
         if self.metrics_path.exists() and processes.is_first():
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _epoch_of(line) <= epoch]
+            lines = _lines(self.metrics_path)
+            if odd := [number for number, line in enumerate(lines[:-1], 1) if _epoch_of(line) == sys.maxsize]:
+                say_damaged(self.metrics_path, f"{len(odd)} lines are no entries, the first line {odd[0]}; left out")
+            kept = [line + "\n" for line in lines if _epoch_of(line) <= epoch]
             if len(kept) < len(lines):
                 with atomic_file(self.metrics_path) as file:
                     file.write("".join(kept).encode())
@@ -86,7 +88,8 @@ class RunLog:
     def _append(self, name: str, text: str) -> None:
         if not processes.is_first():
             return
-        with open(self.folder / name, "a", encoding="utf-8") as file:
+        path = self.folder / name
+        with named(path, len(text) + 1), open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
 
@@ -96,20 +99,37 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     Of an epoch that is there twice, as after a resume, the later line counts; half a line of a killed run does not.
     """
     path, by_epoch = Path(path), {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in _lines(path) if path.exists() else ():
         epoch = _epoch_of(line)
         if epoch != sys.maxsize:
             by_epoch[epoch] = json.loads(line)
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def read_json(path: str | os.PathLike, kind: type) -> Any | None:
-    """The value of a JSON file, None where there is none that can be read, or it is not of that kind: dict or list."""
+def read_json(path: str | os.PathLike, kind: type, instead: str = "") -> Any | None:
+    """The value of a JSON file, None where there is none that can be read, or it is not of that kind: dict or list.
+
+    instead: what is done without a file that is damaged, to be said on stderr; "" says nothing.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return value if isinstance(value, kind) else None
+    except (OSError, ValueError, RecursionError) as error:
+        value, cause = None, f"is no JSON ({' '.join(str(error).split())[:100]})"
+    else:
+        cause = f"holds a {type(value).__name__}, expected a {kind.__name__}"
+    if isinstance(value, kind):
+        return value
+    if instead:
+        say_damaged(path, f"{cause}; {instead}")
+    return None
+
+
+def say_damaged(path: str | os.PathLike, text: str) -> None:
+    """Say on stderr that a file which a run can do without is damaged, and what is done without it."""
+    if processes.is_first():
+        print(f"{path}: {text}", file=sys.stderr)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -129,8 +149,14 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
     path = Path(folder) / "skipped_images.csv"
     rows: list[tuple[str, str]] = []
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(row[0], row[1]) for row in csv.reader(file) if len(row) == 2][1:]
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                every = list(csv.reader(file))
+            if every[:1] != [["path", "reason"]] or any(len(row) != 2 for row in every):
+                raise ValueError("not two columns, path and reason")
+            rows = [(row[0], row[1]) for row in every[1:]]
+        except (ValueError, csv.Error) as error:
+            say_damaged(path, f"is no such table ({' '.join(str(error).split())}); it is written anew")
     for scan in scans:
         for scanned, left_out in scan.items():
             scanned = cell(scanned)
@@ -171,16 +197,21 @@ def plain(value: Any) -> Any:
     raise TypeError(f"got a {type(value).__name__}, which JSON cannot hold")
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_bytes().decode("utf-8", "replace").splitlines()
+
+
 def _epoch_of(line: str) -> int:
     """The epoch of a line of metrics.jsonl; of half a line, which a kill leaves, one that is never kept."""
     try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError, OverflowError):
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return sys.maxsize
+    return epoch if type(epoch) is int else sys.maxsize
 
 
 def _end_last_line(path: Path) -> None:
     # A run killed while it wrote leaves half a line, which must not swallow the next one.
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with open(path, "ab") as file:
+        with named(path), open(path, "ab") as file:
             file.write(b"\n")

@@ -15,7 +15,9 @@ from utils.report.page import Content, Html, element, page, section, table
 
 NAME = "report.html"
 SHARE = 0.02  # of the time of a run that its reports may take
-_DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError)  # what reading damaged files raises
+_DAMAGED = (  # what reading damaged files raises
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, RecursionError,
+)  # fmt: skip
 
 
 class Report:
