@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test soak table bench clean
+.PHONY: help install demo test test-all soak mutants table bench clean
 
 help:
 	@echo "make install  make $(VENV) with the packages of requirements.txt: 5 GB, a minute or two"
 	@echo "make demo   run the whole method once, small, on the CPU"
-	@echo "make test   ruff, then the tests"
+	@echo "make test   ruff, then the tests but for the slow ones"
+	@echo "make test-all  ruff, then all tests"
 	@echo "make soak   kill each command at 100 points and see that it goes on; long"
+	@echo "make mutants  break one line after another in a copy and see that a test fails; 10 minutes"
 	@echo "make table  the result table of glyphs: benchmarks/RESULTS.md; hours on a CPU, goes on where it stopped"
 	@echo "            DATA_ROOT=data/mine POOL=ckpt/pools/mine adds that of your images, tested on their meta_val"
 	@echo "make bench  how fast sampling, testing and training are on the CPU, small: 5 minutes on 2 quiet cores"
@@ -29,10 +31,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+test-all: $(STAMP)
+	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -q
 
 soak: $(STAMP)
 	KILLS=100 $(VENV)/bin/python -m pytest -q tests/test_survival.py
+
+mutants: $(STAMP)
+	$(VENV)/bin/python tests/mutants.py
 
 table: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.table --publish

@@ -27,7 +27,7 @@ from guided_diffusion.mix import diffusion_mixes, mix_labels, timesteps_of
 from guided_diffusion.pool import Pool, PoolModel
 from guided_diffusion.pool_work import work_through
 from models.class_learner import load_statistics
-from models.episode_head import Heads, Stage, fit_heads, predict
+from models.episode_head import Heads, fit_heads, meta_test_stages, predict
 from models.meta_model import MetaModel
 from models.pair import MODEL_ENTRIES, WHAT
 from utils import checkpoint
@@ -92,11 +92,7 @@ class HeadFitter:
     def fit_part(self, first: int, own: Sequence[Tensor], mixes: Sequence[Tensor] | None = None) -> Heads:
         """The heads of some episodes, of which the first has number `first`: as `fit`, all on the device."""
         s, (support, targets) = self.s, own
-        counts = targets.sum(1, keepdim=True)  # (E, 1, way)
-        equal = bool((counts == counts[..., :1]).all())
-        class_weights = None if equal else targets.shape[1] / (targets.shape[2] * counts)
-        sets = [(own, RATES[0]), *([(mixes, RATES[1])] if mixes else []), (own, RATES[2])]
-        stages = [_stage(*samples, class_weights, s.head_steps, rate) for samples, rate in sets]
+        stages = meta_test_stages(support, targets, mixes, steps=s.head_steps, rates=RATES)
         numbers = range(first, first + len(support))
         rngs = [generator(s.seed, "head", i) for i in numbers] if s.head_init == "random" else None
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
@@ -354,15 +350,6 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
     load_statistics(model, state["model_statistics"], path)
     known = {"num_classes": state["num_classes"], "image_size": state["image_size"]}
     return model.eval(), state["image_size"], {**settings, **known}
-
-
-def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
-    """SGD on cross-entropy -sum_c w_c y_c log p_c, with class weights w (E, 1, way); None: all 1."""
-    if class_weights is None:
-        return Stage(inputs, targets, steps, rate)
-    weighted = class_weights * targets
-    mass = weighted.sum(-1, keepdim=True)  # (E, S, 1)
-    return Stage(inputs, weighted / mass, steps, rate, mass[..., 0])
 
 
 def _read(images: Iterable, size: int, value_range: Sequence[float] | None) -> Tensor:

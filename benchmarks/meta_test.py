@@ -71,7 +71,7 @@ class Tasks:
         support, mixes = (torch.cat(one).unflatten(0, shape) for one in zip(*parts, strict=True))
         partner = targets.gather(1, self.order[chosen][..., None].expand_as(targets))
         mix_targets = mix_labels(targets, partner, self.weight[chosen])
-        return meta_test_stages(support, targets, mixes, mix_targets, steps=steps, rates=RATES)
+        return meta_test_stages(support, targets, (mixes, mix_targets), steps=steps, rates=RATES)
 
 
 def together(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any]) -> Heads:

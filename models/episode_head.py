@@ -43,26 +43,35 @@ class Stage:
 
 
 def meta_test_stages(
-    support: Tensor,
-    targets: Tensor,
-    mixes: Tensor,
-    mix_targets: Tensor,
-    *,
-    steps: int = 50,
-    rates: tuple[float, float, float] = (0.05, 0.01, 0.05),
+    support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None, *, steps: int, rates: Sequence[float]
 ) -> list[Stage]:
-    """Support, then its diffusion mixes, then support again, `steps` each.
+    """Support, then its diffusion mixes where there are any, then support again, `steps` each.
+
+    Each class counts alike: where an episode has more images of one than of another, the cross-entropy of class c is
+    weighted by S / (way * images of c), in the mixes as in the support.
 
     Args:
         support: (E, S, D), float.
-        targets: (E, S, way), soft labels.
-        mixes: (E, X, D), float; the mixes of every pool model, side by side.
-        mix_targets: (E, X, way), soft labels.
+        targets: (E, S, way), one-hot.
+        mixes: (E, X, D), float, the mixes of every pool model side by side, and their soft labels (E, X, way).
         steps: a stage.
-        rates: learning rate of each stage.
+        rates: learning rates of the three stages; without mixes the second is not used.
     """
-    pairs = ((support, targets), (mixes, mix_targets), (support, targets))
-    return [Stage(inputs, labels, steps, rate) for (inputs, labels), rate in zip(pairs, rates, strict=True)]
+    counts = targets.sum(1, keepdim=True)  # (E, 1, way)
+    equal = bool((counts == counts[..., :1]).all())
+    class_weights = None if equal else targets.shape[1] / (targets.shape[2] * counts)
+    first, second, last = rates
+    sets = [(support, targets, first), *([(*mixes, second)] if mixes else []), (support, targets, last)]
+    return [_stage(inputs, labels, class_weights, steps, rate) for inputs, labels, rate in sets]
+
+
+def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
+    """SGD on cross-entropy -sum_c w_c y_c log p_c, with class weights w (E, 1, way); None: all 1."""
+    if class_weights is None:
+        return Stage(inputs, targets, steps, rate)
+    weighted = class_weights * targets
+    mass = weighted.sum(-1, keepdim=True)  # (E, S, 1)
+    return Stage(inputs, weighted / mass, steps, rate, mass[..., 0])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch import nn
 from models.episode_head import Stage, fit_heads, meta_test_stages, predict
 
 E, S, X, Q, D, WAY = 4, 5, 12, 15, 64, 5
+HOW = dict(steps=50, rates=(0.05, 0.01, 0.05))
 
 
 def embeddings(seed, *shape):
@@ -27,7 +28,7 @@ def generators(n=E):
 @pytest.mark.parametrize("scale", [1.0, 7.0])
 def test_equals_sgd_on_nn_linear_episode_by_episode(episodes, scale):
     support, targets, mixes, soft, queries = episodes
-    stages = meta_test_stages(support, targets, mixes, soft)
+    stages = meta_test_stages(support, targets, (mixes, soft), **HOW)
     start = fit_heads(support, targets, [], init="random", generators=generators())
     heads = fit_heads(support, targets, stages, init="random", generators=generators(), scale=scale)
     logits = predict(heads, queries)
@@ -48,7 +49,7 @@ def test_equals_sgd_on_nn_linear_episode_by_episode(episodes, scale):
 
 
 def test_stages_of_meta_testing(episodes):
-    stages = meta_test_stages(*episodes[:4])
+    stages = meta_test_stages(*episodes[:2], episodes[2:4], **HOW)
     assert [(s.steps, s.rate, s.inputs.shape[1]) for s in stages] == [(50, 0.05, S), (50, 0.01, X), (50, 0.05, S)]
 
 
@@ -57,7 +58,7 @@ def test_an_episode_does_not_depend_on_others(episodes, init):
     support, targets, mixes, soft, _ = episodes
 
     def fit(support, mixes, n=E):
-        stages = meta_test_stages(support, targets[:n], mixes, soft[:n])
+        stages = meta_test_stages(support, targets[:n], (mixes, soft[:n]), **HOW)
         return fit_heads(support, targets[:n], stages, init=init, generators=generators(n))
 
     heads = fit(support, mixes)

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,17 +21,17 @@ def test_second_is_refused_and_the_first_unharmed(tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = "with locked(sys.argv[1]):\n print('in', flush=True)\n time.sleep(60)"
-    imports = "import sys, time\nfrom utils.lock import locked\n"
+    code = "with locked(sys.argv[1]):\n print('in', flush=True)\n sys.stdin.read()"
+    imports = "import sys\nfrom utils.lock import locked\n"
     other = subprocess.Popen(
-        [sys.executable, "-c", imports + code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", imports + code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
     )
     assert other.stdout.readline() == "in\n"
     with pytest.raises(ValueError, match="another run"), locked(tmp_path):
         pass
     other.send_signal(signal.SIGKILL)
     other.wait()
-    time.sleep(0.1)
     with locked(tmp_path):
         pass
 

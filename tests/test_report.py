@@ -335,7 +335,7 @@ def browse(tmp_path, page, width):
          "--no-first-run", "--allow-file-access-from-files", "--enable-logging=stderr", "--window-size=1400,1000",
          f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom",
          (tmp_path / "probe.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True, env=os.environ | {"HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True, env=os.environ | {"HOME": str(tmp_path)},
     )  # fmt: skip
     found = json.loads(re.search(r"found(\{.*\})end", done.stdout)[1])
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 PATH = ROOT / "docs" / "tour.ipynb"
 SMALL = dict(
     sample_steps=2, unguided=5, guided=3, warm_up=1, guide=1, learner_steps=8, epochs=1, train_episodes=4, queries=5,

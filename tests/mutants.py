@@ -1,0 +1,122 @@
+"""Break the program in one line at a time, and see that a test fails: python tests/mutants.py, or make mutants.
+
+Each mutation is made in a temporary copy of the tree and taken back there. Exit status 1 where one survives, or where
+its old text is not found exactly once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+W = "tests/test_wiring.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Text `old`, which is in `file` once, becomes `new`; one of `tests` must fail then."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant("models/clusters.py", "log_shares - log_shares.logsumexp(0, keepdim=True)", "log_shares",
+           f"{W}::test_sinkhorn_gives_columns_equal_weight"),
+    Mutant("guided_diffusion/synthesis.py", "(guess == asked)", "(guess == guess)", f"{W}::test_hits"),
+    Mutant("guided_diffusion/synthesis.py", "(guess == asked)", "(guess == asked - plan.first_class(m))",
+           f"{W}::test_hits"),
+    Mutant("main.py", "data = self.training_data(round_index)",
+           "self.epoch == s.restart_epoch and self.draw_weights(); data = self.training_data(round_index)",
+           f"{W}::test_the_last_round_is_drawn_by_what_was_learnt"),
+    Mutant("main.py", "\"clusters\" if self.s.clusters and r == 0", "\"clusters\" if False",
+           f"{W}::test_replayed_images_keep_their_clusters"),
+    Mutant("main.py", '"episodes", self.epoch', '"episodes", 0', f"{W}::test_each_epoch_has_its_own_draws"),
+    Mutant("main.py", '"epoch", self.epoch', '"epoch", 0', f"{W}::test_each_epoch_has_its_own_draws"),
+    Mutant("main.py", "AugmentSettings(flip=s.flip)", "AugmentSettings()", f"{W}::test_flip_of_meta_training"),
+    Mutant("models/meta_model.py", "class_prototypes(support_maps.mean((-2, -1)).unflatten(0, shots)",
+           "class_prototypes(F.normalize(support_maps.mean((-2, -1)).unflatten(0, shots), dim=-1)",
+           f"{W}::test_training_prototypes_are_means_before_normalisation"),
+    Mutant("models/learners.py", "else model.pooled", "else model.embed",
+           f"{W}::test_validation_is_on_features_before_normalisation"),
+    Mutant("few_shot.py", "RATES = (0.05, 0.01, 0.05)", "RATES = (0.05, 0.05, 0.05)", f"{W}::test_rates_of_heads"),
+    Mutant("few_shot.py", "MIX_BETA = 0.4", "MIX_BETA = 1.0", f"{W}::test_partners_and_shares"),
+    Mutant("few_shot.py", '(self.s.seed, "mix", m, i)', '(self.s.seed, "mix", i)', f"{W}::test_partners_and_shares"),
+    Mutant("few_shot.py", '(self.s.seed, "mix", m, i)', '(0, "mix", m, i)', f"{W}::test_partners_and_shares"),
+    Mutant("guided_diffusion/guidance.py", "GREATEST_STEP = 1.0", "GREATEST_STEP = 10.0",
+           f"{W}::test_strength_of_guidance_on_x_0"),
+    Mutant("guided_diffusion/guidance.py", "((1 - abar) / abar).clamp", "((1 - abar) / abar.sqrt()).clamp",
+           f"{W}::test_strength_of_guidance_on_x_0"),
+    Mutant("guided_diffusion/resample.py", "weights = 1.0 / (self.num_timesteps * p[t])",
+           "weights = torch.ones_like(p[t])", "tests/test_resample.py"),
+    Mutant("guided_diffusion/train_util.py", 'terms["loss"] * weights[part]', 'terms["loss"]',
+           f"{W}::test_losses_are_weighted_and_told_unweighted"),
+    Mutant("guided_diffusion/train_util.py", "update_with_local_losses(t, every)",
+           "update_with_local_losses(t, every * weights)", f"{W}::test_losses_are_weighted_and_told_unweighted"),
+    Mutant("guided_diffusion/train_util.py", "self.sampler.update_with_local_losses(t, every)", "pass",
+           f"{W}::test_losses_are_weighted_and_told_unweighted"),
+    Mutant("guided_diffusion/train_util.py", "if s.grad_clip > 0", "if False", f"{W}::test_gradients_are_clipped"),
+    Mutant("guided_diffusion/train_util.py", "flip=s.flip", "flip=True", f"{W}::test_flip_of_pretraining"),
+    Mutant("guided_diffusion/image_train.py", "flip=args.random_flip", "flip=True", f"{W}::test_flip_of_pretraining"),
+    Mutant("guided_diffusion/image_train.py", "args.seed + m", "args.seed",
+           f"{W}::test_each_model_of_a_pool_has_its_seed"),
+    Mutant("models/pair.py", "rate * share", "rate", f"{W}::test_rate_of_the_class_learner"),
+    Mutant("main.py", "learners.LEVEL_POWER[s.guide_on]", "1.0", f"{W}::test_how_the_class_learner_learns"),
+    Mutant("models/learners.py", '"x_0": 3.0', '"x_0": 1.0', f"{W}::test_how_the_class_learner_learns"),
+    Mutant("main.py", "FIRST_STEPS if first else 1", "1", f"{W}::test_steps_of_a_class_learner_taught_by_clusters"),
+    Mutant("main.py", "grouping = self.grouping if", "grouping = None if", f"{W}::test_how_the_class_learner_learns"),
+    Mutant("main.py", "learners.calibrate(self.model, self.learner,", "str(",
+           f"{W}::test_a_new_class_learner_is_calibrated"),
+]  # fmt: skip
+
+
+def stale() -> list[str]:
+    """Mutants whose old text is not there exactly once, in a line each."""
+    counts = [(m, (ROOT / m.file).read_text(encoding="utf-8").count(m.old)) for m in MUTANTS]
+    return [f"{m.file}: got {count} times {m.old!r}, expected once" for m, count in counts if count != 1]
+
+
+def passes(tree: Path, tests: list[str]) -> bool:
+    """Whether tests pass in `tree`. Raises ValueError where they cannot be run."""
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    alone = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a mutant may be as old and long as the original
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=os.environ | alone)
+    if done.returncode not in (0, 1):
+        raise ValueError(f"{' '.join(tests)}: cannot be run\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Try the mutants of the files whose names have a word of the command line in them, or all."""
+    if lines := stale():
+        print(*lines, sep="\n")
+        return 1
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.file for word in sys.argv[1:])]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        leave = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "pools", "cache", ".*_cache")
+        shutil.copytree(ROOT, tree, ignore=leave)
+        if not passes(tree, sorted({m.tests for m in chosen})):
+            print("the tests fail without a mutation")
+            return 1
+        for m in chosen:
+            path = tree / m.file
+            sound = path.read_text(encoding="utf-8")
+            path.write_text(sound.replace(m.old, m.new), encoding="utf-8")
+            survived = passes(tree, [m.tests])
+            path.write_text(sound, encoding="utf-8")
+            survivors += survived
+            print(f"{'SURVIVED' if survived else 'killed'}  {m.file}: {m.old} -> {m.new}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
