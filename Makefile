@@ -1,14 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# two tests at once, a thread each: more threads in each would wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: help install demo test test-all soak mutants table bench clean
 
 help:
 	@echo "make install  make $(VENV) with the packages of requirements.txt: 5 GB, a minute or two"
 	@echo "make demo   run the whole method once, small, on the CPU"
-	@echo "make test   ruff, then the tests but for the slow ones"
-	@echo "make test-all  ruff, then all tests"
+	@echo "make test   ruff, then the tests but for the slow ones: 5 minutes on 2 quiet cores"
+	@echo "make test-all  ruff, then all tests: under 20 minutes on 2 quiet cores"
 	@echo "make soak   kill each command at 100 points and see that it goes on; long"
 	@echo "make mutants  break one line after another in a copy and see that a test fails; 10 minutes"
 	@echo "make table  the result table of glyphs: benchmarks/RESULTS.md; hours on a CPU, goes on where it stopped"
@@ -31,11 +33,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -q
+	$(PYTEST)
 
 soak: $(STAMP)
 	KILLS=100 $(VENV)/bin/python -m pytest -q tests/test_survival.py
