@@ -43,7 +43,7 @@ class Settings:
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
     source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
                           choices=SOURCES)  # fmt: skip
-    recipe: str = setting("paper", "paper: design of the publication; clusters: what was measured to be better",
+    recipe: str = setting("paper", "paper: the paper's recipe, mended; clusters: what was measured to be better",
                           choices=("paper", "clusters"))  # fmt: skip
     data_root: str = setting(
         "", "folder with meta_train, meta_val and meta_test; with commas one of each domain; '': data/DATASET"
@@ -382,7 +382,7 @@ class Scenario:
     recipe: str = "paper"
 
 
-# What --recipe clusters changes in the published method; docs/decisions.md has the figures.
+# What --recipe clusters changes in the paper's recipe; docs/decisions.md has the figures.
 _CLUSTERS = dict(
     first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
     restart=True, dense_weight=0.0, within_weight=0.0,

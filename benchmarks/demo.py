@@ -9,7 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
-from benchmarks.table import ROOT, as_text, run_rows
+from benchmarks.table import INTERVALS, ROOT, as_text, run_rows
 
 FOLDER = Path("ckpt/runs/demo")
 TRAIN = "--samples-per-class 24 --max-epoch 14 --refresh-every 7 --warm-up 2 --train_epoch_size 60".split()
@@ -21,7 +21,7 @@ def main() -> None:
     started = time.time()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
     rows = run_rows(FOLDER, [1], [1], ["none", "unguided", "guided", "real"], TRAIN, TEST)
-    print(f"\nglyphs, novel classes, 5-way 1-shot, {rows[0].episodes} episodes, one seed\n\n{as_text(rows)}")
+    print(f"\nglyphs, novel classes, 5-way 1-shot, {rows[0].episodes} episodes. {INTERVALS}\n\n{as_text(rows)}")
     print(f"\n{time.time() - started:.0f} s in all; contact sheets: {FOLDER}/seed1/guided/pseudo/round*/sheet.png")
 
 

@@ -17,11 +17,13 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
 from utils.atomic import atomic_file
 from utils.cli import run as run_command
 from utils.machine import commit, hardware
-from utils.metrics import mean_confidence_interval, paired_difference
+from utils.metrics import over_seeds
 from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,14 +38,22 @@ RUNS = {  # a folder of the runs -> what main.py is told
     "guided": ("--source", "guided"),
     "real": ("--source", "real"),
 }
+FLOOR, UNGUIDED, PAPER, GUIDED, MIX, REAL = (
+    "floor (random weights)", "unguided", "the paper's recipe, mended", "guided", "guided + mix", "real reference",
+)  # fmt: skip
 ROWS = {  # name -> run, with or without mixes
-    "floor (random weights)": ("none", False),
-    "unguided": ("unguided", False),
-    "the paper's recipe": ("paper", False),
-    "guided": ("guided", False),
-    "guided + mix": ("guided", True),
-    "real reference": ("real", False),
+    FLOOR: ("none", False),
+    UNGUIDED: ("unguided", False),
+    PAPER: ("paper", False),
+    GUIDED: ("guided", False),
+    MIX: ("guided", True),
+    REAL: ("real", False),
 }
+AGAINST = {UNGUIDED: FLOOR, PAPER: UNGUIDED, GUIDED: UNGUIDED, MIX: GUIDED, REAL: FLOOR}  # what a row is compared with
+INTERVALS = (
+    "Behind each figure stands half of its 95 % interval over episodes, then over training seeds (Student t). A claim "
+    "about a method needs the second; `?`: one seed, or not kept."
+)
 TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
           "sample_batch", "precision", "device", *BARE)  # fmt: skip
 SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip", "within_weight")}
@@ -53,8 +63,12 @@ SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("ima
 class Row:
     """One line of results.csv: one row of the table at one shot. Accuracies in percent, over all episodes of all seeds.
 
-    difference, difference_ci95: against the row above, paired by episode; empty for the first.
-    closed: share of the gap between the first row and the last, in percent; seconds: of one training.
+    ci95, difference_ci95, closed_ci95: half of the 95 % interval over episodes, the seeds taken as they are.
+    seeds_ci95, difference_seeds_ci95, closed_seeds_ci95: over training seeds, the Student-t interval of their means.
+        Empty with one seed. A claim about a method needs this one.
+    against, difference: the row that this one is compared with, paired by episode; empty where it was not run.
+    closed: share of the gap from the floor to the real reference, in percent; empty where either was not run.
+    seconds: of one training. by_seed: the accuracy of each seed, with spaces between.
     """
 
     dataset: str
@@ -64,7 +78,7 @@ class Row:
     ci95: float
     difference: float | str
     difference_ci95: float | str
-    closed: float
+    closed: float | str
     seconds: float
     seeds: int
     episodes: int
@@ -72,6 +86,12 @@ class Row:
     hardware: str
     torch: str
     commit: str
+    by_seed: str = ""
+    seeds_ci95: float | str = ""
+    against: str = ""
+    difference_seeds_ci95: float | str = ""
+    closed_ci95: float | str = ""
+    closed_seeds_ci95: float | str = ""
 
 
 def run_rows(
@@ -115,19 +135,21 @@ def _tested(run: Path, name: str, seed: int, shot: int, train: list[str], test: 
 
 
 def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> list[Row]:
-    names = [name for name, (run, _) in ROWS.items() if run in runs]
-    by_episode = {}
-    for name in names:
-        run, mixed = ROWS[name]
-        key = "by_episode" if mixed else "by_episode_without_mix"
-        by_episode[name] = [value for seed in seeds for value in results[seed, run, shot][key]]
-    floor, top = (mean_confidence_interval(by_episode[name])[0] for name in (names[0], names[-1]))
+    values = {}  # row -> (seeds, episodes) accuracies
+    for name, (run, mixed) in ROWS.items():
+        if run in runs:
+            key = "by_episode" if mixed else "by_episode_without_mix"
+            values[name] = np.array([results[seed, run, shot][key] for seed in seeds], dtype=np.float64)
+    gap = values[REAL] - values[FLOOR] if {FLOOR, REAL} <= {*values} else None
+    if gap is not None and gap.mean() <= 0:
+        gap = None  # there is nothing to close
     rows = []
-    for above, name in zip((None, *names), names, strict=False):
-        values, run = by_episode[name], ROWS[name][0]
-        made = [results[seed, run, shot] for seed in seeds]
-        accuracy, ci95 = mean_confidence_interval(values)
-        difference = paired_difference(values, by_episode[above]) if above else ("", "")
+    for name, own in values.items():
+        made = [results[seed, ROWS[name][0], shot] for seed in seeds]
+        accuracy, ci95, seeds_ci95 = over_seeds(own)
+        other = AGAINST.get(name, "") if AGAINST.get(name) in values else ""
+        difference = over_seeds(own - values[other]) if other else ("", "", "")
+        closed = _closed(own - values[FLOOR], gap) if gap is not None else ("", "", "")
         rows.append(
             Row(
                 made[0]["dataset"],
@@ -135,33 +157,61 @@ def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> lis
                 name,
                 accuracy,
                 ci95,
-                *difference,
-                closed=100 * (accuracy - floor) / (top - floor) if top > floor else 0.0,
+                *difference[:2],
+                closed=closed[0],
                 seconds=sum(one["training_seconds"] for one in made) / len(made),
                 seeds=len(seeds),
-                episodes=len(values),
+                episodes=own.size,
                 split=made[0]["split"],
                 torch=made[0]["torch"],
                 hardware=" / ".join(dict.fromkeys(one["hardware"] for one in made)),
                 commit=" / ".join(dict.fromkeys(one["commit"] for one in made)),
+                by_seed=" ".join(f"{mean:.2f}" for mean in own.mean(1)),
+                seeds_ci95=seeds_ci95,
+                against=other,
+                difference_seeds_ci95=difference[2],
+                closed_ci95=closed[1],
+                closed_seeds_ci95=closed[2],
             )  # fmt: skip
         )
     return rows
 
 
+def _closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float | str]:
+    """Share of the gap that is closed, in percent, with its half-widths over episodes and over seeds.
+
+    gained, gap: (seeds, episodes), accuracy above the floor of a row and of the real reference on the same episodes.
+    Over episodes the interval is that of a ratio of means: of gained - share * gap, divided by the mean gap.
+    """
+    share = gained.mean() / gap.mean()
+    _, ci95, _ = over_seeds((gained - share * gap) / gap.mean())
+    _, _, seeds_ci95 = over_seeds(gained.mean(1, keepdims=True) / gap.mean(1, keepdims=True))
+    return 100 * share, 100 * ci95, "" if seeds_ci95 == "" else 100 * seeds_ci95
+
+
 def as_text(rows: list[Row]) -> str:
-    """The table in Markdown: accuracy with its 95 % interval, paired difference, share of the gap, seconds."""
+    """The table in Markdown; behind each figure its 95 % interval over episodes, then that over training seeds."""
     lines = [
-        "| shot | row | accuracy % | against the row above | gap closed | training s |",
+        "| shot | row | accuracy % | against | gap closed % | training s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        change = "" if r.difference == "" else f"{float(r.difference):+.2f} ± {float(r.difference_ci95):.2f}"
+        change = _figure(r.difference, r.difference_ci95, r.difference_seeds_ci95, "+.2f")
+        named = f"{change} ({r.against or 'the row above'})" if change else ""
         lines.append(
-            f"| {r.shot} | {r.row} | {float(r.accuracy):.2f} ± {float(r.ci95):.2f} | {change} "
-            f"| {float(r.closed):.0f} % | {float(r.seconds):.0f} |"
+            f"| {r.shot} | {r.row} | {_figure(r.accuracy, r.ci95, r.seeds_ci95, '.2f')} | {named} "
+            f"| {_figure(r.closed, r.closed_ci95, r.closed_seeds_ci95, '.0f')} | {float(r.seconds):.0f} |"
         )
     return "\n".join(lines)
+
+
+def _figure(value: float | str, ci95: float | str, seeds_ci95: float | str, form: str) -> str:
+    """A figure with its half-widths over episodes and over seeds, those that are known; "" for none."""
+    if value == "":
+        return ""
+    width = form.strip("+")
+    halves = [" ± " + (f"{float(half):{width}}" if half != "" else "?") for half in (ci95, seeds_ci95)]
+    return f"{float(value):{form}}" + "".join(halves if halves != [" ± ?"] * 2 else [])
 
 
 def publish(rows: list[Row], folder: Path) -> None:
@@ -178,7 +228,7 @@ def publish(rows: list[Row], folder: Path) -> None:
     lines.writerows(asdict(r) for r in rows)
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
-    parts = ["# Results", "", "Made by `python -m benchmarks.table`; intervals are 95 %, over episodes.", ""]
+    parts = ["# Results", "", f"Made by `python -m benchmarks.table`. {INTERVALS}", ""]
     for dataset in dict.fromkeys(r.dataset for r in rows):
         own = [r for r in rows if r.dataset == dataset]
         r = own[0]
@@ -227,7 +277,7 @@ def main() -> None:
         rows = [replace(row, dataset="+".join(path.name for path in settings.data_paths)) for row in rows]
     if args.publish:
         publish(rows, RESULTS)
-    print(f"\n{len(args.seeds)} seeds, {rows[0].episodes} episodes in all\n\n{as_text(rows)}")
+    print(f"\n{len(args.seeds)} seed(s), {rows[0].episodes} episodes in all. {INTERVALS}\n\n{as_text(rows)}")
 
 
 def _for_testing(train: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import accuracy, mean_confidence_interval, paired_difference, student_t_quantile
+from utils.metrics import accuracy, mean_confidence_interval, over_seeds, paired_difference, student_t_quantile
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,16 @@ def test_accuracy_is_percent_an_episode():
     assert accuracy(logits[0], labels[1]).item() == 75.0
     with pytest.raises(ValueError, match="one label a query"):
         accuracy(logits, labels[0])
+
+
+def test_both_intervals_over_seeds():
+    mean, episodes, seeds = over_seeds([[1, 3], [4, 8], [6, 8]])
+    assert mean == 5
+    assert episodes == pytest.approx(2.968252, abs=1e-5)  # t(5) = 2.570582, s = sqrt(40 / 5), n = 6
+    assert seeds == pytest.approx(6.572411, abs=1e-5)  # t(2) = 4.302653, means 2, 6, 7 with s = sqrt(7), n = 3
+
+
+def test_a_difference_by_seed_and_one_seed():
+    mean, _, seeds = over_seeds([[4.4], [3.4], [1.9]])
+    assert (mean, seeds) == (pytest.approx(3.2333, abs=1e-4), pytest.approx(3.1258, abs=1e-4))
+    assert over_seeds([[1, 3]])[2] == ""

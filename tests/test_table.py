@@ -53,10 +53,46 @@ def test_rows(calls, tmp_path):
     assert [(r.shot, r.row) for r in got] == [(shot, name) for shot in (1, 5) for name in names]
     one = got[:5]
     assert [r.accuracy for r in one] == [32, 62, 72, 74, 82]
-    assert [r.difference for r in one] == ["", 30, 10, 2, 8] and one[3].difference_ci95 == 0
+    assert [(r.against, r.difference) for r in one] == [
+        ("", ""), (names[0], 30), ("unguided", 10), ("guided", 2), (names[0], 50)
+    ]  # fmt: skip
+    assert one[3].difference_ci95 == 0 and one[3].by_seed == "73.00 75.00"
+    assert one[3].seeds_ci95 == pytest.approx(12.7062, abs=1e-4)  # t(1) of means 2 apart: 12.7062 * sqrt(2) / sqrt(2)
     assert [r.closed for r in one] == pytest.approx([0, 60, 80, 84, 100])
     assert {(r.seeds, r.episodes, r.seconds) for r in got} == {(2, 10, 7)}
     assert got[5].accuracy == 37
+
+
+def results_of(**by_run):
+    """What `_rows_of` takes of two seeds, from accuracies (seeds, episodes) of each run."""
+    same = {"dataset": "d", "split": "s", "torch": "2", "hardware": "h", "commit": "c", "training_seconds": 1.0}
+    return {
+        (seed, run, 1): same | {"by_episode": values, "by_episode_without_mix": values}
+        for run, table_ in by_run.items()
+        for seed, values in enumerate(table_)
+    }
+
+
+def test_both_intervals_of_the_gap_closed():
+    results = results_of(none=[[10, 10], [10, 10]], guided=[[50, 52], [40, 44]], real=[[60, 60], [60, 70]])
+    guided = {r.row: r for r in table._rows_of(results, [0, 1], 1, ["none", "guided", "real"])}["guided"]
+    assert guided.closed == pytest.approx(100 * 36.5 / 52.5)
+    # over seeds: shares 41 / 50 and 32 / 55, half their distance times t(1) = 12.70620
+    assert guided.closed_seeds_ci95 == pytest.approx(100 * 0.1190909 * 12.70620, abs=1e-3)
+    # over episodes: gained - share * gap is 5.2381, 7.2381, -4.7619, -7.7143; t(3) = 3.182446
+    assert guided.closed_ci95 == pytest.approx(100 * 3.182446 * 7.348785 / 2 / 52.5, abs=1e-3)
+
+
+def test_no_share_of_a_gap_that_was_not_measured():
+    results = results_of(none=[[10, 10]], guided=[[50, 52]], real=[[5, 5]])
+    for runs in (["none", "guided"], ["guided", "real"], ["none", "guided", "real"]):
+        assert {r.closed for r in table._rows_of(results, [0], 1, runs)} == {""}
+
+
+def test_one_seed_has_no_interval_over_seeds(calls, tmp_path):
+    one = table.run_rows(tmp_path / "runs", [1], [1], RUNS, ["--dataset", "custom"], [])
+    assert {r.seeds_ci95 for r in one} == {r.difference_seeds_ci95 for r in one} == {""}
+    assert table.as_text(one).count("± ?") == 3 * 5 - 1  # the floor is compared with nothing
 
 
 def test_what_is_made_is_kept(calls, tmp_path):
@@ -116,4 +152,4 @@ def test_publish_replaces_the_rows_of_a_data_set(calls, tmp_path):
     with open(tmp_path / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["dataset"] for line in lines] == ["a, b"] * 10 + ["custom"] * 10
-    assert "| 1 | guided + mix | 74.00 ± " in text and "+2.00 ± 0.00 | 84 % | 7 |" in text
+    assert "| 1 | guided + mix | 74.00 ± 1.31 ± 12.71 | +2.00 ± 0.00 ± 0.00 (guided) | 84 ± 0 ± 0 | 7 |" in text

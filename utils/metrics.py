@@ -69,6 +69,25 @@ def paired_difference(
     return mean_confidence_interval(left - right)
 
 
+def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, float, float | str]:
+    """Mean of results of several training seeds, with its 95 % intervals over episodes and over seeds.
+
+    The first takes the trained models as they are. The second is what a claim about a method needs: seeds differ by
+    more than episodes tell.
+
+    Args:
+        values: (seeds, episodes), of the same number of episodes a seed.
+
+    Returns:
+        (mean, half_width over all episodes, half_width over the means of the seeds). The last is "" with one seed; the
+        one over episodes is 0 with one episode per seed.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    means = table.mean(1)
+    episodes = mean_confidence_interval(table)[1] if table.shape[1] > 1 else 0.0
+    return float(table.mean()), episodes, mean_confidence_interval(means)[1] if len(means) > 1 else ""
+
+
 def rate_by_class(hits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> list[float | None]:
     """Share of `hits` (N,) bool among the items of each of `num_classes` classes, labels (N,); None of one without."""
     right = torch.bincount(labels, weights=hits.double(), minlength=num_classes).tolist()
