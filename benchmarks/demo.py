@@ -21,7 +21,8 @@ def main() -> None:
     started = time.time()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
     rows = run_rows(FOLDER, [1], [1], ["none", "unguided", "guided", "real"], TRAIN, TEST)
-    print(f"\nglyphs, novel classes, 5-way 1-shot, {rows[0].episodes} episodes. {INTERVALS}\n\n{as_text(rows)}")
+    print(f"\nglyphs, novel classes, 5-way 1-shot, {rows[0].episodes} episodes, one seed. {INTERVALS}\n")
+    print(as_text(rows))
     print(f"\n{time.time() - started:.0f} s in all; contact sheets: {FOLDER}/seed1/guided/pseudo/round*/sheet.png")
 
 

@@ -50,7 +50,7 @@ def sample(
     noise: (N, 3, H, W) float, x_T, or an image at the noise level of the highest timestep kept.
     cond_fn: from `classifier_guidance`; None for no guidance. It is asked at the t of the cosine process of 1000 steps
     whose alpha-bar is nearest to that of the image it is given; the network is called with its own timesteps.
-    guide_on: "x_t", the gradient at the noisy image as published; or "x_0", at the clean image predicted from it
+    guide_on: "x_t", the gradient at the noisy image, as in the paper; or "x_0", at the clean image predicted from it
     (its noise held fixed), where a classifier of clean images is at home.
     local_labels: (N,) int64 for a class-conditional network.
     Returns (N, 3, H, W) float in [-1, 1].
