@@ -103,7 +103,7 @@ class Settings:
     # pools whose checkpoints do not tell (public ones)
     image_size: int = setting(64, "pixels a side", low=8, high=4096, group="bare checkpoints")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
-    num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down",
+    num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down", low=-1,
                                       group="bare checkpoints")  # fmt: skip
     num_head_channels: int = setting(
         -1, "channels of an attention head; -1: by the number of heads", low=-1, group="bare checkpoints"

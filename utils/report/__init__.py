@@ -68,7 +68,10 @@ def render_several(runs: Sequence[Run]) -> Html:
         (name, *(sections.duration(total(run.epochs, key)) for key in ("synthesis_seconds", "seconds")))
         for name, run in named.items()
     ]
-    told = "Accuracy in percent, with 95 % intervals over episodes; meta_val is the best epoch's."
+    told = (
+        "Accuracy in percent, with 95 % intervals over episodes; meta_val is the best epoch's. Each run is one "
+        "training seed, and another can differ by more than the interval: compare methods over several seeds."
+    )
     head = ("run", "best on meta_val", *sections.RESULT_HEAD)
     parts: list[Content] = [section("Results", told, table(head, results, class_="numbers"))]
     if drawn:
