@@ -411,6 +411,9 @@ def test_subsets_are_those_of_the_pool(call, tmp_path, picture_folder, monkeypat
     assert written["classes_per_model"] == 3
 
     class Loop:
+        def restore(self):
+            pass
+
         def run(self):
             raise KeyboardInterrupt  # pool.json is written by now
 
