@@ -15,6 +15,14 @@ from utils import checkpoint
 pytestmark = pytest.mark.usefixtures("few_glyphs")
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Curves and reports take two fifths of a run as small as these; one test holds that they are made."""
+    if request.function is not test_run_folder:
+        monkeypatch.setattr(main.Report, "write", lambda report: None)
+        monkeypatch.setattr(main, "curves", lambda *_, **__: None)
+
+
 @pytest.fixture
 def train(call, toy_pool, tmp_path):
     """train(folder, *flags): run main.py on few glyphs with the toy pool; returns its output."""
