@@ -3,6 +3,7 @@
 A CPU's system does not refuse memory: it ends the process that took too much.
 """
 
+import functools
 import os
 import sys
 import weakref
@@ -27,9 +28,14 @@ _SPARE = 2  # times what the tensors take, for what the kernels need beside them
 def image_bytes(flags: Mapping[str, Any], *, training: bool = False) -> int:
     """Bytes that one more image takes while it passes the network of `flags`; training: with gradients.
 
-    Nothing is computed but shapes, and what is alive of the tensors is counted.
+    Nothing is computed but shapes, and what is alive of the tensors is counted, once a process for the same flags.
     """
-    peaks = []
+    return _image_bytes(tuple(sorted(flags.items())), training)
+
+
+@functools.cache  # a second for each of a pool's models, which are alike
+def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
+    flags, peaks = dict(items), []
     for images in (7, 8):  # enough that the peak is where the images are, not the gradients of the weights
         with _Alive() as alive:
             _pass(flags, images, training)

@@ -177,6 +177,11 @@ def picture_folder() -> Callable[..., Path]:
     return write
 
 
+def slow(*values):
+    """A case of a parametrized test that `make test` leaves to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def same(a, b) -> bool:
     """Whether two nests of dicts, lists, tensors and plain values are bit-identical."""
     if isinstance(a, torch.Tensor):

@@ -9,7 +9,7 @@ import pytest
 import diffusionmix
 import main
 from guided_diffusion.pool import Pool, subset_path
-from tests.conftest import TINY
+from tests.conftest import TINY, slow
 from tests.test_few_shot import folders, pictures
 from utils import checkpoint
 from utils.pieces import Pieces
@@ -73,8 +73,15 @@ def test_flags(place, trained):
             trained / "best_model.pt", "--sample-batch", 4, *QUICK)  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [another_pool, other_images])
-@pytest.mark.parametrize("kind", ["test", "own pictures"])
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("test", another_pool),
+        ("own pictures", other_images),
+        slow("test", other_images),
+        slow("own pictures", another_pool),
+    ],
+)
 def test_a_resumed_test_is_that_of_what_is_there_now(call, place, trained, monkeypatch, stop_after, change, kind):
     flags = (*test_flags(place, trained), "--episodes", 4)
     if kind == "own pictures":

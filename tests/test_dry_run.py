@@ -10,7 +10,7 @@ import dry_run
 import main
 from guided_diffusion.pool import Pool
 from guided_diffusion.unet import UNetModel
-from tests.conftest import TINY
+from tests.conftest import TINY, slow
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def flags(tmp_path, toy_pool, picture_folder):
     return ("--dataset", "custom", "--data-root", tmp_path / "data", "--pool", toy_pool)
 
 
-@pytest.mark.parametrize("more", ["--ask equal", "--ask likely", "--source unguided"])
+@pytest.mark.parametrize("more", ["--ask equal", slow("--ask likely"), slow("--source unguided")])
 def test_training_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path, more):
     command = (*flags, *TINY, "--recipe", "paper", *more.split(), "--save-dir", tmp_path / "out")
     status, out, err = call(main, *command, "--dry-run")

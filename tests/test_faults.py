@@ -25,7 +25,7 @@ import main
 from config import Settings, flag_of
 from datasets import splits
 from guided_diffusion.pool import subset_path
-from tests.conftest import TINY, same
+from tests.conftest import TINY, same, slow
 from utils import checkpoint, cli
 
 MAIN = ("--dataset", "custom", "--data-root", "data", "--pool", "pool", "--save-dir", "run", *TINY)
@@ -202,7 +202,7 @@ def break_folders(patch, name, number):
     patch.setattr(Path, "mkdir", mkdir)
 
 
-@pytest.mark.parametrize("number", ["EIO", "EROFS", "EDQUOT", "ENOSPC"])
+@pytest.mark.parametrize("number", ["ENOSPC", slow("EIO"), slow("EROFS"), slow("EDQUOT")])
 @pytest.mark.parametrize(
     "module, argv, break_, name",
     [

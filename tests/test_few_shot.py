@@ -13,6 +13,7 @@ import diffusionmix
 from few_shot import RATES, FewShotClassifier
 from guided_diffusion.pool import subset_path
 from models.episode_head import predict
+from tests.conftest import slow
 from utils import checkpoint
 from utils.images import to_float
 
@@ -62,7 +63,7 @@ def probabilities(rows):
 
 
 @pytest.mark.usefixtures("few_glyphs")
-@pytest.mark.parametrize("init", ["zeros", "random", "prototypes"])
+@pytest.mark.parametrize("init", ["prototypes", slow("zeros"), slow("random")])
 def test_equal_shots_give_the_head_of_the_first_test_episode(classifier, model, toy_pool, tmp_path, init):
     flags = ("--resume", model, "--pool", toy_pool, "--data-root", tmp_path, "--save-dir", tmp_path / "run", *FLAGS,
              "--episodes", 2, "--nTestNovel", 10, "--nExemplars", 3, "--head-init", init)  # fmt: skip

@@ -41,6 +41,7 @@ def test_a_pool_trained_in_fp16_draws_what_another_draws(half_pool, toy_pool):
     assert torch.equal(synthesise(Pool(half_pool), plan, CPU)[0], synthesise(Pool(toy_pool), plan, CPU)[0])
 
 
+@pytest.mark.slow
 def test_such_a_pool_in_every_command(call, half_pool, tmp_path, few_glyphs, picture_folder):
     place = ("--pool", half_pool, "--data-root", tmp_path / "none", "--save-dir", tmp_path / "out")
     for more in (("--dry-run",), ()):

@@ -11,7 +11,7 @@ import guided_diffusion.image_train as image_train
 from guided_diffusion.image_datasets import load_images
 from guided_diffusion.pool import Pool, subset_path
 from guided_diffusion.train_util import TrainLoop, TrainSettings
-from tests.conftest import ROOT, same
+from tests.conftest import ROOT, same, slow
 from utils import checkpoint
 
 FLAGS = (
@@ -87,8 +87,8 @@ def test_same_seed_same_weights(call, folder, tmp_path):
     "flags",
     [
         (),
-        ("--class_cond", "True", "--ema_rate", "0.5", "--lr_anneal_steps", "6"),
-        ("--dropout", "0.3", "--schedule_sampler", "loss-second-moment", "--grad_clip", "1", "--weight_decay", "0.1"),
+        slow(("--class_cond", "True", "--ema_rate", "0.5", "--lr_anneal_steps", "6")),
+        slow(tuple("--dropout 0.3 --schedule_sampler loss-second-moment --grad_clip 1 --weight_decay 0.1".split())),
     ],
 )
 def test_killed_run_goes_on_bit_for_bit(call, folder, tmp_path, monkeypatch, flags):
@@ -252,6 +252,7 @@ def test_images_beside_folders_are_read_too(picture_folder, tmp_path):
     assert load_images(tmp_path, 16, ["b", "a"]).images[:, 0, 0, 0].tolist() == [8, 9]
 
 
+@pytest.mark.slow
 def test_script_runs_from_another_folder(folder, tmp_path):
     command = [sys.executable, ROOT / "guided_diffusion" / "image_train.py", "--data_dir", "images", *FLAGS]
     done = subprocess.run([*command, "--save_dir", "out"], cwd=tmp_path, capture_output=True, text=True)

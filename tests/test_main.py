@@ -9,10 +9,18 @@ import torch
 import main
 from datasets.pseudo import PseudoDataset
 from models import learners
-from tests.conftest import TINY, same
+from tests.conftest import TINY, same, slow
 from utils import checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Curves and reports take two fifths of a run as small as these; one test holds that they are made."""
+    if request.function is not test_run_folder:
+        monkeypatch.setattr(main.Report, "write", lambda report: None)
+        monkeypatch.setattr(main, "curves", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -46,9 +54,10 @@ SOURCES = {
     "x_0": ("--guide-on", "x_0", "--optim", "adamw", "--lr", "0.001"),
     "likely": ("--guide-on", "x_0", "--ask", "likely"),
 }
+QUICK = ("guided", "none", "clusters")
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [name if name in QUICK else slow(name) for name in SOURCES])
 def test_run_folder(train, tmp_path, monkeypatch, source):
     folder = tmp_path / "run"
     out = train(folder, *SOURCES[source])
@@ -108,7 +117,7 @@ def test_clusters_are_learned_by_new_weights(train, tmp_path, monkeypatch):
     assert len(seen) == 4 and same(seen[0], seen[1]) and not same(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("source", ["guided", "unguided"])
+@pytest.mark.parametrize("source", ["guided", slow("unguided")])
 def test_the_last_round_starts_from_new_weights(train, tmp_path, monkeypatch, source):
     seen, real = [], learners.train_meta_model
 
@@ -129,9 +138,9 @@ def test_the_last_round_starts_from_new_weights(train, tmp_path, monkeypatch, so
     "where, flags",
     [
         ("train_meta_model", ("--restart", True, "--replay", 1, "--within-weight", 0.3)),
-        ("train_class_learner", ()),
-        ("train_meta_model", ("--refresh-every", 2)),
-        ("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2, *CLUSTERS)),
+        slow("train_class_learner", ()),
+        slow("train_meta_model", ("--refresh-every", 2)),
+        slow("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2, *CLUSTERS)),
     ],
 )
 def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, flags):
@@ -207,6 +216,7 @@ def test_diverged_epoch_is_not_saved(train, tmp_path, monkeypatch):
     assert (folder / "last.pt").read_bytes() == saved[1]
 
 
+@pytest.mark.slow
 def test_dropblock_goes_on_bit_for_bit(train, tmp_path):
     flags = ("--source", "real", "--backbone", "resnet12", "--drop-rate", 0.3, "--train_epoch_size", 1)
     flags += ("--samples-per-class", 3, "--max-epoch", 1, "--epoch_size", 2)

@@ -12,7 +12,7 @@ from guided_diffusion.made_with import NO_EFFECT
 from guided_diffusion.pool import Pool, subset_path
 from guided_diffusion.train_flags import RANGES, REPLACED, defaults
 from guided_diffusion.train_util import TrainLoop
-from tests.conftest import same
+from tests.conftest import same, slow
 from utils import checkpoint
 from utils.lock import locked
 
@@ -191,7 +191,7 @@ def test_trained_further_as_if_it_had_never_ended(train, tmp_path, monkeypatch):
     assert (tmp_path / "whole" / "state.pt").exists() and not (tmp_path / "whole" / "state.previous.pt").exists()
 
 
-@pytest.mark.parametrize("steps", ["steps", "lr_anneal_steps"])
+@pytest.mark.parametrize("steps", ["steps", slow("lr_anneal_steps")])
 def test_trained_further_from_average_weights(train, tmp_path, monkeypatch, steps):
     assert train(**{steps: 4})[0] == 0
     shutil.copytree(tmp_path / "out", tmp_path / "cut")
