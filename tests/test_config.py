@@ -98,7 +98,7 @@ def test_ranges(field):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("--dataset nope", "glyphs, co_miniimagenet"),
+        ("--dataset nope", "glyphs, fontchars, co_miniimagenet"),
         ("--frobnicate 1", "unrecognized arguments: --frobnicate"),
         ("--lr fast", "--lr"),
         ("--mix maybe", "True or False"),
