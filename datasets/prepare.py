@@ -53,12 +53,12 @@ def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
         known = {f"{index:05d}.png" for index in range(per_class)}
         _check_strange(out / split, data.class_names, known, f"give a greater --per-class than {per_class}")
         for name, drawn in zip(data.class_names, data.images.permute(0, 2, 3, 1).numpy(), strict=True):
-            _is_written(out / split / name / "00000.png", drawn, f"give another --seed than {seed}")
+            _is_written(out / split / name / "00000.png", drawn, f"--seed {seed} draws another; give its seed")
     for split in splits:
         data = make_split(split, per_class, seed=seed)
         paths = [out / split / name / f"{index:05d}.png" for name in data.class_names for index in range(per_class)]
         pixels = data.images.permute(0, 2, 3, 1).numpy()
-        written = _write_missing(paths, pixels, f"give another --seed than {seed}")
+        written = _write_missing(paths, pixels, f"--seed {seed} draws another; give its seed")
         print(f"{out / split}: {len(data.class_names)} classes of {per_class} images, {written} images written now")
 
 
