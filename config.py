@@ -51,7 +51,7 @@ class Settings:
     pool: str = setting(
         "",
         "folder of the pool or one checkpoint file, or the gs://, az:// or https:// address of either; "
-        "'': ckpt/pools/DATASET, of glyphs ckpt/glyphs",
+        "'': ckpt/pools/DATASET, of glyphs and fontchars ckpt/DATASET",
     )
     save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot")
     resume: str = setting("", "checkpoint (or its address) to start from (main.py) or to test (diffusionmix.py)")
@@ -319,8 +319,8 @@ class Settings:
 
     @property
     def pool_place(self) -> str:
-        """Path or address of the pool: that of glyphs ships with the program."""
-        return self.pool or ("ckpt/glyphs" if self.dataset == "glyphs" else f"ckpt/pools/{self.dataset}")
+        """Path or address of the pool: that of an embedded set is in ckpt itself, so that it can ship."""
+        return self.pool or f"ckpt/{'' if SCENARIOS[self.dataset].embedded else 'pools/'}{self.dataset}"
 
     @property
     def data_paths(self) -> list[Path]:
@@ -374,12 +374,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What `--dataset` stands for: the domains whose images test it, how its pool is split, other defaults."""
+    """What `--dataset` stands for: the domains whose images test it, how its pool is split, other defaults.
+
+    embedded: the images ship with the program, or are drawn by it (`datasets.sources.EMBEDDED`).
+    """
 
     images: tuple[str, ...]
     per_model: int = 0  # classes a pool model was trained on; 0: as its checkpoint says
     defaults: dict[str, Any] = field(default_factory=dict)
     recipe: str = "paper"
+    embedded: bool = False
 
 
 # What --recipe clusters changes in the paper's recipe; docs/decisions.md has the figures.
@@ -389,12 +393,13 @@ _CLUSTERS = dict(
 )  # fmt: skip
 RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's, but for mix_steps
 
-_GLYPHS = dict(
+_SMALL = dict(  # for characters of 32 pixels, on a CPU
     image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
     train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, within_weight=1.0,
 )  # fmt: skip
 SCENARIOS = {
-    "glyphs": Scenario(("glyphs",), 0, _GLYPHS, "clusters"),
+    "glyphs": Scenario(("glyphs",), 0, _SMALL, "clusters", embedded=True),
+    "fontchars": Scenario(("fontchars",), 0, _SMALL, "clusters", embedded=True),
     "co_miniimagenet": Scenario(("miniimagenet",), 5, dict(num_classes=64)),
     "un_miniimagenet": Scenario(("miniimagenet",), 4, dict(num_classes=52), "clusters"),
     "co_cifarfs": Scenario(("cifarfs",), 5, dict(num_classes=64)),

@@ -1,6 +1,8 @@
 """Turn what there is into the folder layout `<root>/{meta_train,meta_val,meta_test}/<class>/*.png`.
 
     python -m datasets.prepare glyphs --out data/glyphs --per-class 600
+    python -m datasets.prepare fontchars --out data/fontchars
+    python -m datasets.prepare fonts --from path/to/fonts --out data/characters
     python -m datasets.prepare cifarfs                                    # downloads CIFAR-100
     python -m datasets.prepare cifarfs --from path/to/cifar100            # cifar-100-python or class folders
     python -m datasets.prepare miniimagenet --from path/to/miniimagenet   # csv and images, .pkl, or class folders
@@ -9,8 +11,9 @@
 To take up a run that was cut short, run the same command again: what is there is not made again.
 """
 
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasets import fontchars as embedded
+from datasets import fonts as drawing
 from datasets import splits as published
 from datasets import unpack
 from datasets.archives import unpacked
@@ -48,33 +53,84 @@ def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
         known = {f"{index:05d}.png" for index in range(per_class)}
         _check_strange(out / split, data.class_names, known, f"give a greater --per-class than {per_class}")
         for name, drawn in zip(data.class_names, data.images.permute(0, 2, 3, 1).numpy(), strict=True):
-            _is_drawn(out / split / name / "00000.png", drawn, seed)
+            _is_written(out / split / name / "00000.png", drawn, f"--seed {seed} draws another; give its seed")
     for split in splits:
         data = make_split(split, per_class, seed=seed)
         paths = [out / split / name / f"{index:05d}.png" for name in data.class_names for index in range(per_class)]
         pixels = data.images.permute(0, 2, 3, 1).numpy()
-
-        def write(path: Path, drawn: np.ndarray) -> bool:
-            if _is_drawn(path, drawn, seed):
-                return False
-            with atomic_file(path) as file:
-                Image.fromarray(drawn).save(file, "png")
-            return True
-
-        with ThreadPoolExecutor() as threads:
-            written = sum(threads.map(write, paths, pixels))
+        written = _write_missing(paths, pixels, f"--seed {seed} draws another; give its seed")
         print(f"{out / split}: {len(data.class_names)} classes of {per_class} images, {written} images written now")
 
 
-def _is_drawn(path: Path, drawn: np.ndarray, seed: int) -> bool:
+def fontchars(out: Path, splits: list[str]) -> None:
+    """Write fontchars into `out`, each image by the name of its font; images that are there are kept.
+
+    Raises ValueError where `out` holds others, of a split before anything of it is written.
+    """
+    for split in splits:
+        images, labels, names, fonts = embedded.read_split(split)
+        paths = [out / split / names[label] / f"{font}.png" for label, font in zip(labels, fonts, strict=True)]
+        _check_strange(out / split, names, {path.name for path in paths})
+        written = _write_missing(paths, images)
+        print(f"{out / split}: {len(names)} classes, {len(images)} images, {written} images written now")
+
+
+def fonts(source: Path, out: Path, characters: str) -> None:
+    """Draw `characters` in every font in `source` into `out`, a folder a character; images that are there are kept.
+
+    Fonts that cannot be read, or have no such character, are left out, and a line says so. Raises ValueError where
+    nothing can be drawn, or `out` holds another image of the same name.
+    """
+    wanted = list(dict.fromkeys(characters))
+    if not wanted or any(character.isspace() or not character.isprintable() for character in wanted):
+        raise ValueError(f"got --characters {characters!r}, expected characters that can be seen, such as ABCabc123")
+    _require_folder(source, f"give the folder with the fonts ({', '.join(drawing.ENDINGS)})")
+    found, doubles = drawing.find_fonts(source)
+    if not found:
+        raise ValueError(f"{source}: got no fonts, expected files that end in {', '.join(drawing.ENDINGS)}")
+    drawn, unreadable = drawing.draw_fonts(found, wanted)
+    for path, reason in unreadable:
+        print(f"{path}: left out, as it is no readable font ({reason})", file=sys.stderr)
+    for path in doubles:
+        print(f"{path}: left out, as another font has its name", file=sys.stderr)
+    if not any(drawn.values()):
+        raise ValueError(f"{source}: got no font with one of {characters!r}; give others, or other --characters")
+    paths = [out / name / f"{font}.png" for name, pictures in drawn.items() for font in pictures]
+    pixels = [picture for pictures in drawn.values() for picture in pictures.values()]
+    written = _write_missing(paths, pixels)
+    readable = found.keys() - {name for name, path in found.items() if path in dict(unreadable)}
+    for character, (name, pictures) in zip(wanted, drawn.items(), strict=True):
+        if lacking := sorted(readable - pictures.keys()):
+            some = f"{len(lacking)} of {len(readable)} fonts"
+            print(f"{name}: left out {some} without {character}, the first {lacking[0]}", file=sys.stderr)
+    classes = sum(map(bool, drawn.values()))
+    print(f"{out}: {classes} classes, {len(paths)} images of {len(readable)} fonts, {written} images written now")
+
+
+def _write_missing(paths: Sequence[Path], pixels: Iterable[np.ndarray], cure: str = "take it away") -> int:
+    """Write the images that are missing or damaged, and return how many; errors as of `_is_written`, before any."""
+    pixels = list(pixels)
+    with ThreadPoolExecutor() as threads:
+        there = list(threads.map(partial(_is_written, cure=cure), paths, pixels))
+        missing = [pair for pair, written in zip(zip(paths, pixels, strict=True), there, strict=True) if not written]
+        list(threads.map(lambda pair: _save(*pair), missing))
+    return len(missing)
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    with atomic_file(path) as file:
+        Image.fromarray(pixels).save(file, "png")
+
+
+def _is_written(path: Path, expected: np.ndarray, cure: str) -> bool:
     """Whether `path` has these pixels; False where it is missing or damaged. Raises ValueError for other pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as file:
             there = np.asarray(file)
     except Exception:  # a damaged file can raise nearly anything out of Pillow
         return False
-    if not np.array_equal(there, drawn):
-        raise ValueError(f"{path}: is another image than --seed {seed} draws; give its seed, or another --out")
+    if not np.array_equal(there, expected):
+        raise ValueError(f"{path}: is another image than would be written; {cure}, or give another --out")
     return True
 
 
@@ -187,7 +243,7 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
     if classes_per_model < 1:
         raise ValueError(f"got --classes_per_model {classes_per_model}, expected 1 or more")
     folder = data_root / "meta_train"
-    holds = "make it with python -m datasets.prepare cifarfs, miniimagenet or glyphs"
+    holds = "make it with python -m datasets.prepare cifarfs, miniimagenet, glyphs or fontchars"
     if not folder.exists() and (near := place_with(data_root, "meta_train")):
         holds = f"give --data-root {near}, which has one"
     found, left_out = class_folders(
@@ -292,6 +348,21 @@ def main() -> None:
     flags.add_argument("--splits", nargs="+", default=list(SPLIT_CLASSES), choices=list(SPLIT_CLASSES))
     flags.add_argument("--seed", type=int, default=0)
     flags.set_defaults(do=lambda args: glyphs(args.out, args.per_class, args.splits, args.seed))
+
+    flags = what.add_parser("fontchars", help="the set of real characters that ships")
+    flags.add_argument("--out", type=Path, default=Path("data/fontchars"), help="root folder (default data/fontchars)")
+    flags.add_argument("--splits", nargs="+", default=list(embedded.SPLITS), choices=list(embedded.SPLITS))
+    flags.set_defaults(do=lambda args: fontchars(args.out, args.splits))
+
+    flags = what.add_parser("fonts", help="characters of your own fonts, a folder a character")
+    flags.add_argument(
+        "--from", dest="source", type=Path, metavar="DIR", required=True, help="folder with .ttf, .otf, .woff or .woff2"
+    )
+    flags.add_argument("--out", type=Path, required=True, help="folder for the class folders")
+    flags.add_argument(
+        "--characters", default=drawing.CHARACTERS, help="all that are to be drawn, in one word (default: as fontchars)"
+    )
+    flags.set_defaults(do=lambda args: fonts(args.source, args.out, args.characters))
 
     flags = what.add_parser("cifarfs", help="CIFAR-FS, from CIFAR-100")
     flags.add_argument("--out", type=Path, default=Path("data/cifarfs"), help="root folder (default data/cifarfs)")

@@ -1,14 +1,20 @@
 """The real images of a scenario: for validation, for testing, and for the real-data reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from datasets.folder import LabelledImages, load_split
+from datasets.fontchars import load_fontchars
 from datasets.glyphs import make_split
 
 GLYPHS_PER_CLASS = 100  # images a class to draw episodes from
+# Sets that need no folder: name -> images of (split, images a class or None, size).
+EMBEDDED: dict[str, Callable[[str, int | None, int], LabelledImages]] = {
+    "glyphs": lambda split, per_class, size: make_split(split, per_class or GLYPHS_PER_CLASS, size=size),
+    "fontchars": lambda split, per_class, size: load_fontchars(split, per_class, size=size),
+}
 
 
 def load_real(
@@ -19,14 +25,14 @@ def load_real(
     per_class: int | None = None,
     workers: int | None = None,
 ) -> LabelledImages:
-    """Images of a split: drawn where `dataset` is glyphs (unless its root is there), else read from <root>/<split>.
+    """Images of a split: of `EMBEDDED` where <root>/<split> is not there, else read from it.
 
     roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
     size: pixels a side; per_class: images a class at most, None for all (100 a class of glyphs); workers: threads.
     Raises ValueError where a folder is missing or empty.
     """
-    if dataset == "glyphs" and not (roots[0] / split).is_dir():
-        return make_split(split, per_class or GLYPHS_PER_CLASS, size=size)
+    if dataset in EMBEDDED and not (roots[0] / split).is_dir():
+        return EMBEDDED[dataset](split, per_class, size)
     domains = [load_split(root, split, size, per_class, workers=workers) for root in roots]
     if len(domains) == 1:
         return domains[0]

@@ -121,7 +121,8 @@ class Pool:
         if not found:
             raise ValueError(
                 f"{self.path}: got no diffusion models, expected subset1/ckpt/model.pt and so on; make a pool with "
-                f"python guided_diffusion/image_train.py --data_dir DATA/meta_train --pool {self.path}"
+                f"python guided_diffusion/image_train.py --data_dir DATA/meta_train --pool {self.path} "
+                "(DATA: your images, or what python -m datasets.prepare writes)"
             )
         gaps = sorted(set(range(1, max(found) + 1)) - set(found))
         if gaps:

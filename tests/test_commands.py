@@ -6,7 +6,9 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from PIL import Image
@@ -92,6 +94,7 @@ def place(tmp_path, picture_folder, few_glyphs, monkeypatch):
     picture_folder(tmp_path / "path" / "to" / "data", {"a": [1, 2, 3]})
     picture_folder(tmp_path / "data" / "few", {"a": [1, 2], "b": [200]})
     picture_folder(tmp_path / "data" / "unlabelled", {".": [7, 90]})
+    (tmp_path / "path" / "to" / "fonts").symlink_to(Path(matplotlib.get_data_path(), "fonts", "ttf"))
     batches(tmp_path / "path" / "to" / "cifar100")
     caches(tmp_path / "path" / "to" / "miniimagenet")
     (tmp_path / "ckpt" / "pools").mkdir(parents=True)

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 
 from config import RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
+from datasets.sources import EMBEDDED
 from tests.conftest import ROOT
 
 
@@ -42,9 +43,10 @@ def test_new_flags_in_both_spellings():
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenarios(name):
     s = read(f"-d {name}")
-    classes = {"glyphs": 0, "custom": 0, "cifar_mini": 104}.get(name, 64 if name.startswith("co") else 52)
-    assert s.num_classes == classes
-    assert s.pool_place == ("ckpt/glyphs" if name == "glyphs" else f"ckpt/pools/{name}")
+    classes = {"custom": 0, "cifar_mini": 104, **dict.fromkeys(EMBEDDED, 0)}
+    assert s.num_classes == classes.get(name, 64 if name.startswith("co") else 52)
+    assert s.pool_place == (f"ckpt/{name}" if name in EMBEDDED else f"ckpt/pools/{name}")
+    assert SCENARIOS[name].embedded == (name in EMBEDDED)
     domains = ["cifarfs", "miniimagenet"] if name == "cifar_mini" else [name.removeprefix("co_").removeprefix("un_")]
     assert [str(path) for path in s.data_paths] == [f"data/{domain}" for domain in domains]
     assert json.loads(json.dumps(s.as_dict())) == s.as_dict()
@@ -96,7 +98,7 @@ def test_ranges(field):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("--dataset nope", "glyphs, co_miniimagenet"),
+        ("--dataset nope", "glyphs, fontchars, co_miniimagenet"),
         ("--frobnicate 1", "unrecognized arguments: --frobnicate"),
         ("--lr fast", "--lr"),
         ("--mix maybe", "True or False"),

@@ -389,6 +389,7 @@ POOLS = {
     "un_cifarfs": UNCONDITIONAL,
     "cifar_mini": ([4] * 26, False),
     "glyphs": ([5], False),
+    "fontchars": ([5], False),
     "custom": ([6], False),
 }
 

@@ -1,0 +1,96 @@
+"""Characters drawn from font files, black on white: what sets such as fontchars are made of."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFont
+
+from utils.images import why
+from utils.progress import progress
+from utils.seeding import numpy_generator
+
+ENDINGS = (".ttf", ".otf", ".woff", ".woff2")
+CHARACTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghimnqrty23456789&@?$%#"  # those of fontchars
+SIDE, BOX, SHIFT = 32, 24, 2  # pixels: a picture, the longer side of a character in it, the most it is shifted
+_DRAWN = 96  # pixels an em, before a character is made smaller
+_NO_CHARACTER = "\U0010ffff"  # stands for none for ever, so every font draws its sign for missing characters
+
+Drawings = dict[str, dict[str, np.ndarray]]  # class -> font -> picture
+
+
+def class_name(character: str) -> str:
+    """The name of a character's class, safe on file systems that ignore case: A, small_a, 7, u0023 for #."""
+    if character.isascii() and character.isalnum():
+        return f"small_{character}" if character.islower() else character
+    return f"u{ord(character):04x}"
+
+
+def find_fonts(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The font files in `folder` and the folders in it, by name, and those left out, as another has their name.
+
+    A name is the path in `folder` without its ending, in small letters, joined by dashes.
+    """
+    found: dict[str, Path] = {}
+    doubles = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith("."):
+            inside = path.relative_to(folder).with_suffix("").as_posix().lower()
+            name = re.sub(r"[^\w.-]", "-", inside)
+            if name in found:
+                doubles.append(path)
+            found.setdefault(name, path)
+    return found, doubles
+
+
+def draw_fonts(fonts: dict[str, Path], characters: Sequence[str]) -> tuple[Drawings, list[tuple[Path, str]]]:
+    """Draw each character in each font that has it.
+
+    Returns by class and font the pictures, (SIDE, SIDE) uint8, and (path, reason) of the fonts that cannot be read.
+    """
+    drawn: Drawings = {class_name(character): {} for character in characters}
+    unreadable = []
+    for name, path in progress(fonts.items(), desc="fonts", unit="font"):
+        try:
+            font = ImageFont.truetype(str(path), _DRAWN, layout_engine=ImageFont.Layout.BASIC)
+            pictures = {character: _picture(font, name, character) for character in characters}
+        except Exception as error:  # a damaged font can raise nearly anything out of FreeType
+            unreadable.append((path, why(error)))
+            continue
+        for character, picture in pictures.items():
+            if picture is not None:
+                drawn[class_name(character)][name] = picture
+    return drawn, unreadable
+
+
+def _picture(font: ImageFont.FreeTypeFont, name: str, character: str) -> np.ndarray | None:
+    """One character, fitted into the picture and shifted by what its name and its font's tell; None if it has none.
+
+    A font that draws a small letter as the capital has no small letter.
+    """
+    ink = _ink(font, character)
+    others = {_NO_CHARACTER, character.upper()} - {character}
+    if ink is None or any(_same(ink, _ink(font, other)) for other in others if len(other) == 1):
+        return None
+    scale = BOX / max(ink.size)
+    width, height = (max(1, round(side * scale)) for side in ink.size)
+    ink = ink.resize((width, height), Image.Resampling.LANCZOS)
+    across, down = numpy_generator(0, "fonts", name, character).integers(-SHIFT, SHIFT + 1, 2).tolist()
+    picture = Image.new("L", (SIDE, SIDE))
+    picture.paste(ink, ((SIDE - width) // 2 + across, (SIDE - height) // 2 + down))
+    return 255 - np.asarray(picture)
+
+
+def _ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
+    """What a font draws for a character, white on black, cut to its ink; None for nothing."""
+    mask = font.getmask(character, mode="L")
+    if not all(mask.size):
+        return None
+    image = Image.frombytes("L", mask.size, bytes(mask))
+    box = image.getbbox()
+    return image.crop(box) if box else None
+
+
+def _same(one: Image.Image, other: Image.Image | None) -> bool:
+    return other is not None and one.size == other.size and one.tobytes() == other.tobytes()
