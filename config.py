@@ -20,6 +20,7 @@ SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
 PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
 MOST = 1_000_000  # of a number without a limit of its own
+GONE = {"sampler": "ddim"}  # settings of older runs that there are no more, with what is done now
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
         "noise_schedule", "diffusion_steps", "timestep_respacing", "predict_xstart", "rescale_timesteps")  # fmt: skip
 
@@ -466,6 +467,7 @@ def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_
 
     "contents" are digests of the pool and the images, by name; those that are not known on both sides may be anything.
     """
+    here = {**GONE, **here}
     then, now = made_with.get("contents"), here.get("contents", {})
     then = then if isinstance(then, dict) else {}
     changed = [name for name, digest in then.items() if now.get(name, digest) != digest]

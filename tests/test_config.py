@@ -122,6 +122,12 @@ def test_refused(text, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_run_from_before_a_setting_was_taken_out_resumes():
+    check_same("f", {"a": 1, "sampler": "ddim"}, {"a": 1}, set())
+    with pytest.raises(ValueError, match="sampler 'dpmpp2m'"):
+        check_same("f", {"a": 1, "sampler": "dpmpp2m"}, {"a": 1}, set())
+
+
 def test_check_same_names_the_first_difference():
     check_same("f", {"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"})
     with pytest.raises(ValueError, match=r"f: was made with b 2 \(got 3\)"):
