@@ -24,6 +24,7 @@ from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
 from few_shot import FewShotClassifier, HeadFitter
+from guided_diffusion.costs import free_memory
 from models.episode_head import predict
 from utils import processes, progress
 from utils.atomic import atomic_file
@@ -52,6 +53,7 @@ class Testing:
     def __init__(self, settings: Settings, root: Path):
         s = self.s = settings
         self.fitter = HeadFitter(s)
+        s.check_episodes(len(self.fitter.pool or ()), self.fitter.model.feature_dim, free_memory())
         self.images: LabelledImages = load_real(s.dataset, [root], s.test_split, self.fitter.size, workers=s.workers)
         s.check_images(f"{root}/{s.test_split}", self.images.counts())
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)

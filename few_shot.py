@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import BARE, Settings
-from guided_diffusion.costs import free_memory
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels, timesteps_of
 from guided_diffusion.pool import Pool, PoolModel
@@ -68,7 +67,6 @@ class HeadFitter:
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
-        s.check_episodes(len(self.pool or ()), self.model.feature_dim, free_memory())
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 

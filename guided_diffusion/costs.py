@@ -66,7 +66,7 @@ def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, train
 
     On a GPU, which says when its memory does not suffice, and on a system that does not tell, `most`.
     """
-    free = _free_memory() if device.type == "cpu" else None
+    free = free_memory() if device.type == "cpu" else None
     if free is None:
         return most
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
@@ -107,11 +107,6 @@ class _Alive(TorchDispatchMode):
 
 def free_memory() -> int | None:
     """Bytes that the system could give to this process, None where it does not tell."""
-    return _free_memory()
-
-
-def _free_memory() -> int | None:
-    """Bytes that the system could give to this process, None where it does not tell."""
     free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -121,7 +116,16 @@ def _free_memory() -> int | None:
     try:  # of a container or a job
         group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().split("::")[1].split()[0])
         most, now = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        free += [int(most) - int(now)] if most != "max" else []
+        free += [int(most) - int(now) + _file_cache(group)] if most != "max" else []
     except (OSError, IndexError, ValueError):
         pass
     return max(0, min(free)) if free else None
+
+
+def _file_cache(group: Path) -> int:
+    """Bytes of files read before, which count as used by `group` and are given up where memory is short."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))

@@ -76,7 +76,7 @@ def test_flops_are_those_of_a_pass():
     "free, here, fits", [(80e6, "1", 40), (80e6, "2", 20), (80e9, "1", 250), (10.0, "1", 1), (None, "1", 250)]
 )
 def test_how_many_images_fit(monkeypatch, capsys, free, here, fits):
-    monkeypatch.setattr(costs, "_free_memory", lambda: free)
+    monkeypatch.setattr(costs, "free_memory", lambda: free)
     monkeypatch.setattr(costs, "image_bytes", lambda flags, training: 1e6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     assert costs.that_fit(FLAGS, 250, CPU) == fits
@@ -110,13 +110,15 @@ def test_memory_of_a_job_counts(monkeypatch):
             return path(f"{self.name}/{more}")
 
     monkeypatch.setattr(costs, "Path", path)
-    assert costs._free_memory() == 2_000_000
+    assert costs.free_memory() == 2_000_000
+    files["/sys/fs/cgroup/job/memory.stat"] = "anon 7\ninactive_file 300000\nactive_file 200000\nslab 5\n"
+    assert costs.free_memory() == 2_500_000
     files["/sys/fs/cgroup/job/memory.max"] = "max\n"
-    assert costs._free_memory() == 5_120_000
+    assert costs.free_memory() == 5_120_000
     del files["/proc/self/cgroup"]
-    assert costs._free_memory() == 5_120_000
+    assert costs.free_memory() == 5_120_000
     del files["/proc/meminfo"]
-    assert costs._free_memory() is None
+    assert costs.free_memory() is None
 
 
 def test_room_is_found_once_for_networks_alike(make_pool, tmp_path, monkeypatch):
