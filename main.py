@@ -218,10 +218,11 @@ class Training:
         if path is None:
             return None
         state = checkpoint.load(path, self.device) if state is None else state
-        checkpoint.entries(state, path, run_entries(self.s.max_epoch) if path == last else PAIR_ENTRIES, WHAT)
+        checkpoint.entries(state, path, PAIR_ENTRIES, WHAT)
         if path == last:
             made_with = {**state["settings"], "contents": state.get("contents", {})}
             check_same(last, made_with, {**self.s.as_dict(), "contents": self.contents}, MAY_CHANGE)
+            checkpoint.entries(state, last, run_entries(self.s.max_epoch), WHAT)
         self.pair.load(state, path)
         if path != last:
             return None
@@ -231,8 +232,7 @@ class Training:
 
     def resolved(self) -> dict[str, object]:
         """The settings with what the pool said, and digests of pool and images, for config.json."""
-        known = {"num_classes": self.num_classes, "image_size": self.size, "contents": self.contents}
-        return {**self.s.as_dict(), **known}
+        return {**self.s.as_dict(), "num_classes": self.num_classes, "image_size": self.size, "contents": self.contents}
 
     def train(self) -> None:
         """All rounds and epochs, from where the folder stands."""

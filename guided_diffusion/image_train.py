@@ -226,9 +226,11 @@ def _refuse_splits(flag: str, folder: Path) -> None:
     for place, folders, _ in os.walk(folder):
         found = sorted(name for name in {*folders} & {*SPLITS} if any(Path(place, name).iterdir()))
         if found:
+            unseen = [name for name in found if name != SPLITS[0]]
+            part, use = (unseen[0], "measure against") if flag == "held_out_dir" and unseen else (SPLITS[0], "train on")
             raise ValueError(
-                f"{shown(place)}: holds {', '.join(found)}, expected images to train on alone; "
-                f"give --{flag} {shown(Path(place, SPLITS[0]))}"
+                f"{shown(place)}: holds {', '.join(found)}, expected only images to {use}; "
+                f"give --{flag} {shown(Path(place, part))}"
             )
 
 

@@ -188,7 +188,8 @@ def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
     assert "config.json: was made with seed 1 (got 2)" in train(folder, "--seed", 2, status=2)
     train(folder)
     assert "last.pt: was made with seed 1 (got 2)" in train(folder, "--seed", 2, status=2)
-    assert "max_epoch 2 (got 3)" in train(folder, "--max-epoch", 3, status=2)  # the rates' schedule depends on it
+    for other in (1, 3):  # the rates' schedule depends on it
+        assert f"max_epoch 2 (got {other})" in train(folder, "--max-epoch", other, status=2)
     assert "going on" in train(folder, "--sample-batch", 3)
 
 

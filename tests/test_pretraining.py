@@ -292,7 +292,7 @@ def test_the_folder_of_all_splits_is_refused(train, tmp_path, picture_folder, mo
         picture_folder(tmp_path / "mine" / "set" / split, {"a": [1, 2, 3], "b": [4, 5]})
     for data in ("mine/set", "mine"):
         refused(tmp_path, train(data=data, **flags), "mine/set/meta_train")
-    refused(tmp_path, train(held_out_dir="mine/set", **flags), "mine/set")
+    refused(tmp_path, train(held_out_dir="mine/set", **flags), "--held_out_dir mine/set/meta_test")
     assert not (tmp_path / "out").exists() and not (tmp_path / "pool").exists()
     assert train(data="mine/set/meta_train", **flags)[0] == 0
 
