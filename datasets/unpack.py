@@ -36,9 +36,9 @@ def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> Pictu
         found[name] = []
         for folder in _folders(root, name):
             paths, inner = find_images(folder, deep=False)
-            others = [path for path in paths if path.suffix.lower() not in USUAL and not opens(path)]
-            inner.others += others
-            found[name] += [path for path in paths if path not in set(others)]
+            others = {path for path in paths if path.suffix.lower() not in USUAL and not opens(path)}
+            inner.others += sorted(others)
+            found[name] += [path for path in paths if path not in others]
             left_out.add(inner)
     _check(root, found, "expected class folders in it, or in its images, data, train, val and test")
     left_out.say(root)
