@@ -34,7 +34,7 @@ from guided_diffusion.pool import Pool, subset_path  # noqa: E402
 from guided_diffusion.script_util import (  # noqa: E402
     args_to_dict,
     create_model_and_diffusion,
-    model_and_diffusion_defaults,  # noqa: E402
+    model_and_diffusion_defaults,
 )
 from guided_diffusion.train_flags import create_argparser, defaults, parse  # noqa: E402, F401
 from guided_diffusion.train_util import MODEL_FILE, TrainLoop, TrainSettings, drop_state  # noqa: E402
@@ -72,8 +72,8 @@ def main() -> None:
         if getattr(args, flag):
             _refuse_splits(flag, Path(getattr(args, flag)))
     device = pick_device(args.device)
-    say("mirrors half of the images (--random_flip True)" if args.random_flip else "mirrors no images; where left and "
-        "right are alike --random_flip True does")  # fmt: skip
+    say("mirrors half of the images (--random_flip True)" if args.random_flip else "mirrors no images; give "
+        "--random_flip True where left and right are alike")  # fmt: skip
     if args.pool:
         train_pool(args, device)
     else:

@@ -57,7 +57,8 @@ def run(main: Callable[[], object]) -> None:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the latter on a CPU
+    bare = isinstance(error, MemoryError) and not str(error)  # of Python itself, without a word
+    return bare or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a CPU
 
 
 def _end(line: str, status: int) -> NoReturn:
@@ -107,7 +108,10 @@ def _one_line(error: Exception) -> str:
     if _lacks_memory(error):
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         what = f"out of memory{f' ({asked[1]} were asked for)' if asked else ''}"
-        return f"{what}; give a lower --train-batch, --sample-batch or --samples-per-class, or smaller images"
+        return (
+            f"{what}; give a lower --train-batch, --sample-batch or --samples-per-class "
+            "(image_train.py: --microbatch), or smaller images"
+        )
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more (a closed pipe); the same command again resumes"
     if isinstance(error, OSError) and error.errno is not None:
