@@ -115,7 +115,7 @@ class Settings:
     noise_schedule: str = setting("cosine", "of the noise", choices=("linear", "cosine"),
                                   group="bare checkpoints")  # fmt: skip
     diffusion_steps: int = setting(1000, "timesteps of the training", low=1, group="bare checkpoints")
-    timestep_respacing: str = setting("", "those timesteps that were trained on alone, as 250 or ddim25; '': all",
+    timestep_respacing: str = setting("", "the only timesteps it was trained on, as 250 or ddim25; '': all",
                                       group="bare checkpoints")  # fmt: skip
     predict_xstart: bool = setting(False, "the network predicts the image, not the noise", group="bare checkpoints")
     rescale_timesteps: bool = setting(False, "the network is given t of 1000, however many steps there are",
@@ -151,7 +151,8 @@ class Settings:
     episodes: int = setting(600, "episodes of the test", low=2, group="testing")
     mix_level: int = setting(200, "noise level of the mixes: t of the cosine schedule of 1000 steps, whatever the "
                              "pool's", low=1, high=1000, group="testing")  # fmt: skip
-    mix_steps: int = setting(1, "denoising steps of a mix, at most mix_level and what a pool model has up to it", low=1,
+    mix_steps: int = setting(1, "denoising steps of a mix; at most mix_level, and at most a pool model's timesteps "
+                              "up to that level", low=1,
                              high=1000, group="testing")  # fmt: skip
     head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
     head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")

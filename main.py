@@ -3,9 +3,8 @@
     python main.py                                  # glyphs, with the pool that ships
     python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --nExemplars 1
 
-A round synthesises a pseudo dataset, then trains on it, epoch by epoch, the meta-model and the class-learner that
-will steer the next round. The weights that are best on meta_val are kept. The same command again goes on where it
-stopped.
+A round draws a pseudo dataset and trains both learners on it: the meta-model, and the class-learner that guides the
+next round. The best weights on meta_val are kept. To resume, run the same command again.
 """
 
 import time
@@ -201,8 +200,8 @@ class Training:
         if processes.is_first():
             contents = {
                 **self.pair.state(), "num_classes": self.num_classes, "image_size": self.size,
-                "settings": self.s.as_dict(), "epoch": self.epoch, "val_accuracy": self.best,
-                "contents": self.contents, **extra,
+                "settings": self.s.as_dict(), "contents": self.contents, "epoch": self.epoch,
+                "val_accuracy": self.best, **extra,
             }  # fmt: skip
             checkpoint.save(self.log.folder / name, contents, keep_old=bool(extra))
 
@@ -239,8 +238,10 @@ class Training:
         s = self.s
         self.log = RunLog(s.run_folder, tensorboard=s.tensorboard, done=self.epoch, epochs=s.epochs)
         self.report = Report(s.run_folder)
-        discard(s.run_folder / "pseudo") if self.unknown else None
-        self.log.line(f"going on from {self.restored}, after epoch {self.epoch}") if self.restored else None
+        if self.unknown:
+            discard(s.run_folder / "pseudo")
+        if self.restored:
+            self.log.line(f"resumes from {self.restored}, after epoch {self.epoch}")
         write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)

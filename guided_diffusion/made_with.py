@@ -121,5 +121,5 @@ def _further(found: Kept, here: Mapping[str, Any]) -> str:
             "(--keep_state True keeps what that takes)"
         )
     if here.get("lr_anneal_steps"):
-        return f"{text}, its rate up again from 0: not what {found.steps} steps from the start give"
+        return f"{text}, raising its rate again from 0; the result differs from {found.steps} steps in one run"
     return text

@@ -18,7 +18,7 @@ HELP = {
     "held_out_dir": "class folders of other images, that the pool never saw, to measure it against instead",
     "steps": "optimiser steps; more than a finished model has train it further",
     "lr_anneal_steps": "take this many steps and lower the rate linearly to 0 over them; 0: off",
-    "keep_state": "keep state.pt beside a finished model, to train it further bit for bit as if it had never ended",
+    "keep_state": "keep state.pt beside a finished model, so that more --steps give exactly what one longer run would",
     "batch_size": "images a step",
     "microbatch": "images that pass the network at once; -1: the whole batch",
     "ema_rate": "decay of the weights' moving average, warmed up",

@@ -92,7 +92,7 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
     monkeypatch.setattr(learners, "train_meta_model", None)  # the same command again trains no more
     monkeypatch.setattr(main, "synthesise", None)
     weights = checkpoint.load(folder / "last.pt")
-    assert "going on from" in train(folder, *SOURCES[source])
+    assert "resumes from" in train(folder, *SOURCES[source])
     assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
 
 

@@ -46,7 +46,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_it_used(last, capsys, d
     damage(last)
     assert same(checkpoint.load_newest(last), STATES[1])
     err = capsys.readouterr().err
-    assert "last.pt: " in err and f"going on from {previous(last)}" in err
+    assert "last.pt: " in err and f"resumes from {previous(last)}" in err
     previous(last).unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt"):
         checkpoint.load_newest(last)

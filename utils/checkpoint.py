@@ -50,7 +50,7 @@ def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> 
         except CheckpointError as error:
             if number == len(files):
                 raise
-            print(f"{error}\ngoing on from {files[number]}, the save before it", file=sys.stderr)
+            print(f"{error}\nresumes from {files[number]}, the save before it", file=sys.stderr)
     return None
 
 

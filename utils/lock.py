@@ -39,5 +39,6 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
                 raise ValueError(
                     f"{folder}: another run is at work in this folder; wait for it, or give another --save-dir"
                 ) from None
-        sweep(folder)
+        if processes.count() == 1:  # others of this run may be writing already
+            sweep(folder)
         yield
