@@ -78,12 +78,16 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
+def _or_missing(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or sound(value)
+
+
 # What a checkpoint of a run must hold, for `checkpoint.entries`: to test with, to start from, to resume
 MODEL_ENTRIES = {
     "model": _mapping, "model_statistics": _mapping, "num_classes": _whole(1, 100_000), "image_size": _whole(8, 4096),
     "settings": lambda value: isinstance(value, Mapping) and _number(value.get("scale_cls"))
     and value.get("backbone") in BACKBONES,
-    "epoch": _whole(0, 1_000_000), "val_accuracy": _number,
+    "epoch": _or_missing(_whole(0, 1_000_000)), "val_accuracy": _or_missing(_number),
 }  # fmt: skip
 PAIR_ENTRIES = {**MODEL_ENTRIES, "class_learner": _mapping, "class_learner_statistics": _mapping}
 WHAT = "checkpoint of main.py; give best_model.pt or last.pt of a run"
@@ -91,4 +95,4 @@ WHAT = "checkpoint of main.py; give best_model.pt or last.pt of a run"
 
 def run_entries(epochs: int) -> dict[str, Callable[[Any], bool]]:
     """What last.pt of a run of so many epochs must hold."""
-    return {**PAIR_ENTRIES, "optimizers": _pair, "epoch": _whole(0, epochs)}
+    return {**PAIR_ENTRIES, "optimizers": _pair, "epoch": _whole(0, epochs), "val_accuracy": _number}

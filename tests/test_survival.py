@@ -65,7 +65,7 @@ def command(place, name, out):
         flags = "--episodes 12 --nTestNovel 10 --mix-steps 2 --head-steps 3 --sample-batch 8 --nExemplars 2".split()
         return "diffusionmix", (*shared, *flags, "--resume", place / "trained.pt", "--save-dir", out)
     if name == "own pictures":
-        flags = "--mix-steps 20 --head-steps 3 --sample-batch 8".split()
+        flags = "--mix-steps 2 --head-steps 3 --sample-batch 8".split()
         own = ("--support", place / "data" / "meta_val", "--query", place / "data" / "meta_test")
         return "diffusionmix", (*shared, *own, *flags, "--resume", place / "trained.pt", "--save-dir", out)
     if name == "image_train":

@@ -158,13 +158,13 @@ def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int
 
 def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callable[[Any], bool]], what: str) -> None:
     """Refuse a checkpoint that lacks an entry, or has one that `expected`, name -> whether a value is sound, does not
-    take: CheckpointError. what: the file that it should be.
+    take: CheckpointError. An entry may be missing where None is sound. what: the file that it should be.
     """
     if not isinstance(payload, dict) or len(set(expected) - set(payload)) > len(expected) / 2:
         raise CheckpointError(f"{path}: is no {what}")
-    if missing := [name for name in expected if name not in payload]:
+    if missing := [name for name, sound in expected.items() if name not in payload and not sound(None)]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing[:_SHOWN])}: is no {what}")
-    if odd := [name for name, sound in expected.items() if not sound(payload[name])]:
+    if odd := [name for name, sound in expected.items() if not sound(payload.get(name))]:
         got = payload[odd[0]]
         shown_ = repr(got) if isinstance(got, int | float | str) else f"a {type(got).__name__}"
         raise CheckpointError(f"{path}: its {odd[0]} is {shown_:.40}: is no {what}")
