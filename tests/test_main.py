@@ -190,7 +190,7 @@ def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
     assert "last.pt: was made with seed 1 (got 2)" in train(folder, "--seed", 2, status=2)
     for other in (1, 3):  # the rates' schedule depends on it
         assert f"max_epoch 2 (got {other})" in train(folder, "--max-epoch", other, status=2)
-    assert "going on" in train(folder, "--sample-batch", 3)
+    assert "resumes from" in train(folder, "--sample-batch", 3)
 
 
 def test_resume_starts_from_weights(train, tmp_path):
