@@ -4,7 +4,7 @@
     python -m benchmarks.table --small --dataset custom --data-root data/mine --pool ckpt/pools/mine
 
 Runs `main.py` once and `diffusionmix.py` once a shot for every row and seed, every row of a seed on the same episodes.
-What is made is kept, so that a killed run goes on. What is not a flag of this script goes to `main.py` as it is, and
+What is made is kept, so a killed run resumes. What is not a flag of this script goes to `main.py` as it is, and
 what follows --test to `diffusionmix.py`.
 """
 

@@ -47,7 +47,7 @@ def run(main: Callable[[], object]) -> None:
                 raise
         sys.stdout.flush()  # here, where a closed pipe can still be told
     except stopping.Stopped as stopped:
-        _end(f"stopped by {stopped}; the same command again goes on", 128 + stopped.number)
+        _end(f"stopped by {stopped}; give the same command again to resume", 128 + stopped.number)
     except (*_TOLD, RuntimeError) as error:
         if os.environ.get("TRACEBACK") == "1" or not (isinstance(error, _TOLD) or _lacks_memory(error)):
             raise
