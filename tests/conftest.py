@@ -20,6 +20,7 @@ from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from utils import checkpoint
 from utils.cli import run
+from utils.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +71,14 @@ def fill() -> Callable[[torch.nn.Module], torch.nn.Module]:
 def arr() -> Callable[..., torch.Tensor]:
     """arr(seed, *shape): standard normal float32 input."""
     return lambda seed, *shape: torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Skip curves and reports, which take two fifths of a tiny run, except in tests marked `pictures`."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(Report, "write", lambda report: None)
+        monkeypatch.setattr(main, "curves", lambda *_, **__: None)
 
 
 UNET = dict(

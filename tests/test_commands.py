@@ -28,7 +28,7 @@ from tests.test_benchmarks import TINY as TINY_BENCHMARKS
 from tests.test_prepare import CIFARFS, MINI, PER_CLASS, batches, caches
 from utils import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.pictures]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 STARTS = r"(?:srun )?(?:python3?|torchrun|make) "
 SMALL_TEST = "--nTestNovel 10 --episodes 2 --head-steps 2 --device cpu".split()

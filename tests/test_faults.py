@@ -108,6 +108,7 @@ SECONDARY = {
 }
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", SECONDARY)
 def test_a_damaged_secondary_file_is_named_and_blocks_nothing(name, damage, call, place):
@@ -156,6 +157,7 @@ def test_images_of_settings_that_nothing_tells_any_more_are_drawn_anew(call, pla
     assert (folder / "pseudo" / "round00" / "images.npy").read_bytes() == first
 
 
+@pytest.mark.pictures
 def test_a_failed_picture_ends_no_training(call, place, monkeypatch):
     break_renames(monkeypatch, "curves.png", errno.EIO)
     status, out, err = call(main, *NONE, "--save-dir", "new")

@@ -15,14 +15,6 @@ from utils import checkpoint
 pytestmark = pytest.mark.usefixtures("few_glyphs")
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Curves and reports take two fifths of a run as small as these; one test holds that they are made."""
-    if request.function is not test_run_folder:
-        monkeypatch.setattr(main.Report, "write", lambda report: None)
-        monkeypatch.setattr(main, "curves", lambda *_, **__: None)
-
-
 @pytest.fixture
 def train(call, toy_pool, tmp_path):
     """train(folder, *flags): run main.py on few glyphs with the toy pool; returns its output."""
@@ -57,6 +49,7 @@ SOURCES = {
 QUICK = ("guided", "none", "clusters")
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("source", [name if name in QUICK else slow(name) for name in SOURCES])
 def test_run_folder(train, tmp_path, monkeypatch, source):
     folder = tmp_path / "run"

@@ -26,7 +26,7 @@ from utils.report.folder import Run
 from utils.report.page import element
 from utils.report.pictures import contact_sheet, shown_rounds
 
-pytestmark = pytest.mark.usefixtures("few_glyphs")
+pytestmark = [pytest.mark.usefixtures("few_glyphs"), pytest.mark.pictures]
 
 PARTS = {
     "What was run", "Results", "Learning", "Did guidance hit?", "The images of each round", "Mixes", "The pool", "Time",

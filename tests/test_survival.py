@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import ROOT, same
 from utils import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.pictures]
 KILLS = int(os.environ.get("KILLS", 20))
 TIMES = ("seconds", "synthesis_seconds")
 

@@ -8,7 +8,7 @@ import diffusionmix
 import main
 from tests.conftest import TINY
 
-pytestmark = pytest.mark.usefixtures("few_glyphs")
+pytestmark = [pytest.mark.usefixtures("few_glyphs"), pytest.mark.pictures]
 TEST = "--episodes 4 --nTestNovel 10 --head-steps 3 --device cpu --mix False".split()
 TRAININGS = {
     "none": (("--source", "none"), "none", 1, 4),

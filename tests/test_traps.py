@@ -394,7 +394,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [name if SCENARIOS[name].embedded else slow(name) for name in SCENARIOS])
 def test_every_scenario_runs_and_says_what_is_missing(name, call, custom, make_pool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module, missing in ((main, "got no diffusion models"), (diffusionmix, "no such checkpoint")):

@@ -35,7 +35,6 @@ CLUSTERS = "--first-labels clusters --warm-up 1 --refresh-every 2 --max-epoch 3"
 @pytest.fixture
 def training(toy_pool, tmp_path, few_glyphs, monkeypatch):
     """training(*flags): a tiny run of main.py with the toy pool, ready to train; nothing is drawn for people."""
-    monkeypatch.setattr(main, "curves", lambda *_: None)
     monkeypatch.setattr(main, "Report", lambda *_: SimpleNamespace(write=lambda: None, write_sometimes=lambda: None))
 
     def make(*flags):
