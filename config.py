@@ -15,12 +15,14 @@ from typing import Any
 
 from utils.cli import OneLineParser
 
-SOURCES = ("guided", "unguided", "real", "none")
+SOURCES = ("guided", "unguided", "by_model", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 # what changes nothing in the result
 PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
 MOST = 1_000_000  # of a number without a limit of its own
-GONE = {"sampler": "ddim"}  # settings of older runs that there are no more, with what is done now
+# settings of older runs that there are no more, with what is done now
+GONE = {"sampler": "ddim", "first_labels": "random", "guide_on": "x_t", "ask": "equal", "warm_up": 3, "restart": False,
+        "replay": 0, "within_weight": 1.0}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
         "noise_schedule", "diffusion_steps", "timestep_respacing", "predict_xstart", "rescale_timesteps")  # fmt: skip
 
@@ -42,7 +44,8 @@ class Settings:
 
     # the twenty that people need first
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
-    source: str = setting("guided", "what to train on: the method, its ablation, the reference, or nothing",
+    source: str = setting("guided", "images to train on: guided; unguided, labelled as well as they can be; unguided, "
+                          "labelled by the model that drew them; real ones, for reference; or none",
                           choices=SOURCES)  # fmt: skip
     recipe: str = setting("paper", "paper: the paper's recipe, mended; clusters: what was measured to be better",
                           choices=("paper", "clusters"))  # fmt: skip
@@ -86,20 +89,12 @@ class Settings:
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
     sample_steps: int = setting(25, "denoising steps of an image, by DDIM", low=2, high=1000, group="synthesis")
-    guidance_scale: float = setting(1.0, "s in s * grad log p(c | x_t, t)", low=0, group="synthesis")
-    guide_on: str = setting("x_t", "what the class-learner looks at: the noisy image, or the x_0 predicted from it",
-                            choices=("x_t", "x_0"), group="synthesis")  # fmt: skip
-    first_labels: str = setting("random", "labels of the first round: guided by a random head, or balanced clusters of "
-                                "unguided images (with a warm-up on the models' own labels)",
-                                choices=("random", "clusters"), group="synthesis")  # fmt: skip
-    warm_up: int = setting(3, "epochs on the models' own labels before their images are clustered", low=1,
-                           group="synthesis")  # fmt: skip
-    ask: str = setting("equal", "the class that an image is asked for: as many of each, one after another (the paper), "
-                       "or the likeliest of its unguided image, shared out evenly", choices=("equal", "likely"),
-                       group="synthesis")  # fmt: skip
+    eta: float = setting(0.0, "new noise in each denoising step: 0 for none, 1 for as much as DDPM", low=0, high=10,
+                         group="synthesis")  # fmt: skip
+    guidance_scale: float = setting(1.0, "s in s * grad log p(c | x)", low=0, group="synthesis")
+    views: int = setting(4, "augmented views that guidance looks through, in the clusters recipe", low=1, high=64,
+                         group="synthesis")  # fmt: skip
     refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
-    restart: bool = setting(False, "train the meta-model of the last round from new weights", group="synthesis")
-    replay: int = setting(0, "earlier rounds whose images are trained on too", low=0, group="synthesis")
 
     # pools whose checkpoints do not tell (public ones)
     image_size: int = setting(64, "pixels a side", low=8, high=4096, group="bare checkpoints")
@@ -126,21 +121,24 @@ class Settings:
     nTestNovel: int = setting(75, "queries of a test episode, all classes together", low=1, group="episodes")
     train_epoch_size: int = setting(1200, "episodes an epoch of training", low=1, group="episodes")
     train_batch: int = setting(32, "episodes a batch of training", low=1, group="episodes")
+    image_batch: int = setting(96, "images a batch of training, in the clusters recipe, which has no episodes", low=1,
+                               group="episodes")  # fmt: skip
     epoch_size: int = setting(600, "episodes of a validation", low=2, group="episodes")
 
     # learning
     backbone: str = setting("conv4", "of the meta-model", choices=("conv4", "resnet12"), group="learning")
+    features: str = setting("pooled", "of an image: its feature map, averaged over locations or whole",
+                            choices=("pooled", "map"), group="learning")  # fmt: skip
     drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
-    lr: float = setting(0.1, "learning rate of the meta-model", low=0, high=10, group="learning")
-    learner_rate: float = setting(0.1, "rate of the class-learner, as a share of --lr", low=0, high=100,
+    lr: float = setting(0.1, "learning rate of the meta-model: in steps (paper), or falling as a cosine for each "
+                        "network (clusters)", low=0, high=10, group="learning")
+    learner_rate: float = setting(0.1, "rate of the paper's class-learner, as a share of --lr", low=0, high=100,
                                   group="learning")  # fmt: skip
     weight_decay: float = setting(5e-4, "L2 penalty", low=0, high=1, group="learning")
     start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
-    within_weight: float = setting(1.0, "weight of telling apart the classes of one pool model, for the meta-model "
-                                   "(of the last round, with --restart)", low=0, high=1, group="learning")  # fmt: skip
     dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
     validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
     flip: bool = setting(True, "mirror training images; False where left and right differ", group="learning")
@@ -183,11 +181,17 @@ class Settings:
             raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
         if self.clusters:
             for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
-                if self.warm_up >= epochs:
+                if epochs < 2:
                     raise ValueError(
-                        f"--warm-up is {self.warm_up}, expected less than {flag}, {epochs}: the clusters come after "
-                        f"it; give --warm-up {max(1, epochs - 1)}, or more epochs"
+                        f"got {flag} {epochs}, expected 2 or more: --recipe clusters halves the first round"
                     )
+            if self.source == "guided" and self.max_epoch <= self.refresh_every:
+                raise ValueError(
+                    f"got --max-epoch {self.max_epoch}, expected more than --refresh-every, {self.refresh_every}: "
+                    "the first round is not guided; give more epochs, or --source unguided"
+                )
+        elif self.source == "by_model" and self.recipe == "paper":
+            raise ValueError("got --source by_model, which --source unguided is with --recipe paper; give that")
         self._check_names()
         roots = self.data_root.split(",") if self.data_root else []
         if "" in roots or len({Path(root).resolve().name for root in roots}) < len(roots):
@@ -248,7 +252,7 @@ class Settings:
             lacks.append("got --support and --query, which diffusionmix.py takes, once this has trained a model")
         if size < 16:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
-        if classes < self.way and self.source in ("guided", "unguided"):
+        if classes < self.way and self.draws:
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), a {self.way}-way episode needs "
                 f"{self.way}; give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower "
@@ -295,14 +299,19 @@ class Settings:
     # what the fields above come to
 
     @property
-    def clusters(self) -> bool:
-        """Whether the class-learner starts from clusters of unguided images."""
-        return self.source == "guided" and self.first_labels == "clusters"
+    def draws(self) -> bool:
+        """Whether images are drawn from the pool."""
+        return self.source in ("guided", "unguided", "by_model")
 
     @property
-    def likely(self) -> bool:
-        """Whether a noise is asked for the class that its unguided image comes closest to."""
-        return self.source == "guided" and self.ask == "likely"
+    def clusters(self) -> bool:
+        """Whether images are labelled by clusters first, and by the likeliest class later."""
+        return self.recipe == "clusters" and self.source in ("guided", "unguided")
+
+    @property
+    def by_model(self) -> bool:
+        """Whether images are labelled by the model that drew them, and nothing else."""
+        return self.draws and not self.clusters and self.source != "guided"
 
     @property
     def way(self) -> int:
@@ -331,21 +340,10 @@ class Settings:
         return [Path(name) for name in named]
 
     @property
-    def epochs(self) -> int:
-        """Epochs to train: none with random weights."""
-        return self.max_epoch if self.source != "none" else 0
-
-    @property
-    def restart_epoch(self) -> int | None:
-        """The epoch (from 0) that begins with new weights: the first of the last round, with --restart."""
-        last = (self.max_epoch - 1) // self.refresh_every * self.refresh_every
-        wanted = self.restart and self.source in ("guided", "unguided") and last > self.start_epoch
-        return last if wanted else None
-
-    def progress(self, epoch: int) -> float:
-        """How far the schedule of the rates is in an epoch (from 0), in [0, 1); with --restart the last round's."""
-        start = self.restart_epoch or 0
-        return max(0, epoch - start) / (self.max_epoch - start)
+    def real_per_class(self) -> int:
+        """Real images a class to train the reference on: as many as a pseudo class has that the method trains on."""
+        rounds = -(-self.max_epoch // self.refresh_every) if self.recipe == "clusters" else 1
+        return rounds * self.samples_per_class
 
     @property
     def test_split(self) -> str:
@@ -390,14 +388,13 @@ class Scenario:
 
 # What --recipe clusters changes in the paper's recipe; docs/decisions.md has the figures.
 _CLUSTERS = dict(
-    first_labels="clusters", guide_on="x_0", guidance_scale=8.0, ask="likely", learner_rate=1.0, replay=3,
-    restart=True, dense_weight=0.0, within_weight=0.0,
+    features="map", optim="adamw", lr=2e-3, weight_decay=0.05, eta=1.8, guidance_scale=8.0, refresh_every=20,
 )  # fmt: skip
 RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's, but for mix_steps
 
 _SMALL = dict(  # for characters of 32 pixels, on a CPU
-    image_size=32, flip=False, samples_per_class=40, sample_steps=8, sample_batch=200, train_epoch_size=100,
-    train_batch=4, max_epoch=30, refresh_every=10, epoch_size=200, within_weight=1.0,
+    image_size=32, flip=False, samples_per_class=40, sample_batch=200, train_epoch_size=120, train_batch=4,
+    max_epoch=40, epoch_size=200,
 )  # fmt: skip
 SCENARIOS = {
     "glyphs": Scenario(("glyphs",), 0, _SMALL, "clusters", embedded=True),

@@ -338,11 +338,13 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
     state = checkpoint.load(path, device)
     checkpoint.entries(state, path, MODEL_ENTRIES, WHAT)
     settings = state["settings"]
+    shape = dict(features=settings.get("features", "pooled"), image_size=state["image_size"])
     with torch.device("meta"):  # where weights that do not fit take no memory
-        checkpoint.check_state(MetaModel(state["num_classes"], backbone=settings["backbone"]), state["model"], path)
+        network = MetaModel(state["num_classes"], backbone=settings["backbone"], **shape)
+    checkpoint.check_state(network, state["model"], path)
     checkpoint.check_size(state["model"], path)
     with torch.random.fork_rng(devices=[]):  # the weights that it is made with are replaced: leave no trace of them
-        model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"])
+        model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"], **shape)
     model.to(device)
     checkpoint.load_state(model, state["model"], path)
     load_statistics(model, state["model_statistics"], path)

@@ -80,6 +80,7 @@ def augment(
     flip: bool = True,
     jitter: float = 0.4,
     erase: float = 0.5,
+    alike: bool = False,
 ) -> torch.Tensor:
     """Flip, crop, recolour and erase each image at random, in that order.
 
@@ -91,6 +92,7 @@ def augment(
         flip: mirror half of the images.
         jitter: strength of brightness, contrast and saturation; a quarter of it for hue and grayscale.
         erase: probability of an erased rectangle.
+        alike: change all images in the same way, so that none depends on how many there are.
 
     Returns:
         (N, 3, H, W) float32 in [-1, 1], on the device of `images`.
@@ -100,12 +102,17 @@ def augment(
         colours |= {"hue": min(jitter / 4, 0.5), "grayscale": min(jitter / 4, 1.0)}
         geometry = {} if crop else {"crop_padding": 0.0, "scale": (1.0, 1.0), "aspect": 1.0}
         settings = AugmentSettings(flip=flip, erase=erase, **colours, **geometry)
-    draws = torch.rand(len(images), _DRAWS, generator=generator, device=generator.device).to(images.device)
+    rows = 1 if alike else len(images)
+    draws = torch.rand(rows, _DRAWS, generator=generator, device=generator.device).to(images.device)
+    draws = draws.expand(len(images), -1)
     if images.is_cuda or not len(images):
         return _augment(images, draws, settings)
     # On a CPU a few images at a time stay in its cache; which share a chunk changes nothing.
-    out = torch.empty(images.shape, dtype=torch.float32)
     step = max(1, _CHUNK // images[0].numel())
+    if images.requires_grad and torch.is_grad_enabled():
+        parts = zip(images.split(step), draws.split(step), strict=True)
+        return torch.cat([_augment(*part, settings) for part in parts])
+    out = torch.empty(images.shape, dtype=torch.float32)
     for start in range(0, len(images), step):
         chunk = slice(start, start + step)
         out[chunk] = _augment(images[chunk], draws[chunk], settings)

@@ -132,6 +132,24 @@ def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapp
     return PseudoDataset.load(folder)
 
 
+def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[], torch.Tensor]) -> PseudoDataset:
+    """Return `data` with the labels (N,) int64 in the file `path`; where it is not there yet, those of `make`, saved.
+
+    All processes of a run call this together. Raises ValueError for a damaged file.
+    """
+    path = Path(path)
+    if processes.first_says(not path.exists()):
+        labels = make()
+        if processes.is_first():
+            with atomic_file(path) as file:
+                np.save(file, labels.cpu().numpy())
+        processes.meet()
+    try:
+        return PseudoDataset(data.images, torch.from_numpy(np.load(path, allow_pickle=False)), data.num_classes)
+    except (OSError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged labels ({error}); delete the run folder and start again") from error
+
+
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """Read the manifest of a pseudo dataset. Raises ValueError where it is missing or no JSON object."""
     path = Path(folder) / "manifest.json"

@@ -30,7 +30,7 @@ class Synthesis:
             does not change with the batch.
         batch: images that pass the networks at once.
         scale: s in s * grad log p(c | x_t, t).
-        guide_on: "x_t" or "x_0", as in `guidance.sample`.
+        guide_on, eta: as in `guidance.sample`.
         precision: of the diffusion models: auto, float32 or bf16.
         folder: where batches are kept until all are there, for a stopped run to go on from; the caller deletes it.
             None: in memory, for one process.
@@ -45,6 +45,7 @@ class Synthesis:
     batch: int = 250
     scale: float = 1.0
     guide_on: str = "x_t"
+    eta: float = 0.0
     precision: str = "auto"
     folder: Path | None = None
 
@@ -94,14 +95,20 @@ def _draw(
     Raises ValueError where the images are not finite.
     """
     size, asked = model.image_size, own[m][index]
-    x_t = noise((3, size, size), index.tolist(), plan.seed, "synthesis", plan.stream, m).to(asked.device)
+    rows = index.tolist()
+
+    def drawn_anew(*step: int) -> Tensor:
+        return noise((3, size, size), rows, plan.seed, "synthesis", plan.stream, m, *step).to(asked.device)
+
     images = sample(
         model.network,
         model.diffusion(f"ddim{plan.steps}"),
-        x_t,
+        drawn_anew(),
         cond_fn=classifier_guidance(log_probability, asked, plan.scale) if log_probability is not None else None,
         guide_on=plan.guide_on,
         local_labels=asked - plan.first_class(m) if model.class_cond else None,
+        eta=plan.eta,
+        fresh=drawn_anew,
     )
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{model.path}: drew images that are not finite; try --precision float32, or a lower scale")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,86 +14,52 @@ from utils.images import to_float
 from utils.metrics import accuracy, mean_confidence_interval
 from utils.progress import progress
 
-LEVEL_POWER = {"x_t": 1.0, "x_0": 3.0}  # what guides on x_0 is asked about clean images only: low noise counts more
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """Classes in groups, those of a pool model each, and how much they count there.
-
-    Which model drew an image is known; which of its classes it shows is guessed. The cross-entropy of class c of group
-    m is -log p(m) - log p(c | m); `within` is the weight of the second term, 0 to 1.
-    group: (C,) int64, the group of each class, from 0 on; member: (M, C) bool, which classes are of each group.
-    """
-
-    group: Tensor
-    member: Tensor
-    within: float
-
-    @classmethod
-    def of(cls, sizes: Sequence[int], within: float, device: torch.device) -> "Grouping":
-        """Groups of `sizes` classes, one after the other."""
-        groups = torch.arange(len(sizes), device=device)
-        group = groups.repeat_interleave(torch.tensor(sizes, device=device))
-        return cls(group, group == groups[:, None], within)
-
-    def log_shares(self, logits: Tensor) -> Tensor:
-        """log p(m) (N, M), the log of the summed softmax of each group, of logits (N, C)."""
-        return F.log_softmax(logits, dim=1)[:, None].masked_fill(~self.member, -torch.inf).logsumexp(2)
-
 
 def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
-    *, way: int, dense_weight: float, grouping: Grouping | None = None,
+    *, way: int, dense_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
 
     images: (E, S + Q, 3, H, W), support first; support_labels (E, S) and query_labels (E, Q) in [0, way);
-    query_classes: (E, Q) in [0, C). grouping: how much a class counts within its group; None: fully.
+    query_classes: (E, Q) in [0, C).
     Returns the loss () and the share of queries that g gets right ().
     """
     shots = support_labels.shape[1]
-    if dense_weight:
-        logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
-    else:  # the support is there for the batch statistics alone
-        features = model.embed(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        logits = model.classifier(features[:, shots:].flatten(0, 1))
+    logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
     classes = query_classes.flatten()
-    loss = F.cross_entropy(logits, classes)
-    if grouping is not None and grouping.within < 1:
-        of_group = F.nll_loss(grouping.log_shares(logits), grouping.group[classes])
-        loss = grouping.within * loss + (1 - grouping.within) * of_group
-    if dense_weight:
-        loss = loss + dense_weight * dense_cross_entropy(scores, query_labels)
+    loss = F.cross_entropy(logits, classes) + dense_weight * dense_cross_entropy(scores, query_labels)
     return loss, (logits.detach().argmax(1) == classes).float().mean()
 
 
 def class_learner_loss(
     model: MetaModel, learner: ClassLearner, clean: Tensor, noised: Tensor, t: Tensor, classes: Tensor,
-    *, kl_weight: float, grouping: Grouping | None = None,
+    *, kl_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of h(f(x_t), t) with c + kl_weight * KL(softmax g(f(x_0)) || softmax h(f(x_t), t)).
 
     clean, noised: (N, 3, H, W) in [-1, 1] and at noise level t (N,); classes: (N,). f and g are frozen: `model` must
-    be in eval mode. grouping: the KL counts as much within a group as g was taught there; h is taught fully, it steers.
+    be in eval mode. h sees pooled features of unit length, whatever those of the meta-model are.
     Returns the loss () and which images h gets right (N,) bool.
     """
     with torch.no_grad():
-        features = model.embed(torch.cat([clean, noised]))
-        taught = model.classifier(features[: len(clean)])
-    logits = learner(features[len(clean) :], t)
+        maps = model.maps(torch.cat([clean, noised]))
+        taught = model.base_logits(maps[: len(clean)])
+        seen = _pooled(maps[len(clean) :])
+    logits = learner(seen, t)
     loss = F.cross_entropy(logits, classes)
     if kl_weight:
-        divergence = _kl(F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1))
-        if grouping is not None and grouping.within < 1:
-            of_group = _kl(grouping.log_shares(taught), grouping.log_shares(logits))
-            divergence = grouping.within * divergence + (1 - grouping.within) * of_group
-        loss = loss + kl_weight * divergence
+        loss = loss + kl_weight * _kl(F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1))
     return loss, logits.detach().argmax(1) == classes
 
 
+def _pooled(maps: Tensor) -> Tensor:
+    """Return the features of unit length (N, channels) of maps, averaged over locations."""
+    return F.normalize(maps.mean((-2, -1)), dim=-1)
+
+
 def log_probability(model: MetaModel, learner: ClassLearner) -> Callable[[Tensor, Tensor], Tensor]:
-    """log p(c | x_t, t) = log softmax h(f(x_t), t), a function (x (N, 3, H, W), t (N,)) -> (N, C) for guidance.
+    """Return log p(c | x_t, t) = log softmax h(f(x_t), t), a function (x (N, 3, H, W), t (N,)) -> (N, C).
 
     Both networks are put into eval mode: an image's row then depends on no other image of the batch.
     """
@@ -102,18 +67,36 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> Callable[[Tensor
     learner.eval()
 
     def function(x: Tensor, t: Tensor) -> Tensor:
-        return F.log_softmax(learner(model.embed(x), t), dim=1)
+        return F.log_softmax(learner(_pooled(model.maps(x)), t), dim=1)
+
+    return function
+
+
+def log_probability_of_views(
+    model: MetaModel, view: Callable[[Tensor, int], Tensor], views: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return log p(c | x), the mean of log softmax g(f(v(x))) over views v: (x (N, 3, H, W), t (N,)) -> (N, C).
+
+    A classifier that looks at one image alone paints marks on it that only itself can see; views take them away.
+    view: (images, number) -> the images changed at random, all of them alike, differently for each number. The views
+    change with t. The model is put into eval mode.
+    """
+    model.eval()
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        first = views * int(t[0]) if len(t) else 0
+        seen = [F.log_softmax(model.classify(view(x, first + i)), dim=1) for i in range(views)]
+        return torch.stack(seen).mean(0)
 
     return function
 
 
 @torch.no_grad()
-def features(model: MetaModel, images: Tensor, maps: bool = False) -> Tensor:
-    """Pooled features (N, D) of images (N, 3, H, W) uint8, or their flattened maps, in eval mode, on the CPU."""
+def features(model: MetaModel, images: Tensor) -> Tensor:
+    """Return the features (N, D), before normalisation, of images (N, 3, H, W) uint8, in eval mode, on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    look = (lambda x: model.base(x).flatten(1)) if maps else model.pooled
-    return torch.cat([look(to_float(part.to(device))).cpu() for part in images.split(500)])
+    return torch.cat([model.look(to_float(part.to(device))).cpu() for part in images.split(500)])
 
 
 def validate(model: MetaModel, images: Tensor, episodes, way: int, scale: float) -> tuple[float, float]:
@@ -128,7 +111,7 @@ def validate(model: MetaModel, images: Tensor, episodes, way: int, scale: float)
 
 @torch.no_grad()
 def clean_scores(log_probability: Callable[[Tensor, Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
-    """log p(c | x, t = 0) (N, C) of clean images (N, 3, H, W) uint8, on the CPU."""
+    """Return log p(c | x, t = 0) (N, C) of clean images (N, 3, H, W) uint8, on the CPU."""
     parts = (to_float(part.to(device)) for part in images.split(500))
     return torch.cat([log_probability(part, torch.zeros(len(part), device=device)).cpu() for part in parts])
 
@@ -146,9 +129,9 @@ def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
     model.train()
     learner.train()
     for _ in range(10):
-        features = model.embed(clean)
-        model.classifier(features)
-        learner(features, t)
+        maps = model.maps(clean)
+        model.base_logits(maps)
+        learner(_pooled(maps), t)
 
 
 def train_meta_model(
@@ -160,7 +143,6 @@ def train_meta_model(
     *,
     batch: int,
     dense_weight: float,
-    grouping: Grouping | None = None,
     augment: Callable[[Tensor], Tensor],
 ) -> dict[str, float]:
     """One epoch of the meta-model.
@@ -187,10 +169,32 @@ def train_meta_model(
             classes[chosen],
             way=way,
             dense_weight=dense_weight,
-            grouping=grouping,
         )
         _step(optimizer, loss)
         seen.append(torch.stack([loss.detach(), right]))
+    loss, right = torch.stack(seen).mean(0).tolist()
+    return {"loss": loss, "base_accuracy": 100 * right}
+
+
+def train_classifier(
+    model: MetaModel, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor,
+    *, rates: Sequence[float], batch: int, augment: Callable[[Tensor], Tensor], rng: torch.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """Train f and g for a step of `batch` images at each of the rates, by the cross-entropy of g over the C classes.
+
+    images, labels, augment: as for `train_meta_model`.
+    Returns the mean `loss` and the `base_accuracy` of g in percent.
+    """
+    model.train()
+    labels, seen = labels.to(rng.device), []
+    for rate in progress(rates, desc="meta-model", unit="step"):
+        stopping.check()
+        set_rate(optimizer, rate)
+        index = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
+        logits, classes = model.classify(augment(images[index.to(images.device)])), labels[index]
+        loss = F.cross_entropy(logits, classes)
+        _step(optimizer, loss)
+        seen.append(torch.stack([loss.detach(), (logits.detach().argmax(1) == classes).float().mean()]))
     loss, right = torch.stack(seen).mean(0).tolist()
     return {"loss": loss, "base_accuracy": 100 * right}
 
@@ -205,16 +209,13 @@ def train_class_learner(
     steps: int,
     batch: int,
     levels: int,
-    level_power: float = 1.0,
     kl_weight: float,
-    grouping: Grouping | None = None,
     augment: Callable[[Tensor], Tensor],
     add_noise: Callable[[Tensor, Tensor], Tensor],
     rng: torch.Generator,
 ) -> dict[str, object]:
-    """One epoch of the class-learner on noised images, t = levels * u^level_power with u uniform in [0, 1).
+    """One epoch of the class-learner on noised images, t uniform below `levels`.
 
-    level_power 1 is the paper's uniform t; a higher one favours low noise, for guidance that looks at x_0.
     images, labels, augment: as for `train_meta_model`; steps of `batch` images; add_noise: (x_0, t) -> x_t.
     Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent in each quarter of the noise levels.
     """
@@ -226,11 +227,10 @@ def train_class_learner(
         stopping.check()
         index = torch.randint(len(images), (batch,), generator=rng, device=rng.device)
         clean = augment(images[index.to(images.device)])
-        t = (levels * torch.rand(batch, generator=rng, device=rng.device) ** level_power).long().clamp_max(levels - 1)
+        t = (levels * torch.rand(batch, generator=rng, device=rng.device)).long().clamp_max(levels - 1)
         loss, hit = class_learner_loss(
-            model, learner, clean, add_noise(clean, t), t, labels[index], kl_weight=kl_weight,
-            grouping=grouping,
-        )  # fmt: skip
+            model, learner, clean, add_noise(clean, t), t, labels[index], kl_weight=kl_weight
+        )
         _step(optimizer, loss)
         losses.append(loss.detach())
         right.append(hit)
@@ -251,11 +251,6 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give all parameters of an optimiser the learning rate `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def learning_rate_factor(progress: float) -> float:
-    """The published steps at epochs 60, 70 and 80 of 90, for any number of epochs; progress in [0, 1)."""
-    return next((factor for start, factor in ((80, 0.0024), (70, 0.012), (60, 0.06)) if progress >= start / 90), 1.0)
 
 
 def check_finite(entries: Mapping[str, object], epoch: int) -> None:

@@ -13,6 +13,7 @@ from models.conv4 import Conv4
 from models.resnet12 import resnet12
 
 BACKBONES = ("conv4", "resnet12")
+FEATURES = ("pooled", "map")
 
 
 def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
@@ -90,17 +91,22 @@ def dense_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class MetaModel(nn.Module):
-    """Backbone `base` (f) and base-class head `classifier` (g, a `ClassLearner` used without time).
+    """Backbone `base` (f) and base-class head `classifier` (g).
+
+    With features "pooled", as in the paper, features are averaged over locations and g is a `ClassLearner` without
+    time, on features of unit length. With "map" they are the whole feature map and g is linear.
 
     Args:
         num_classes: C, base classes.
         scale_cls: factor of the cosine scores.
-        backbone: "conv4" (D = 64) or "resnet12" (D = 512).
+        backbone: "conv4" (64 channels) or "resnet12" (512 channels).
+        features: "pooled" (D = channels) or "map" (D = channels * H' * W').
+        image_size: side in pixels of the images; the size of a map follows from it.
         drop_rate: of ResNet-12's DropBlock, in [0, 1).
         generator: CPU generator of the initial weights; torch's global one if None.
 
     Raises:
-        ValueError: unknown backbone, or a setting out of range.
+        ValueError: unknown backbone or features, or a setting out of range.
     """
 
     def __init__(
@@ -109,47 +115,73 @@ class MetaModel(nn.Module):
         scale_cls: float = 7,
         backbone: str = "conv4",
         *,
+        features: str = "pooled",
+        image_size: int = 32,
         drop_rate: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone is '{backbone}', expected one of {', '.join(BACKBONES)}: choose one of these")
+        if features not in FEATURES:
+            raise ValueError(f"features are '{features}', expected one of {', '.join(FEATURES)}: choose one of these")
         if backbone == "conv4" and drop_rate:
             raise ValueError(f"drop_rate is {drop_rate} with conv4, expected 0: DropBlock is only in resnet12")
         self.scale_cls = scale_cls
+        self.features = features
         self.base = (
             Conv4(generator=generator) if backbone == "conv4" else resnet12(drop_rate=drop_rate, generator=generator)
         )
-        self.classifier = ClassLearner(num_classes, self.base.feature_dim, generator=generator)
+        self.feature_dim = self.channels
+        if features == "map":
+            self.feature_dim *= self.base.map_side(image_size) ** 2
+            self.classifier = _linear(self.feature_dim, num_classes, generator)
+        else:
+            self.classifier = ClassLearner(num_classes, self.channels, generator=generator)
 
     @property
-    def feature_dim(self) -> int:
-        """D, the width of the features."""
+    def channels(self) -> int:
+        """Channels of the feature map."""
         return self.base.feature_dim
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """Backbone features averaged over locations, before normalisation: images (N, 3, H, W) -> (N, D), float32."""
-        return self._maps(images).mean((-2, -1))
+    def maps(self, images: Tensor) -> Tensor:
+        """Return the feature maps (N, channels, H', W'), float32, of images (N, 3, H, W) float in [-1, 1], RGB.
+
+        In eval mode an image's map depends on no other image. Raises ValueError for images of another shape or type.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+            raise ValueError(f"images are {got}, expected (N, 3, H, W) float in [-1, 1]: convert them to RGB floats")
+        return self.base(images).float()
+
+    def flat(self, maps: Tensor) -> Tensor:
+        """Return the features (N, D) of maps (N, channels, H', W'): their means over locations, or all of them."""
+        return maps.flatten(1) if self.features == "map" else maps.mean((-2, -1))
+
+    def look(self, images: Tensor) -> Tensor:
+        """Return the features (N, D) of images, before normalisation. Arguments and errors as for `maps`."""
+        return self.flat(self.maps(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Pooled, L2-normalised features: the input of both heads.
+        """Return the features (N, D) of images, of unit length: what prototypes and heads of episodes see."""
+        return F.normalize(self.look(images), dim=-1)
 
-        Args:
-            images: (N, 3, H, W), float in [-1, 1], RGB.
+    def base_logits(self, maps: Tensor) -> Tensor:
+        """Return g's logits (N, C), float32, of maps (N, channels, H', W')."""
+        features = self.flat(maps)
+        if self.features == "map":
+            with _full_precision(features):
+                return self.classifier(features)
+        return self.classifier(F.normalize(features, dim=-1))
 
-        Returns:
-            (N, D), float32, of unit length. In eval mode an image's row depends on no other image.
-
-        Raises:
-            ValueError: not float images of that shape.
-        """
-        return F.normalize(self.pooled(images), dim=-1)
+    def classify(self, images: Tensor) -> Tensor:
+        """Return g's logits (N, C), float32, of images. Arguments and errors as for `maps`."""
+        return self.base_logits(self.maps(images))
 
     def scores(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> Tensor:
-        """Cosine of pooled query features to class prototypes, times `scale_cls`; needs eval mode.
+        """Cosine of query features to class prototypes, times `scale_cls`; needs eval mode.
 
-        Prototypes are means of the pooled features *before* normalisation; `prototype_scores` on `embed`'s
+        Prototypes are means of the features *before* normalisation; `prototype_scores` on `embed`'s
         output, which has forgotten the lengths, differs a little for more than one shot.
 
         Args:
@@ -168,7 +200,7 @@ class MetaModel(nn.Module):
             raise ValueError("scores() got a model in train mode, expected eval mode: call eval() on the model first")
         _check_episodes(support, support_labels, query, way)
         support_features, query_features = (
-            self.pooled(images.flatten(0, 1)).unflatten(0, images.shape[:2]) for images in (support, query)
+            self.look(images.flatten(0, 1)).unflatten(0, images.shape[:2]) for images in (support, query)
         )
         return prototype_scores(support_features, support_labels, query_features, way, self.scale_cls)
 
@@ -190,20 +222,22 @@ class MetaModel(nn.Module):
         """
         _check_episodes(support, support_labels, query, way)
         shots = support.shape[:2]
-        maps = self._maps(torch.cat([support.flatten(0, 1), query.flatten(0, 1)]))
+        maps = self.maps(torch.cat([support.flatten(0, 1), query.flatten(0, 1)]))
         support_maps, query_maps = maps.split([shots.numel(), len(maps) - shots.numel()])
-        logits = self.classifier(F.normalize(query_maps.mean((-2, -1)), dim=-1))  # (E * Q, C)
+        logits = self.base_logits(query_maps)  # (E * Q, C)
         prototypes = class_prototypes(support_maps.mean((-2, -1)).unflatten(0, shots), support_labels, way)
         locations = F.normalize(query_maps, dim=1).unflatten(0, query.shape[:2])  # (E, Q, D, H', W')
         with _full_precision(maps):
             scores = self.scale_cls * torch.einsum("eqdhw,ekd->eqkhw", locations, prototypes)
         return logits, scores.flatten(0, 1)
 
-    def _maps(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-            raise ValueError(f"images are {got}, expected (N, 3, H, W) float in [-1, 1]: convert them to RGB floats")
-        return self.base(images).float()
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """Return a linear layer with weights and biases uniform in +-1 / sqrt(inputs)."""
+    layer = nn.Linear(inputs, outputs)
+    for part in (layer.weight, layer.bias):
+        nn.init.uniform_(part, -(inputs**-0.5), inputs**-0.5, generator=generator)
+    return layer
 
 
 def _full_precision(x: Tensor) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""The two learners that are trained in turns, with their optimisers, and what is saved of them."""
+"""The networks that are trained, with their optimisers, and what is saved of them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,56 +9,62 @@ import torch
 
 from models import learners
 from models.class_learner import ClassLearner, load_statistics, statistics
-from models.meta_model import BACKBONES, MetaModel
+from models.meta_model import BACKBONES, FEATURES, MetaModel
 from utils import checkpoint
 from utils.seeding import generator
+
+PARTS = ("model", "class_learner")
 
 
 class Pair:
     """The meta-model (f and g) and the class-learner h, with random weights that depend on the seed alone.
 
-    num_classes: C; scale_cls, backbone, drop_rate: of `MetaModel`; optim, weight_decay: of `learners.make_optimizer`.
+    num_classes: C; scale_cls, backbone, features, drop_rate: of `MetaModel`; image_size: in pixels; optim,
+    weight_decay: of `learners.make_optimizer`; learner: whether there is a class-learner apart from g.
     """
 
     def __init__(
-        self, num_classes: int, *, scale_cls: float, backbone: str, drop_rate: float, optim: str, weight_decay: float,
-        seed: int, device: torch.device,
+        self, num_classes: int, *, scale_cls: float, backbone: str, features: str, image_size: int, drop_rate: float,
+        optim: str, weight_decay: float, learner: bool, seed: int, device: torch.device,
     ) -> None:  # fmt: skip
         rng = generator(seed, "weights")
-        model = MetaModel(num_classes, scale_cls, backbone, drop_rate=drop_rate, generator=rng)
+        model = MetaModel(num_classes, scale_cls, backbone, features=features, image_size=image_size,
+                          drop_rate=drop_rate, generator=rng)  # fmt: skip
         self.model = model.to(device)
-        self.learner = ClassLearner(num_classes, model.feature_dim, generator=rng).to(device)
-        self.model_optimizer = learners.make_optimizer(optim, self.model, weight_decay)
-        self.learner_optimizer = learners.make_optimizer(optim, self.learner, weight_decay)
+        self.learner = ClassLearner(num_classes, model.channels, generator=rng).to(device) if learner else None
+        self.networks = [network for network in (self.model, self.learner) if network is not None]
+        self.optimizers = [learners.make_optimizer(optim, network, weight_decay) for network in self.networks]
 
     def set_rates(self, rate: float, share: float) -> None:
-        """The learning rate of the meta-model, and that of the class-learner as a share of it."""
-        learners.set_rate(self.model_optimizer, rate)
-        learners.set_rate(self.learner_optimizer, rate * share)
+        """Set the learning rate of the meta-model, and that of the class-learner as a share of it."""
+        for optimizer, factor in zip(self.optimizers, (1.0, share), strict=False):
+            learners.set_rate(optimizer, rate * factor)
 
     def state(self) -> dict[str, Any]:
-        """The weights of both, with the statistics that their state dicts leave out."""
-        return {
-            "model": self.model.state_dict(),
-            "model_statistics": statistics(self.model),
-            "class_learner": self.learner.state_dict(),
-            "class_learner_statistics": statistics(self.learner),
-        }
+        """Return the weights, with the statistics that their state dicts leave out."""
+        parts = {}
+        for name, network in zip(PARTS, self.networks, strict=False):
+            parts |= {name: network.state_dict(), f"{name}_statistics": statistics(network)}
+        return parts
 
     def optimizer_states(self) -> list[dict[str, Any]]:
-        """What the optimisers need to go on, for `load_optimizers`."""
-        return [self.model_optimizer.state_dict(), self.learner_optimizer.state_dict()]
+        """Return what the optimisers need to resume, for `load_optimizers`."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load(self, state: Mapping[str, Any], path: Path) -> None:
         """Take the weights of `state`, read from `path`. Raises CheckpointError for those of other networks."""
-        checkpoint.load_state(self.model, state["model"], path)
-        checkpoint.load_state(self.learner, state["class_learner"], path)
-        load_statistics(self.model, state["model_statistics"], path)
-        load_statistics(self.learner, state["class_learner_statistics"], path)
+        for name, network in zip(PARTS, self.networks, strict=False):
+            if state.get(name) is None or state.get(f"{name}_statistics") is None:
+                raise checkpoint.CheckpointError(f"{path}: has no {name}; give a run of --recipe paper --source guided")
+            checkpoint.load_state(network, state[name], path)
+        for name, network in zip(PARTS, self.networks, strict=False):
+            load_statistics(network, state[f"{name}_statistics"], path)
 
     def load_optimizers(self, states: list[dict[str, Any]], path: Path) -> None:
         """Put back what `optimizer_states` gave, read from `path`. Raises CheckpointError for that of others."""
-        for optimizer, saved in zip((self.model_optimizer, self.learner_optimizer), states, strict=True):
+        if len(states) != len(self.optimizers):
+            raise checkpoint.CheckpointError(f"{path}: has {len(states)} optimisers, expected {len(self.optimizers)}")
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
             checkpoint.load_optimizer(optimizer, saved, path)
 
 
@@ -71,7 +77,7 @@ def _number(value: Any) -> bool:
 
 
 def _pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2
+    return isinstance(value, list) and len(value) in (1, 2)
 
 
 def _mapping(value: Any) -> bool:
@@ -86,10 +92,12 @@ def _or_missing(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
 MODEL_ENTRIES = {
     "model": _mapping, "model_statistics": _mapping, "num_classes": _whole(1, 100_000), "image_size": _whole(8, 4096),
     "settings": lambda value: isinstance(value, Mapping) and _number(value.get("scale_cls"))
-    and value.get("backbone") in BACKBONES,
+    and value.get("backbone") in BACKBONES and value.get("features", "pooled") in FEATURES,
     "epoch": _or_missing(_whole(0, 1_000_000)), "val_accuracy": _or_missing(_number),
 }  # fmt: skip
-PAIR_ENTRIES = {**MODEL_ENTRIES, "class_learner": _mapping, "class_learner_statistics": _mapping}
+PAIR_ENTRIES = {
+    **MODEL_ENTRIES, "class_learner": _or_missing(_mapping), "class_learner_statistics": _or_missing(_mapping),
+}  # fmt: skip
 WHAT = "checkpoint of main.py; give best_model.pt or last.pt of a run"
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bookkeeping
 import main
 from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -78,7 +79,7 @@ def no_pictures(request, monkeypatch):
     """Skip curves and reports, which take two fifths of a tiny run, except in tests marked `pictures`."""
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(Report, "write", lambda report: None)
-        monkeypatch.setattr(main, "curves", lambda *_, **__: None)
+        monkeypatch.setattr(bookkeeping, "curves", lambda *_, **__: None)
 
 
 UNET = dict(
@@ -87,9 +88,7 @@ UNET = dict(
 )  # fmt: skip
 TINY = (
     "--samples-per-class 4 --sample-steps 2 --train_epoch_size 4 --train-batch 2 --train_nTestNovel 10 --max-epoch 2 "
-    "--refresh-every 1 --epoch_size 4 --nTestNovel 10 --device cpu "
-    "--first-labels random --guide-on x_t --guidance-scale 1 --ask equal --dense-weight 0.5 "
-    "--restart False"
+    "--refresh-every 1 --epoch_size 4 --nTestNovel 10 --device cpu --recipe paper"
 ).split()
 
 

@@ -28,7 +28,7 @@ from models.conv4 import Conv4
 from models.episode_head import Stage, fit_heads, predict
 from models.learners import log_probability
 from models.meta_model import MetaModel, prototype_scores
-from tests.conftest import TINY
+from tests.conftest import TINY, slow
 from utils import checkpoint
 
 CPU = torch.device("cpu")

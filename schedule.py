@@ -1,0 +1,88 @@
+"""The schedule of a run as data: what each epoch trains on. `main.py` obeys it, `dry_run.py` counts it.
+
+The paper's recipe:
+
+    round 0, 1, 2, ...   images guided by the class-learner, or by nothing; both learners go on learning
+
+The clusters recipe trains one network after another, each from new weights, on all images so far:
+
+    round 0, first half    unguided images, labelled by the model that drew them
+    round 0, second half   the same images, labelled by clusters of what the first network sees
+    round 1, 2, ...        new images, guided by the network before; unguided images are labelled anew by it
+"""
+
+import math
+from dataclasses import dataclass
+
+from config import Settings
+
+WARM_UP = 20  # steps over which the rate rises from 0, in the clusters recipe
+STEPS = ((80, 0.0024), (70, 0.012), (60, 0.06))  # the paper's rates from these epochs of 90 on, as shares of the first
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One epoch.
+
+    Attributes:
+        epoch: its number, from 0.
+        rounds: whose images are trained on; the last one is new.
+        labels: "model", the model that drew an image; "clusters", of features; "asked", the class that it was asked
+            for or, of an unguided image, the likeliest; "real", those of the folders.
+        guided: whether the images of its round are guided.
+        fresh: whether it begins with new weights.
+        learner: whether it trains the class-learner h, too.
+        done, total: epochs that its weights have been trained for before it, and will be in all.
+    """
+
+    epoch: int
+    rounds: range
+    labels: str
+    guided: bool
+    fresh: bool
+    learner: bool
+    done: int
+    total: int
+
+    @property
+    def round(self) -> int:
+        """The newest round of images."""
+        return self.rounds[-1]
+
+    def rate(self, settings: Settings, step: int, steps: int) -> float:
+        """Return the learning rate at `step` (from 0) of the `steps` of this epoch."""
+        if settings.recipe == "paper":
+            progress = 90 * self.done / self.total
+            return settings.lr * next((factor for start, factor in STEPS if progress >= start), 1.0)
+        at, all_steps = self.done * steps + step, self.total * steps
+        return settings.lr * min(1.0, (at + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * at / all_steps))
+
+
+def phases(settings: Settings) -> list[Phase]:
+    """Return the epochs of a run from --start-epoch on, in order; none where nothing is trained."""
+    if settings.source == "none":
+        return []
+    make = _paper if settings.recipe == "paper" else _clusters
+    return [make(settings, epoch) for epoch in range(settings.start_epoch, settings.max_epoch)]
+
+
+def _paper(s: Settings, epoch: int) -> Phase:
+    number, guided = epoch // s.refresh_every, s.source == "guided"
+    labels = {"guided": "asked", "real": "real"}.get(s.source, "model")
+    return Phase(epoch, range(number, number + 1), labels, guided, False, guided, epoch, s.max_epoch)
+
+
+def _clusters(s: Settings, epoch: int) -> Phase:
+    if s.source == "real":
+        return Phase(epoch, range(1), "real", False, False, False, epoch, s.max_epoch)
+    number, half = epoch // s.refresh_every, s.refresh_every // 2
+    start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)
+    labels = "model" if s.source == "by_model" else "asked"
+    if number == 0 and s.source != "by_model":
+        first = epoch < half
+        labels = "model" if first else "clusters"
+        start, stop = (0, min(half, stop)) if first else (half, stop)
+    oldest = s.start_epoch // s.refresh_every
+    guided = s.source == "guided" and number > 0
+    fresh = epoch == start and epoch > s.start_epoch
+    return Phase(epoch, range(oldest, number + 1), labels, guided, fresh, False, epoch - start, stop - start)
