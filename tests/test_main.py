@@ -36,15 +36,17 @@ ALWAYS = set(
     ".lock config.json environment.json log_train.txt metrics.jsonl last.pt last.previous.pt best_model.pt curves.png "
     "report.html".split()
 )
-CLUSTERS = ("--warm-up", 1, "--refresh-every", 2, "--max-epoch", 4)
+CLUSTERS = ("--recipe", "clusters", "--refresh-every", 2, "--max-epoch", 4)
 SOURCES = {
     "guided": (),
     "unguided": ("--source", "unguided"),
     "real": ("--source", "real"),
     "none": ("--source", "none"),
-    "clusters": ("--first-labels", "clusters", *CLUSTERS),
-    "x_0": ("--guide-on", "x_0", "--optim", "adamw", "--lr", "0.001"),
-    "likely": ("--guide-on", "x_0", "--ask", "likely"),
+    "clusters": CLUSTERS,
+    "map": ("--features", "map"),
+    "clusters, unguided": (*CLUSTERS, "--source", "unguided"),
+    "clusters, by_model": (*CLUSTERS, "--source", "by_model"),
+    "clusters, real": (*CLUSTERS, "--source", "real"),
 }
 QUICK = ("guided", "none", "clusters")
 
@@ -54,86 +56,70 @@ QUICK = ("guided", "none", "clusters")
 def test_run_folder(train, tmp_path, monkeypatch, source):
     folder = tmp_path / "run"
     out = train(folder, *SOURCES[source])
-    draws = source not in ("real", "none")
+    draws = source not in ("real", "none", "clusters, real")
     expected = ALWAYS | ({"pseudo"} if draws else set())
     expected -= {"last.previous.pt"} if source == "none" else set()
     assert {path.name for path in folder.iterdir()} == expected
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["num_classes"] == {"real": 40, "none": 1}.get(source, 20) and settings["image_size"] == 16
+    assert settings["num_classes"] == {"real": 40, "clusters, real": 40, "none": 1}.get(source, 20)
+    assert settings["image_size"] == 16
     lines = metrics(folder)
-    assert [line["epoch"] for line in lines] == {"none": [0], "clusters": [1, 2, 3, 4]}.get(source, [1, 2])
+    assert [line["epoch"] for line in lines] == ([0] if source == "none" else list(range(1, 5 if "clusters" in source else 3)))
     assert all({"val_accuracy", "val_ci95"} <= line.keys() for line in lines)
-    assert ("class_learner_loss" in lines[0]) == (source in ("guided", "x_0", "likely"))
-    assert ("class_learner_loss" in lines[-1]) == (source in ("guided", "clusters", "x_0", "likely"))
+    assert ("class_learner_loss" in lines[0]) == ("class_learner_loss" in lines[-1]) == (source in ("guided", "map"))
     best = checkpoint.load(folder / "best_model.pt")
     assert best["val_accuracy"] == max(line["val_accuracy"] for line in lines)
     assert "optimizers" not in best and f"best on meta_val {best['val_accuracy']:.2f} %" in out
     if draws:
+        labels = {"clusters.npy", "labels01.npy"} if source in ("clusters", "clusters, unguided") else set()
         for r in range(2):
             names = {path.name for path in (folder / "pseudo" / f"round{r:02d}").iterdir()}
-            assert names == {"images.npy", "labels.npy", "manifest.json", "sheet.png"}
+            assert names == {"images.npy", "labels.npy", "manifest.json", "sheet.png"} | (labels if r == 0 else set())
         data = PseudoDataset.load(folder / "pseudo" / "round01")
         assert data.images.shape == (80, 3, 16, 16) and data.num_classes == 20
         every = torch.arange(20).repeat_interleave(4)
-        if source == "unguided":
+        if source in ("unguided", "clusters, by_model"):
             assert torch.equal(data.labels, every // 4 * 4)
-        elif source == "likely":
+        elif labels:  # noise is asked for what it shows, not class after class
             assert torch.equal(data.labels // 4, every // 4) and data.labels.bincount().tolist() == [4] * 20
-            assert not torch.equal(data.labels, every)  # noise is asked for what it shows, not class after class
-        elif source != "clusters":
+        else:
             assert torch.equal(data.labels, every)
-    monkeypatch.setattr(learners, "train_meta_model", None)  # the same command again trains no more
+    for name in ("train_meta_model", "train_classifier"):  # the same command again trains no more
+        monkeypatch.setattr(learners, name, None)
     monkeypatch.setattr(main, "synthesise", None)
     weights = checkpoint.load(folder / "last.pt")
     assert "resumes from" in train(folder, *SOURCES[source])
     assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
 
 
-def test_clusters_label_the_images_of_round_0(train, tmp_path):
-    train(tmp_path / "run", "--first-labels", "clusters", "--samples-per-class", 6, *CLUSTERS)
-    first, second = (PseudoDataset.load(tmp_path / "run" / "pseudo" / name) for name in ("round00", "clusters"))
-    assert torch.equal(first.images, second.images)
-    assert torch.equal(first.labels, torch.arange(20).repeat_interleave(6) // 4 * 4)
-    assert torch.equal(second.labels // 4, first.labels // 4)  # each model's images stay with its classes
-    assert len(second.labels.unique()) == 20
-
-
-def test_clusters_are_learned_by_new_weights(train, tmp_path, monkeypatch):
-    seen, real = [], learners.train_meta_model
+def test_each_network_starts_from_the_same_new_weights(train, tmp_path, monkeypatch):
+    seen, real = [], learners.train_classifier
 
     def spy(model, *args, **kwargs):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(learners, "train_meta_model", spy)
-    train(tmp_path / "run", "--first-labels", "clusters", *CLUSTERS)
-    assert len(seen) == 4 and same(seen[0], seen[1]) and not same(seen[1], seen[2])
+    monkeypatch.setattr(learners, "train_classifier", spy)
+    train(tmp_path / "run", *CLUSTERS)
+    assert len(seen) == 4 and same(seen[0], seen[1]) and same(seen[0], seen[2]) and not same(seen[2], seen[3])
 
 
-@pytest.mark.parametrize("source", ["guided", slow("unguided")])
-def test_the_last_round_starts_from_new_weights(train, tmp_path, monkeypatch, source):
-    seen, real = [], learners.train_meta_model
-
-    def spy(model, *args, **kwargs):
-        seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
-        return real(model, *args, **kwargs)
-
-    monkeypatch.setattr(learners, "train_meta_model", spy)
-    train(tmp_path / "run", "--source", source, "--restart", True, "--refresh-every", 2, "--max-epoch", 5, "--lr", 0.01)
-    assert same(seen[0], seen[4]) and not same(seen[0], seen[2])
-    assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([0.01] * 5)
-    train(tmp_path / "b", "--source", source, "--restart", True, "--refresh-every", 3, "--max-epoch", 6, "--lr", 0.01)
-    assert same(seen[5], seen[8]) and not same(seen[5], seen[7])
-    assert [line["lr"] for line in metrics(tmp_path / "b")] == pytest.approx([0.01] * 5 + [0.0006])
+def test_as_many_real_images_as_the_method_has(train, tmp_path, monkeypatch):
+    seen, real = [], main.load_real
+    monkeypatch.setattr(main, "load_real", lambda *args, **how: seen.append(args[4:5]) or real(*args, **how))
+    train(tmp_path / "a", *CLUSTERS, "--source", "real")
+    train(tmp_path / "b", "--source", "real")
+    assert [each for each in seen if each] == [(8,), (4,)]  # of 2 rounds, of 1
 
 
 @pytest.mark.parametrize(
     "where, flags",
     [
-        ("train_meta_model", ("--restart", True, "--replay", 1, "--within-weight", 0.3)),
+        ("train_classifier", CLUSTERS),
+        ("train_meta_model", ()),
         slow("train_class_learner", ()),
         slow("train_meta_model", ("--refresh-every", 2)),
-        slow("train_meta_model", ("--first-labels", "clusters", "--guide-on", "x_0", "--replay", 2, *CLUSTERS)),
+        slow("train_classifier", ("--recipe", "clusters", "--refresh-every", 2, "--max-epoch", 7)),
     ],
 )
 def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, flags):

@@ -3,14 +3,17 @@ each of these lines and runs the test of it."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import bookkeeping
 import few_shot
 import guided_diffusion.image_train as image_train
 import main
 from config import Settings, parse
+from datasets.augment import augment
 from datasets.pseudo import PseudoDataset
 from few_shot import HeadFitter
 from guided_diffusion.guidance import sample
@@ -22,20 +25,21 @@ from guided_diffusion.synthesis import synthesise
 from models import clusters, learners
 from models.class_learner import statistics
 from models.meta_model import MetaModel
-from models.pair import Pair
 from tests.conftest import TINY
 from tests.test_image_train import FLAGS, folder, loop_of, train  # noqa: F401
 from tests.test_synthesis import plan
 from utils import checkpoint
+from utils.seeding import generator
 
 CPU = torch.device("cpu")
-CLUSTERS = "--first-labels clusters --warm-up 1 --refresh-every 2 --max-epoch 3".split()
+CLUSTERS = "--recipe clusters --refresh-every 2 --max-epoch 3".split()
 
 
 @pytest.fixture
 def training(toy_pool, tmp_path, few_glyphs, monkeypatch):
     """training(*flags): a tiny run of main.py with the toy pool, ready to train; nothing is drawn for people."""
-    monkeypatch.setattr(main, "Report", lambda *_: SimpleNamespace(write=lambda: None, write_sometimes=lambda: None))
+    report = SimpleNamespace(write=lambda: None, write_sometimes=lambda: None)
+    monkeypatch.setattr(bookkeeping, "Report", lambda *_: report)
 
     def make(*flags):
         places = ("--save-dir", tmp_path / "run", "--pool", toy_pool, "--data-root", tmp_path / "none")
@@ -94,33 +98,49 @@ def test_strength_of_guidance_on_x_0(level, strength):
 # ---- meta-training
 
 
-def test_the_last_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
-    run = training("--restart", "True")
+def test_a_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
+    run = training(*CLUSTERS)
 
     def look(pool, plan, device, function=None, wanted=None):
-        if plan.stream == 1:
+        if function is not None:
             last = checkpoint.load(tmp_path / "run" / "last.pt")
-            pair = Pair(20, scale_cls=7, backbone="conv4", drop_rate=0, optim="sgd", weight_decay=0, seed=9, device=CPU)
-            pair.load(last, tmp_path)
+            model = MetaModel(20, features="map", image_size=16)
+            model.load_state_dict(last["model"])
             x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-            t = torch.tensor([0, 300, 900])
-            return function(x, t), learners.log_probability(pair.model, pair.learner)(x, t)
+            t = torch.full((3,), 7)
+            numbers = [generator(1, "view", 4 * 7 + i) for i in range(4)]
+            views = [augment(x, rng, main.VIEW, alike=True) for rng in numbers]
+            learnt = sum(F.log_softmax(model.eval().classify(view), 1) for view in views) / 4
+            return plan.stream, function(x, t), learnt
 
     seen = spy(main, "synthesise", look)
     run.train()
-    (got, learnt), = [pair for pair in seen if pair]
+    (stream, got, learnt), = [each for each in seen if each]
+    assert stream == 1
     torch.testing.assert_close(got, learnt)
 
 
-def test_replayed_images_keep_their_clusters(training, spy, tmp_path):
-    run = training(*CLUSTERS, "--replay", "1", "--within-weight", "1")
-    seen = spy(learners, "train_meta_model", lambda model, optimizer, images, labels, *_, **__: labels)
+def test_labels_are_read_anew_by_the_network_before(training, spy, tmp_path):
+    run = training(*CLUSTERS, "--samples-per-class", "6")
+    labels = spy(learners, "train_classifier", lambda model, optimizer, images, labels, **_: labels)
     run.train()
-    found, drawn, last = (
-        PseudoDataset.load(tmp_path / "run" / "pseudo" / name).labels for name in ("clusters", "round00", "round01")
-    )
-    assert not torch.equal(found, drawn)
-    assert torch.equal(seen[2], torch.cat([last, found]))
+    pseudo = tmp_path / "run" / "pseudo"
+    drawn, asked = (PseudoDataset.load(pseudo / name).labels for name in ("round00", "round01"))
+    found, anew = (torch.from_numpy(np.load(pseudo / "round00" / f"{name}.npy")) for name in ("clusters", "labels01"))
+    assert torch.equal(labels[0], drawn) and torch.equal(labels[1], found) and not torch.equal(found, drawn)
+    assert torch.equal(labels[2], torch.cat([asked, anew]))
+    for each in (found, anew, asked):  # each model's images stay with its classes, as many to one as to another
+        assert torch.equal(each // 4, drawn // 4) and each.bincount().tolist() == [6] * 20
+
+
+def test_guided_images_are_asked_for_what_their_noise_shows(training, spy):
+    run = training(*CLUSTERS)
+    calls = spy(main, "synthesise", lambda pool, plan, device, function=None, wanted=None: (plan.stream, wanted))
+    scored = spy(learners, "clean_scores", lambda function, images, device: len(images))
+    run.train()
+    (zero, none), (first, plain), (second, wanted) = calls
+    assert (zero, first, second) == (0, 1, 1) and none is None and plain is None
+    assert wanted.bincount().tolist() == [4] * 20 and scored == [80, 80]  # of round 1, then of round 0
 
 
 def test_each_epoch_has_its_own_draws(training, spy):
@@ -140,29 +160,31 @@ def test_flip_of_meta_training(training, spy, flip):
     assert seen and set(seen) == {flip}
 
 
-@pytest.mark.parametrize("guide_on, power", [("x_t", 1.0), ("x_0", 3.0)])
-def test_how_the_class_learner_learns(training, spy, guide_on, power):
-    run = training("--guide-on", guide_on, "--within-weight", "0.25", "--max-epoch", "1")
+def test_how_the_class_learner_learns(training, spy):
+    run = training("--max-epoch", "1")
     seen = spy(learners, "train_class_learner", lambda *_, **given: given)
     run.train()
     (given,) = seen
-    assert given["level_power"] == power and given["steps"] == 2  # 4 episodes in batches of 2
-    assert given["batch"] == 2 * (5 + 10) and given["levels"] == 1000
-    assert given["grouping"].within == 0.25
-    assert given["grouping"].group.tolist() == [m for m in range(5) for _ in range(4)]
+    assert given["steps"] == 2 and given["batch"] == 2 * (5 + 10) and given["levels"] == 1000  # 4 episodes, 2 a batch
 
 
-def test_steps_of_a_class_learner_taught_by_clusters(training, spy):
-    run = training(*CLUSTERS)
-    steps = spy(learners, "train_class_learner", lambda *_, steps, **__: steps)
+def test_how_the_clusters_recipe_learns(training, spy):
+    run = training(*CLUSTERS, "--image-batch", "12")
+    seen = spy(learners, "train_classifier", lambda *_, rates, batch, **__: (len(rates), batch))
     run.train()
-    assert steps == [16, 2]  # eight epochs' worth before it first steers
+    assert seen == [(2, 12)] * 3
+
+
+def test_how_images_are_drawn(training):
+    for recipe, guide_on, eta in (("paper", "x_t", 0.0), ("clusters", "x_0", 1.8)):
+        plan = training("--recipe", recipe, "--max-epoch", "3", "--refresh-every", "2").plan(0)
+        assert (plan.guide_on, plan.eta) == (guide_on, eta)
 
 
 def test_rate_of_the_class_learner(training):
     run = training("--lr", "0.2", "--learner-rate", "0.25", "--max-epoch", "1")
     run.train()
-    rates = [o.param_groups[0]["lr"] for o in (run.pair.model_optimizer, run.pair.learner_optimizer)]
+    rates = [o.param_groups[0]["lr"] for o in run.pair.optimizers]
     assert rates == pytest.approx([0.2, 0.05])
 
 
