@@ -245,18 +245,18 @@ class Settings:
         size: pixels of the images; classes: how many to train on; real: split -> class -> how many images it has.
         """
         place, needed = ",".join(map(str, self.data_paths)), self.shot + self.train_nTestNovel // self.way
-        capped = self.source != "none" and self.samples_per_class < needed
+        capped = self.recipe == "paper" and self.source != "none" and self.samples_per_class < needed
         counted = {f"{place}/{split}": each for split, each in real.items() if not (capped and split == "meta_train")}
         lacks = [self._lacking(counted)]
         if self.support:
             lacks.append("got --support and --query, which diffusionmix.py takes, once this has trained a model")
         if size < 16:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
-        if classes < self.way and self.draws:
+        fewest = 2 if self.recipe == "clusters" else self.way  # which has no episodes
+        if classes < fewest and self.draws:
             lacks.append(
-                f"got {classes} classes to train on (--source {self.source}), a {self.way}-way episode needs "
-                f"{self.way}; give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower "
-                "--nKnovel"
+                f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
+                f"give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower --nKnovel"
             )
         if capped:
             lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")

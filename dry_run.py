@@ -14,7 +14,6 @@ from guided_diffusion.costs import image_flops
 from guided_diffusion.dist_util import or_too_much, pick_device, smaller
 from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.pool import Pool, PoolModel
-from models.learners import log_probability
 from utils import processes
 from utils.progress import duration
 
@@ -39,30 +38,32 @@ def of_training(training: Any) -> None:
         return
     s, pool, classes, epoch = training.s, training.pool, training.per_model, training.epoch
     lines = [*_settings(s), "", *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch)]
-    left = range(epoch // s.refresh_every, -(-s.max_epoch // s.refresh_every))
-    rounds = [r for r in left if not (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()]
+    left = training.phases[epoch - s.start_epoch :]
+    first = {phase.round: phase for phase in reversed(left)}  # of each round its first epoch that is left
+    there = {r for r in first if (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()}
+    rounds = [phase for r, phase in first.items() if r not in there]
     work, guiding = Work(0, 0.0, 0.0), 0.0
     if classes:
-        guided = sum(r > 0 or not s.clusters for r in rounds) if s.source == "guided" else 0
-        twice = guided if s.likely else 0
+        guided = sum(phase.guided for phase in rounds)
+        twice = guided if s.clusters else 0
         each = s.samples_per_class * s.sample_steps
         work = measure(pool, [count * each * (len(rounds) + twice) for count in classes], s)
         guiding = guided * sum(classes) * each * _guidance_seconds(training) if guided else 0.0
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [
             f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
-            + f", {twice} of the rounds drawn twice (--ask likely)" * bool(twice),
+            + f", {twice} of the rounds drawn twice: unguided, then guided" * bool(twice),
             _work(work),
             f"disk: {_bytes(images * 3 * training.size**2)} of images in {s.run_folder / 'pseudo'}",
         ]
     else:
         lines.append(f"--source {s.source}: nothing is drawn")
-    if s.epochs:
-        learning, last = (s.epochs - epoch) * _epoch_seconds(training), s.max_epoch - s.refresh_every * left.start
+    if training.phases:
+        learning, last = len(left) * _epoch_seconds(training) if left else 0.0, s.max_epoch % s.refresh_every
         parts = f"{duration(work.seconds)} to draw, {duration(guiding)} to guide, {duration(learning)} to learn"
         lines += [
-            f"{s.epochs - epoch} epochs of {s.train_epoch_size} episodes in rounds of {s.refresh_every}"
-            + f", the last of {last % s.refresh_every} alone" * bool(last % s.refresh_every),
+            f"{len(left)} epochs of {training.steps()} steps in rounds of {s.refresh_every}"
+            + f", the last of {last} alone" * bool(last),
             f"about {duration(work.seconds + guiding + learning)} on {training.device}, after trials of "
             f"{TRIAL:.0f} s: {parts}",
         ]
@@ -128,26 +129,32 @@ def _settings(s: Settings) -> list[str]:
 
 
 def _guidance_seconds(training: Any) -> float:
-    """Seconds of the class-learner's gradient for one image."""
+    """Return the seconds of the guiding gradient for one image."""
     s, size, device = training.s, training.size, training.device
     images = min(s.sample_batch, 32)
     x, zeros = torch.zeros(images, 3, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
-    gradient = classifier_guidance(log_probability(training.model, training.learner), zeros, 1.0)
+    gradient = classifier_guidance(training.guide(), zeros, 1.0)
     return _trial(lambda: float(gradient(x, zeros).sum())) / images
 
 
 def _epoch_seconds(training: Any) -> float:
-    """Seconds of an epoch of both learners, from one step of each on images of noise."""
-    s, epoch = training.s, training.epoch
+    """Return the seconds of an epoch of training, from one step of each network on images of noise."""
+    s, phase = training.s, training.phases[-1]
     needed = s.shot + s.train_nTestNovel // s.way
     labels = torch.arange(training.num_classes).repeat_interleave(needed)
     images = torch.randint(256, (len(labels), 3, training.size, training.size), dtype=torch.uint8)
-    data = PseudoDataset(images, labels, training.num_classes)
-    training.s, training.epoch = replace(s, train_epoch_size=s.train_batch), s.max_epoch - 1
+    data, steps = PseudoDataset(images, labels, training.num_classes), training.steps()
+    training.s = replace(s, train_epoch_size=s.train_batch)
+
+    def one_step() -> None:
+        training.train_meta_model(phase, data)
+        if phase.learner:
+            training.train_class_learner(data)
+
     try:
-        return _trial(lambda: training.train_epoch(data)) * -(-s.train_epoch_size // s.train_batch)
+        return _trial(one_step) * steps
     finally:
-        training.s, training.epoch = s, epoch
+        training.s = s
 
 
 def _trial(work: Callable[[], object]) -> float:

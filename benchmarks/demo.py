@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.table import INTERVALS, ROOT, as_text, run_rows
 
 FOLDER = Path("ckpt/runs/demo")
-TRAIN = "--samples-per-class 24 --max-epoch 14 --refresh-every 7 --warm-up 2 --train_epoch_size 60".split()
+TRAIN = "--samples-per-class 24 --max-epoch 14 --refresh-every 7 --train_epoch_size 60".split()
 TEST = "--episodes 200".split()
 
 

@@ -28,35 +28,44 @@ from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"  # where RESULTS.md and results.csv are
+SAME = {"features"}  # of the clusters recipe, what the row of the paper's recipe has as well
 PUBLISHED = [  # of what recipes change, given last so that it wins over what was given for the other rows
-    word for f in fields(Settings) if f.name in RECIPES["clusters"] for word in (flag_of(f), str(f.default))
+    word
+    for f in fields(Settings)
+    if f.name in RECIPES["clusters"]
+    for word in (flag_of(f), str(RECIPES["clusters"][f.name] if f.name in SAME else f.default))
 ]
 RUNS = {  # a folder of the runs -> what main.py is told
     "none": ("--source", "none"),
+    "by_model": ("--source", "by_model"),
     "unguided": ("--source", "unguided"),
     "paper": ("--source", "guided", "--recipe", "paper", *PUBLISHED),
     "guided": ("--source", "guided"),
     "real": ("--source", "real"),
 }
-FLOOR, UNGUIDED, PAPER, GUIDED, MIX, REAL = (
-    "floor (random weights)", "unguided", "the paper's recipe, mended", "guided", "guided + mix", "real reference",
+FLOOR, BY_MODEL, UNGUIDED, PAPER, GUIDED, MIX, REAL = (
+    "floor (random weights)", "unguided, by model", "unguided", "the paper's recipe, mended", "guided", "guided + mix",
+    "real reference",
 )  # fmt: skip
 ROWS = {  # name -> run, with or without mixes
     FLOOR: ("none", False),
+    BY_MODEL: ("by_model", False),
     UNGUIDED: ("unguided", False),
     PAPER: ("paper", False),
     GUIDED: ("guided", False),
     MIX: ("guided", True),
     REAL: ("real", False),
 }
-AGAINST = {UNGUIDED: FLOOR, PAPER: UNGUIDED, GUIDED: UNGUIDED, MIX: GUIDED, REAL: FLOOR}  # what a row is compared with
+AGAINST = {  # what a row is compared with
+    BY_MODEL: FLOOR, UNGUIDED: FLOOR, PAPER: UNGUIDED, GUIDED: UNGUIDED, MIX: GUIDED, REAL: FLOOR,
+}  # fmt: skip
 INTERVALS = (
     "Behind each figure stands half of its 95 % interval over episodes, then over training seeds (Student t). A claim "
     "about a method needs the second; `?`: one seed, or not kept."
 )
 TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
           "sample_batch", "precision", "device", *BARE)  # fmt: skip
-SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip", "within_weight")}
+SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip")}
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def run_rows(
             run = folder / f"seed{seed}" / name
             print(f"\n== seed {seed}, {name}", flush=True)
             own = ["--save-dir", str(run), "--seed", str(seed), "--nExemplars", str(shots[0])]
-            _call("main.py", *train, *RUNS[name], *own)  # quick where it is done; refuses other settings
+            call("main.py", *train, *RUNS[name], *own)  # quick where it is done; refuses other settings
             for shot in shots:
                 results[seed, name, shot] = _tested(run, name, seed, shot, train, test)
     return [row for shot in shots for row in _rows_of(results, seeds, shot, runs)]
@@ -122,7 +131,7 @@ def _tested(run: Path, name: str, seed: int, shot: int, train: list[str], test: 
     given = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag that is given twice
     notes, results = ROOT / place / "made.json", ROOT / place / "results.json"
     if not results.exists() or results.stat().st_mtime < (ROOT / weights).stat().st_mtime:
-        _call("diffusionmix.py", *flags, "--resume", str(weights), "--save-dir", str(place))
+        call("diffusionmix.py", *flags, "--resume", str(weights), "--save-dir", str(place))
         device = json.loads(results.read_text(encoding="utf-8"))["device"]
         write_json(notes, {"flags": given, "hardware": hardware(device), "commit": commit()})
     made = json.loads(notes.read_text(encoding="utf-8"))
@@ -267,8 +276,8 @@ def main() -> None:
             f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --folder"
         )
     runs = [name for name in RUNS if name in args.runs]
-    if settings.recipe == "paper" and "paper" in runs:
-        runs.remove("paper")  # it is the guided row
+    if settings.recipe == "paper":  # whose guided row is the paper's, and which labels unguided images by model
+        runs = [name for name in runs if name not in ("paper", "by_model")]
     for name in runs:  # says what is wrong with any before hours of the others
         parse([*train, *RUNS[name]], description="table")
     dataset = settings.dataset
@@ -292,7 +301,8 @@ def _training_seconds(path: Path) -> float:
     return sum(line.get("seconds", 0) + line.get("synthesis_seconds", 0) for line in last.values())
 
 
-def _call(script: str, *flags: str) -> None:
+def call(script: str, *flags: str) -> None:
+    """Run a script of the project; exit as it does where it fails."""
     done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)

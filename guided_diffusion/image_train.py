@@ -46,7 +46,7 @@ from utils.progress import duration, hush  # noqa: E402
 from utils.run_log import read_json, say_damaged, write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
-POOL = 5  # models that the clusters recipe of main.py needs
+POOL = 2  # models that the clusters recipe of main.py needs
 TRIAL = 10.0  # seconds of steps that the estimate of --dry_run comes from
 FIGURES = "memorisation"  # in pool.json, by model
 FIGURE_FILE = "memorisation.json"  # of one model

@@ -19,7 +19,7 @@ import diffusionmix
 import guided_diffusion.image_train as image_train
 import main
 import utils.report.__main__ as report
-from benchmarks import demo, measure, meta_test, meta_train, pretrain, steering, synthesis, table
+from benchmarks import demo, ladder, measure, meta_test, meta_train, pretrain, synthesis, table
 from config import parse
 from datasets import splits
 from guided_diffusion.pool import subset_path
@@ -34,7 +34,7 @@ STARTS = r"(?:srun )?(?:python3?|torchrun|make) "
 SMALL_TEST = "--nTestNovel 10 --episodes 2 --head-steps 2 --device cpu".split()
 SMALL_RUN = (
     "--samples-per-class 4 --sample-steps 2 --train_epoch_size 2 --train-batch 2 --train_nTestNovel 10 --max-epoch 3 "
-    "--refresh-every 2 --warm-up 1 --epoch_size 2 --nTestNovel 10 --device cpu"
+    "--refresh-every 2 --epoch_size 2 --nTestNovel 10 --device cpu"
 ).split()
 SMALL_NETWORK = [word for name, value in UNET.items() for word in (f"--{name}", str(value))]
 SMALL = {
@@ -48,13 +48,13 @@ SMALL = {
     "benchmarks.meta_train": ["--repeats", "1"],
     "benchmarks.pretrain": ["--repeats", "1"],
     "benchmarks.demo": [],
-    "benchmarks.steering": "--epochs 1 --scales 1 --per-class 1 --steps 2".split(),
+    "benchmarks.ladder": SMALL_RUN,
 }
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
     "datasets.prepare": prepare, "utils.report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
-    "benchmarks.table": table, "benchmarks.steering": steering,
+    "benchmarks.table": table, "benchmarks.ladder": ladder,
 }  # fmt: skip
 
 
@@ -109,19 +109,17 @@ def run_tiny(module, place, toy_pool, monkeypatch):
         monkeypatch.setattr(measure, "MATRIX", {"cpu": 32})
         for size in ("paper", "small"):
             monkeypatch.setitem(module.SIZES, size, module.SIZES[size] | TINY_BENCHMARKS[module][1])
-    for constant in ("EPISODES", "SEEN", "UNSEEN"):
-        monkeypatch.setattr(steering, constant, 8)
     monkeypatch.setattr(table, "RESULTS", place)
     monkeypatch.setattr(demo, "TRAIN", SMALL_RUN)
     monkeypatch.setattr(demo, "TEST", SMALL_TEST)
-    for each in (table, demo):
+    for each in (table, demo, ladder):
         monkeypatch.setattr(each, "ROOT", place)
 
     def call(script, *flags):
         monkeypatch.setattr("sys.argv", [script, *flags])
         MODULES[script.removesuffix(".py")].main()
 
-    monkeypatch.setattr(table, "_call", call)
+    monkeypatch.setattr(table, "call", call)
 
 
 @pytest.mark.parametrize("words", [words for words in ALL.values() if words[0].startswith("python")], ids=" ".join)

@@ -55,14 +55,12 @@ def test_scenarios(name):
 def test_recipes():
     paper, own = read("--recipe paper"), read("")
     assert own.recipe == "clusters" and own == read("--recipe clusters")
-    published = dict(first_labels="random", guide_on="x_t", guidance_scale=1.0, ask="equal",
-                     dense_weight=0.5, within_weight=1.0, kl_weight=1.0, learner_rate=0.1, replay=0,
-                     lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
+    published = dict(features="pooled", eta=0.0, guidance_scale=1.0, dense_weight=0.5, kl_weight=1.0,
+                     learner_rate=0.1, optim="sgd", lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
     assert {name: getattr(paper, name) for name in published} == published
     changed = {f.name for f in fields(Settings) if getattr(paper, f.name) != getattr(own, f.name)}
-    assert changed == {"recipe", *RECIPES["clusters"]} - {"within_weight"}  # sizes are the scenario's either way
-    assert own.within_weight == 1 and read("-d custom").within_weight == 0  # glyphs' clusters are half right
-    assert read("--recipe paper --guide-on x_0").guide_on == "x_0"
+    assert changed == {"recipe", *RECIPES["clusters"]}  # sizes are the scenario's either way
+    assert read("--recipe paper --features map").features == "map"
     recipes = {name: read(f"-d {name}").recipe for name in SCENARIOS}
     assert {name for name, recipe in recipes.items() if recipe == "paper"} == {"co_miniimagenet", "co_cifarfs"}
     full = read("-d un_miniimagenet --recipe paper")
@@ -107,10 +105,12 @@ def test_ranges(field):
         ("--width 64", "square"),
         ("--height 64 --width 84", "square"),
         ("--mix-steps 20 --mix-level 10", "at most --mix-level"),
-        ("--start-epoch 30", "less than --max-epoch, 30"),
+        ("--start-epoch 40", "less than --max-epoch, 40"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
-        ("--guide-on x_1", "x_0"),
+        ("--features both", "pooled, map"),
+        ("--recipe paper --source by_model", "--source unguided"),
+        ("--max-epoch 20", "more than --refresh-every, 20"),
         ("--support S", "got --support, expected --support and --query"),
         ("--query Q --out P.csv", "got --query and --out, expected"),
         ("--support S --query Q --out P", "ends in .csv"),

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+import bookkeeping
 import diffusionmix
 import main
 from guided_diffusion.pool import Pool, subset_path
@@ -144,7 +145,7 @@ SHARED = ("--dataset", "custom", "--nTestNovel", 5)
 def train(call, place):
     def go(*flags):
         shared = ("--data-root", place / "data", "--pool", place / "pool", "--save-dir", place / "run")
-        return call(main, *TINY, *SHARED, *shared, "--warm-up", 1, "--replay", 0, "--within-weight", 1, *flags)
+        return call(main, *TINY, *SHARED, *shared, *flags)
 
     return go
 
@@ -156,7 +157,7 @@ def state_of(folder):
 
 def stopped(train, monkeypatch, epoch, and_then):
     """Train, and after that epoch do something, and go on or stop."""
-    record = main.RunLog.record
+    record = bookkeeping.RunLog.record
 
     def then(self, entries):
         record(self, entries)
@@ -164,7 +165,7 @@ def stopped(train, monkeypatch, epoch, and_then):
             and_then()
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.RunLog, "record", then)
+        patch.setattr(bookkeeping.RunLog, "record", then)
         return train()
 
 

@@ -65,7 +65,8 @@ def test_all_processes_ask_for_what_the_first_one_says(call, toy_pool, tmp_path,
         return said if isinstance(value, torch.Tensor) else value
 
     monkeypatch.setattr("utils.processes.first_says", first_says)
-    flags = (*TINY, "--max-epoch", 1, "--ask", "likely", "--pool", toy_pool, "--data-root", tmp_path / "none")
+    flags = (*TINY, "--recipe", "clusters", "--max-epoch", 3, "--refresh-every", 2)
+    flags += ("--pool", toy_pool, "--data-root", tmp_path / "none")
     status, _, err = call(main, *flags, "--save-dir", tmp_path / "run")
     assert status == 0, err
-    assert torch.equal(PseudoDataset.load(tmp_path / "run" / "pseudo" / "round00").labels, said)
+    assert torch.equal(PseudoDataset.load(tmp_path / "run" / "pseudo" / "round01").labels, said)

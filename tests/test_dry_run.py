@@ -40,18 +40,22 @@ def flags(tmp_path, toy_pool, picture_folder):
     return ("--dataset", "custom", "--data-root", tmp_path / "data", "--pool", toy_pool)
 
 
-@pytest.mark.parametrize("more", ["--ask equal", slow("--ask likely"), slow("--source unguided")])
+OTHERS = [slow("--recipe clusters --refresh-every 2 --max-epoch 3"), slow("--source unguided")]
+
+
+@pytest.mark.parametrize("more", ["--recipe paper", *OTHERS])
 def test_training_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path, more):
-    command = (*flags, *TINY, "--recipe", "paper", *more.split(), "--save-dir", tmp_path / "out")
+    command = (*flags, *TINY, *more.split(), "--save-dir", tmp_path / "out")
     status, out, err = call(main, *command, "--dry-run")
     assert status == 0, err
     assert not (tmp_path / "out").exists()
     said = int(re.search(r"([\d,]+) forward passes", out)[1].replace(",", ""))
     passes.clear()
     assert call(main, *command)[0] == 0
-    calibration = 20 * main.CALIBRATION * 2 if "unguided" not in more else 0  # a few images before the first round
+    calibration = 20 * main.CALIBRATION * 2 if "paper" in more else 0  # a few images before the first round
     assert sum(passes) - calibration == said
-    assert "seed = 1" in out and "disk: 0.1 MB" in out and "2 epochs of 4 episodes in rounds of 1\n" in out
+    assert "seed = 1" in out and "disk: 0.1 MB" in out
+    assert ("3 epochs of 2 steps in rounds of 2, the last of 1" if "clusters" in more else "2 epochs of 2 steps") in out
     assert re.search(r"about \d+ s on cpu, .*: \d+ s to draw, \d+ s to guide, \d+ s to learn\n", out)
 
 
@@ -95,7 +99,7 @@ def test_nothing_to_draw(call, flags, trained, tmp_path):
     assert call(main, *few, "--source", "none", "--dry-run")[1].endswith("--source none: nothing is drawn\n")
     real = (*TINY, "--source", "real", "--save-dir", tmp_path / "out", "--samples-per-class", 12)
     out = call(main, *flags[:4], *real, "--dry-run")[1]
-    assert "--source real: nothing is drawn\n2 epochs of 4 episodes in rounds of 1\nabout" in out
+    assert "--source real: nothing is drawn\n2 epochs of 2 steps in rounds of 1\nabout" in out
     command = (*few, "--resume", trained / "best_model.pt", "--mix", "False", "--dry-run")
     assert call(diffusionmix, *command)[1].endswith("--mix False: no mixes\n")
 

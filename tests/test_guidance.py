@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from guided_diffusion.guidance import classifier_guidance, sample
+from guided_diffusion.respace import respaced
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
 from models.learners import log_probability
@@ -78,7 +79,6 @@ def test_without_guidance_it_is_ddim(toy_pool, learn_sigma, make_pool, tmp_path)
 def test_guidance_on_x_t_is_that_of_condition_score():
     """One step from a noise level where nothing clips: algorithm 2 as `ddim_sample_loop` does it."""
     diffusion = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", timestep_respacing=[1000])
-    from guided_diffusion.respace import respaced
 
     low = respaced(diffusion, [0, 50, 100])
     noise = 0.3 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -105,7 +105,27 @@ def test_samples_move_towards_the_class_asked_for(guide_on):
     moved = guided.mean((1, 2, 3)) - plain
     assert float(moved[labels == 1].min()) > 0.005 and float(moved[labels == 0].max()) < -0.005
     assert float(guided.abs().max()) <= 1
-    times = [int(t[0]) for _, t in seen]  # those of the long process, or of a clean image
-    assert times == (list(range(960, -1, -40)) if guide_on == "x_t" else [0] * 25)
+    assert [int(t[0]) for _, t in seen] == list(range(960, -1, -40))  # those of the long process
     first = seen[0][0]
     assert torch.equal(first, noise) if guide_on == "x_t" else float(first.abs().max()) <= 1
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 3.0])
+def test_new_noise_is_that_of_ddim(eta):
+    """Equations 12 and 16 of arXiv 2010.02502, and never more than the noise that an image holds."""
+    whole = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", predict_xstart=True)
+    seen, new = [], torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def network(x, t, **_):
+        seen.append(x)
+        return torch.full_like(x, 0.1)
+
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    images = sample(network, respaced(whole, [300, 500]), x, eta=eta, fresh=lambda index: new)
+    now, before = (float(whole.alphas_cumprod[t]) for t in (500, 300))
+    sigma = eta * ((1 - before) / (1 - now)) ** 0.5 * (1 - now / before) ** 0.5
+    sigma = min(sigma, (1 - before) ** 0.5)
+    eps = (x - now**0.5 * 0.1) / (1 - now) ** 0.5
+    expected = before**0.5 * 0.1 + max(0, 1 - before - sigma**2) ** 0.5 * eps + sigma * new
+    torch.testing.assert_close(seen[1], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(images, torch.full_like(images, 0.1))  # no noise is left at the end

@@ -77,8 +77,7 @@ def command(place, name, out):
         return "guided_diffusion.image_train", ("--data_dir", place / "data" / "meta_train", "--pool", out, *flags)
     flags = (
         "--samples-per-class 4 --sample-steps 2 --sample-batch 5 --train_epoch_size 4 --train-batch 2 "
-        "--train_nTestNovel 10 --max-epoch 4 --refresh-every 2 --warm-up 1 --epoch_size 4 --nTestNovel 10 "
-        "--within-weight 0.5"
+        "--train_nTestNovel 10 --max-epoch 4 --refresh-every 2 --epoch_size 4 --nTestNovel 10"
     ).split()
     return "main", (*shared, *flags, "--save-dir", out)
 

@@ -27,7 +27,8 @@ def calls(tmp_path, monkeypatch):
             (folder / "best_model.pt").touch()
             return
         run, seed, shot = folder.parent.name, int(given["--seed"]), int(given["--nExemplars"])
-        base = {"none": 30, "unguided": 60, "paper": 61, "guided": 70, "real": 80}[run] + 5 * (shot - 1) // 4
+        base = {"none": 30, "by_model": 50, "unguided": 60, "paper": 61, "guided": 70, "real": 80}[run]
+        base += 5 * (shot - 1) // 4
         plain = [base + seed + i for i in range(-2, 3)]
         results = {
             "by_episode": [value + 2 for value in plain] if given["--mix"] == "True" else plain,
@@ -35,7 +36,7 @@ def calls(tmp_path, monkeypatch):
         }  # fmt: skip
         (folder / "results.json").write_text(json.dumps(results))
 
-    monkeypatch.setattr(table, "_call", call)
+    monkeypatch.setattr(table, "call", call)
     monkeypatch.setattr(table, "ROOT", tmp_path)
     return made
 
@@ -123,7 +124,7 @@ def test_results_of_other_settings_or_older_than_the_weights_are_not_taken(calls
     [
         ("--seed 3", "got --seed, which"),
         ("--source real", "got --source"),
-        ("--refresh-every 2", "less than --refresh-every"),
+        ("--refresh-every 1", "--refresh-every"),
     ],
 )
 def test_refused_before_anything_runs(calls, call, flags, words):
@@ -132,10 +133,11 @@ def test_refused_before_anything_runs(calls, call, flags, words):
 
 
 def test_paper_row_is_the_published_recipe_whatever_is_given(calls, call, tmp_path):
-    given = ("--runs", "none", "paper", "guided", "--shots", "1", "--seeds", "1", "--guide-on", "x_0")
+    given = ("--runs", "none", "paper", "guided", "--shots", "1", "--seeds", "1", "--eta", "1.5")
     assert call(table, "--recipe", "clusters", *given)[0] == 0
     by_run = {flags["--save-dir"].rpartition("/")[2]: flags for script, flags in calls if script == "main.py"}
-    assert by_run["guided"]["--guide-on"] == "x_0" and by_run["paper"]["--guide-on"] == "x_t"
+    assert by_run["guided"]["--eta"] == "1.5" and by_run["paper"]["--eta"] == "0.0"
+    assert by_run["paper"]["--features"] == "map" and by_run["paper"]["--optim"] == "sgd"
     calls.clear()
     assert call(table, "--dataset", "custom", "--recipe", "paper", *given)[0] == 0  # the guided row is the paper's
     assert len(calls) == 4

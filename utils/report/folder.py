@@ -12,11 +12,17 @@ HERE = ""  # the place of results that lie in the run folder itself
 
 @dataclass(frozen=True)
 class Round:
-    """The images of a round: its folder and manifest, and where they were clustered the folder with those labels."""
+    """The images of a round: its folder, the file of its labels (of clusters, where it has them), its manifest."""
 
     number: int
     folder: Path
+    labels: Path
     manifest: dict[str, Any]
+
+    @property
+    def clustered(self) -> bool:
+        """Whether the labels are those of clusters."""
+        return self.labels.stem == "clusters"
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,9 @@ class Run:
         for path in sorted((self.folder / "pseudo").glob("round*/manifest.json")):
             manifest, number_ = _json(path, dict, self.damaged), path.parent.name.removeprefix("round")
             if number_.isdigit():
-                clusters = self.folder / "pseudo" / "clusters"
-                clustered = int(number_) == 0 and (clusters / "manifest.json").exists()
-                found.append(Round(int(number_), clusters if clustered else path.parent, manifest))
+                clusters = path.parent / "clusters.npy"
+                labels = clusters if clusters.exists() else path.parent / "labels.npy"
+                found.append(Round(int(number_), path.parent, labels, manifest))
         return sorted(found, key=lambda each: each.number)
 
     def pool_samples(self) -> list[tuple[str, Path]]:

@@ -56,17 +56,17 @@ def samples(path: Path) -> Image.Image:
     return image
 
 
-def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, H, W) and labels (N,) of a pseudo data set, left on the disk as far as they are not looked at.
+def arrays(each: Round) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 3, H, W) and labels (N,) of a round, left on the disk as far as they are not looked at.
 
     Raises ValueError where they are not that.
     """
     images, labels = (
-        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("images", "labels")
+        np.load(path, mmap_mode="r", allow_pickle=False) for path in (each.folder / "images.npy", each.labels)
     )
     _check(images, 4)
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"{folder}: got {labels.shape} labels for {len(images)} images")
+        raise ValueError(f"{each.folder}: got {labels.shape} labels for {len(images)} images")
     return images, labels
 
 
@@ -77,7 +77,7 @@ def shown_rounds(rounds: Sequence[Round]) -> list[Round]:
 
 def contact_sheet(rounds: Sequence[Round]) -> tuple[list[int], list[list[Image.Image | None]]]:
     """Some classes, spread over all that have images, and of each and every round a strip of its first images."""
-    data = [arrays(each.folder) for each in rounds]
+    data = [arrays(each) for each in rounds]
     known = np.unique(data[-1][1])
     classes = [int(known[i]) for i in _spread(len(known), CLASSES)]
     most = max(1, min(IMAGES, MOST // max(1, len(classes) * len(rounds))))

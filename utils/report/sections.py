@@ -8,8 +8,9 @@ from utils.report.folder import HERE, Run, number, total
 from utils.report.page import Content, Html, element, joined, section, table
 
 _SOURCES = {
-    "guided": "images that the class-learner steered",
-    "unguided": "images labelled by the model that drew them",
+    "guided": "images guided towards their labels",
+    "unguided": "unguided images",
+    "by_model": "unguided images, labelled by the model that drew them",
     "real": "real images (the reference)",
     "none": "nothing (random weights)",
 }
@@ -143,13 +144,8 @@ def curves(run: Run) -> Html | None:
         "a validation. The class-learner can know little where there is most noise; it steers well when it knows much "
         "where there is least."
     )
-    if run.settings.get("source") == "guided" and run.settings.get("first_labels") == "clusters":
-        told += (
-            f" The first {run.settings.get('warm_up')} epochs learn which model drew an image; then clusters are the "
-            "labels, and the weights new."
-        )
-    if run.settings.get("restart"):
-        told += " The last round trains the meta-model from new weights, so its curves start anew there."
+    if run.settings.get("recipe") == "clusters" and run.settings.get("source") in ("guided", "unguided", "by_model"):
+        told += " Each round trains a network from new weights (the first round two), so its curves start anew there."
     return section("Learning", told, element("div", *drawn, class_="charts"))
 
 
@@ -182,7 +178,7 @@ def contact_sheets(run: Run) -> Html | None:
             image = _image(picture, f"class {c}, round {each.number}") if picture else "–"
             cells.append(element("div", image, _percent(rate) if rate is not None else None, class_="strip"))
         rows.append((c, *cells))
-    names = [f"round {each.number}" + (", by clusters" if each.folder.name == "clusters" else "") for each in rounds]
+    names = [f"round {each.number}" + (", by clusters" if each.clustered else "") for each in rounds]
     told = (
         f"The first images of {len(classes)} classes, a row a class, with the hit rate where it is known. From left "
         "to right a class should become one thing, and stay another than its neighbours."

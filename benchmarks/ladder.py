@@ -1,0 +1,152 @@
+"""Where a pool loses accuracy: images, labels or training. Needs labelled base images beside the pool (meta_train).
+
+    python -m benchmarks.ladder                                            # glyphs
+    python -m benchmarks.ladder --dataset custom --data-root data/mine --pool ckpt/pools/mine
+
+Each rung is a run of `main.py` that is kept in --folder, so the ladder resumes; other flags go to `main.py`. Accuracy
+is that of nearest prototypes on meta_val. A judge, trained on real base labels, only measures:
+
+    own       share of images to which it gives a class of the model that drew them
+    purity    share that agree with it, under the best one-to-one match of pseudo classes to base classes
+
+Classes of the base images must be in the pool in order, as `image_train.py --classes_per_model` takes them.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from benchmarks import table
+from config import Settings, parse
+from datasets.episodes import EpisodeSampler
+from datasets.pseudo import PseudoDataset
+from datasets.sources import load_real
+from few_shot import load_model
+from main import Training
+from models import learners
+from models.meta_model import MetaModel
+from schedule import Phase
+from utils.cli import run as run_command
+from utils.images import to_float
+from utils.lock import locked
+
+RUNGS = {  # a run -> how the table names it
+    "by_model": "unguided, by model",
+    "unguided": "unguided, clusters read anew",
+    "guided": "guided",
+    "judged": "unguided, the judge's labels",
+    "real": "real images and labels",
+}
+
+
+class Judged(Training):
+    """A run on the unguided images of another one, with the judge's labels: what no pool can have."""
+
+    def __init__(self, settings: Settings, images: Tensor, judge: MetaModel):
+        self.images, self.judge = images, judge
+        super().__init__(settings)
+
+    def pseudo_dataset(self, phase: Phase) -> PseudoDataset:
+        """Return the images with the judge's labels, whatever the phase."""
+        labels = classes(self.judge, self.images, self.device).argmax(1)
+        return PseudoDataset(self.images, labels, self.num_classes).on(self.device)
+
+
+@torch.no_grad()
+def classes(judge: MetaModel, images: Tensor, device: torch.device) -> Tensor:
+    """Return the judge's logits (N, C) of images (N, 3, H, W) uint8, on the CPU."""
+    return torch.cat([judge.classify(to_float(part.to(device))).cpu() for part in images.split(500)])
+
+
+def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> tuple[float, float]:
+    """Return own and purity in percent.
+
+    said: (N,) int64, the judge's base class of each image; labels: (N,) its pseudo class; counts, real: pseudo classes
+    and base classes of each model, one model after the other.
+    """
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[labels]
+    truth = torch.arange(len(real)).repeat_interleave(torch.tensor(real))[said]
+    agree = 0
+    for m in range(len(counts)):
+        table = np.zeros((sum(counts), sum(real)))
+        np.add.at(table, (labels[owner == m].numpy(), said[owner == m].numpy()), 1)
+        agree += table[linear_sum_assignment(-table)].sum()
+    return 100 * float((truth == owner).float().mean()), 100 * float(agree) / len(labels)
+
+
+def newest_labels(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return all images of a run (N, 3, H, W) uint8 with the labels that its last network learnt (N,)."""
+    images, labels = [], []
+    for part in sorted((folder / "pseudo").glob("round*")):
+        data, anew = PseudoDataset.load(part), sorted(part.glob("labels[0-9]*.npy"))
+        images.append(data.images)
+        labels.append(torch.from_numpy(np.load(anew[-1])) if anew else data.labels)
+    return torch.cat(images), torch.cat(labels)
+
+
+def accuracy(s: Settings, path: Path) -> list[float]:
+    """Return accuracy in percent on meta_val at 1 and at 5 shots, of the checkpoint `path`."""
+    model, size, _ = load_model(path, torch.device(s.device_name if s.device != "auto" else "cpu"))
+    real = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
+    found = []
+    for shot in (1, 5):
+        sampler = EpisodeSampler(real.labels, s.way, shot, s.nTestNovel // s.way)
+        episodes = sampler.sample_indexed(0, 600, s.seed, "ladder")
+        found.append(learners.validate(model, real.images, episodes, s.way, s.scale_cls)[0])
+    return found
+
+
+def main() -> None:
+    """Run every rung that is not there, measure all, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, help="of the runs (default ckpt/runs/ladder/DATASET)")
+    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS), help="what to climb")
+    args, flags = parser.parse_known_args()
+    s = parse(flags, description="ladder")
+    if s.recipe != "clusters":
+        raise ValueError(f"got --recipe {s.recipe}, expected clusters: the paper's recipe has no such rungs")
+    folder = args.folder or table.ROOT / "ckpt" / "runs" / "ladder" / s.dataset
+    lines = ["| rung | meta_val, 1 / 5 shots, % | own, % | purity, % |", "| --- | --- | --- | --- |"]
+    _train(flags, folder / "judge", "real", s.seed + 1000)
+    judge, size, _ = load_model(folder / "judge" / "last.pt", torch.device("cpu"))
+    for name in args.rungs:
+        place, extra = folder / name, ("", "")
+        if name == "judged":
+            _train(flags, folder / "by_model", "by_model", s.seed)
+            images, _ = newest_labels(folder / "by_model")
+            own = replace(s, source="real", save_dir=str(place))
+            training = Judged(own, images, judge)
+            with locked(place):
+                training.train()
+        else:
+            _train(flags, place, name, s.seed)
+        if name in ("by_model", "unguided", "guided"):
+            images, labels = newest_labels(place)
+            said = classes(judge, images, torch.device("cpu")).argmax(1)
+            counts = Training(replace(s, source=name, save_dir=str(place))).per_model
+            found = purity(said, labels, counts, _shared(judge.classifier.out_features, counts))
+            extra = (f"{found[0]:.1f}", f"{found[1]:.1f}" if name != "by_model" else "")
+        one, five = accuracy(s, place / "last.pt")
+        lines.append(f"| {RUNGS[name]} | {one:.1f} / {five:.1f} | {extra[0]} | {extra[1]} |")
+    print("", *lines, sep="\n")
+
+
+def _shared(total: int, counts: list[int]) -> list[int]:
+    """Return the base classes of each model, as pools are made: in order, as many for one as for another."""
+    if sum(counts) == total:
+        return counts
+    each = -(-total // len(counts))
+    return [min(each, total - each * m) for m in range(len(counts))]
+
+
+def _train(flags: list[str], folder: Path, source: str, seed: int) -> None:
+    table.call("main.py", *flags, "--source", source, "--seed", str(seed), "--save-dir", str(folder), "--quiet")
+
+
+if __name__ == "__main__":
+    run_command(main)
