@@ -6,18 +6,19 @@ import json
 import re
 import sys
 import types
+from itertools import combinations
 
 import pytest
 import torch
 from PIL import Image
 
 from tests.conftest import ROOT
+from utils import progress
 
 pytestmark = pytest.mark.slow
 PATH = ROOT / "docs" / "tour.ipynb"
 SMALL = dict(
-    sample_steps=2, unguided=5, guided=3, warm_up=1, guide=1, learner_steps=8, epochs=1, train_episodes=4, queries=5,
-    episodes=2, real=20, draws=2, columns=2,
+    sample_steps=2, unguided=5, guided=3, epochs=2, epoch_steps=2, episodes=2, real=20, draws=2, columns=2
 )  # fmt: skip
 
 
@@ -49,7 +50,6 @@ def shown(monkeypatch):
 @pytest.mark.parametrize("start", [".", "docs"])
 def test_it_finds_the_root(start, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(ROOT / start)
     names = {}
     exec(source(code_cells()[1]), names)
@@ -58,8 +58,8 @@ def test_it_finds_the_root(start, monkeypatch):
 
 
 def test_it_runs(monkeypatch, shown, capsys):
+    monkeypatch.setattr(progress, "_quiet", progress.is_quiet())  # as it was, after the notebook has hushed it
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(PATH.parent)
     names, cells = {"__name__": "tour"}, code_cells()
     exec(source(cells[0]), names)
@@ -71,7 +71,12 @@ def test_it_runs(monkeypatch, shown, capsys):
     classes = sum(names["counts"])
     assert len(names["unguided"]) == SMALL["unguided"] * classes
     assert len(names["pseudo"]) == SMALL["guided"] * classes
-    assert names["wanted"].unique().tolist() == list(range(classes))
+    assert names["clusters"].bincount().tolist() == names["anew"].bincount().tolist() == [SMALL["unguided"]] * classes
+    assert names["wanted"].bincount().tolist() == [SMALL["guided"]] * classes
+    assert len(names["images"]) == len(names["labels"]) == (SMALL["unguided"] + SMALL["guided"]) * classes
+    assert names["meta"].learner is None
+    trained = [names[name].model.classifier.weight for name in ("teller", "guide", "meta")]  # from the same weights
+    assert not any(torch.equal(*pair) for pair in combinations(trained, 2))
     assert 0 <= names["hit_rate_unguided"] <= 100 and 0 <= names["hit_rate"] <= 100
     rows = names["steered"]  # from the same noise
     assert not torch.equal(rows["unguided"], rows["to class 1"])
