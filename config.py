@@ -89,8 +89,8 @@ class Settings:
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
     sample_steps: int = setting(25, "denoising steps of an image, by DDIM", low=2, high=1000, group="synthesis")
-    eta: float = setting(0.0, "new noise in each denoising step: 0 for none, 1 for as much as DDPM", low=0, high=10,
-                         group="synthesis")  # fmt: skip
+    renoise: float = setting(0.0, "share of the noise that is drawn anew in each denoising step", low=0, high=1,
+                             group="synthesis")  # fmt: skip
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x)", low=0, group="synthesis")
     views: int = setting(4, "augmented views that guidance looks through, in the clusters recipe", low=1, high=64,
                          group="synthesis")  # fmt: skip
@@ -388,7 +388,7 @@ class Scenario:
 
 # What --recipe clusters changes in the paper's recipe; docs/decisions.md has the figures.
 _CLUSTERS = dict(
-    features="map", optim="adamw", lr=2e-3, weight_decay=0.05, eta=1.8, guidance_scale=8.0, refresh_every=20,
+    features="map", optim="adamw", lr=2e-3, weight_decay=0.05, renoise=0.6, guidance_scale=8.0, refresh_every=20,
 )  # fmt: skip
 RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's, but for mix_steps
 

@@ -179,7 +179,7 @@ class Training(Bookkeeping):
         s = self.s
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
-            stream=stream, batch=s.sample_batch, scale=s.guidance_scale, eta=s.eta, precision=s.precision,
+            stream=stream, batch=s.sample_batch, scale=s.guidance_scale, renoise=s.renoise, precision=s.precision,
             guide_on="x_t" if s.recipe == "paper" else "x_0", folder=s.run_folder / "pseudo" / f"batches-{stream}",
         )  # fmt: skip
 

@@ -44,7 +44,7 @@ def sample(
     cond_fn: Callable[..., Tensor] | None = None,
     guide_on: str = "x_t",
     local_labels: Tensor | None = None,
-    eta: float = 0.0,
+    renoise: float = 0.0,
     fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Sample from `noise` down to x_0 by DDIM, over all timesteps that `diffusion` keeps.
@@ -55,14 +55,12 @@ def sample(
     guide_on: "x_t", the gradient at the noisy image, as in the paper; or "x_0", at the clean image predicted from it
     (its noise held fixed), where a classifier of clean images is at home.
     local_labels: (N,) int64 for a class-conditional network.
-    eta: share of noise that is drawn anew at each step: 0 solves the diffusion's ODE, 1 has the variance of DDPM; more
-        is noisier still, up to noise that is all new.
-    fresh: index of a step -> its new noise (N, 3, H, W); needed where eta is above 0.
+    renoise: share of the noise, by variance, that is drawn anew in each step, 0 to 1; 0 solves the diffusion's ODE.
+    fresh: index of a step -> its new noise (N, 3, H, W); needed where renoise is above 0.
     Returns (N, 3, H, W) float in [-1, 1].
 
     A step from s to t is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t - sigma^2) eps + sigma z, with x_0 as predicted at s,
-    eps the noise that x_s then holds, z new noise, and sigma = eta sqrt((1 - abar_t) / (1 - abar_s)) sqrt(1 - abar_s /
-    abar_t), at most sqrt(1 - abar_t) (2010.02502, eq. 12 and 16).
+    eps the noise that x_s then holds, and z new noise (2010.02502, eq. 12), where sigma^2 = renoise * (1 - abar_t).
 
     A guided x_0 is clipped to [-1, 1] again: near pure noise a shift of the score by g moves x_0 by
     g * (1 - abar) / sqrt(abar), thousands of times g, and a denoiser has never seen what follows from that.
@@ -75,8 +73,8 @@ def sample(
         t = torch.full((len(x),), index, device=x.device, dtype=torch.int64)
         out = diffusion.p_mean_variance(network, x, t, clip_denoised=True, model_kwargs=kwargs)
         x_0 = out["pred_xstart"].float()
-        abar = diffusion.at("alphas_cumprod", t, x)
         if cond_fn is not None:
+            abar = diffusion.at("alphas_cumprod", t, x)
             if guide_on == "x_0":
                 strength = ((1 - abar) / abar).clamp(max=GREATEST_STEP)
                 shift = strength * cond_fn(x_0, torch.full_like(t, taught_at[index]))
@@ -85,10 +83,7 @@ def sample(
             x_0 = (x_0 + shift).clamp(-1, 1)
         eps = diffusion.eps_from_xstart(x, t, x_0)
         before = diffusion.at("alphas_cumprod_prev", t, x)
-        noise_left = 1 - before
-        if eta and index:
-            new = (eta**2 * noise_left / (1 - abar) * (1 - abar / before)).clamp(max=noise_left)
-            x = before.sqrt() * x_0 + (noise_left - new).clamp(min=0).sqrt() * eps + new.sqrt() * fresh(index)
-        else:
-            x = before.sqrt() * x_0 + noise_left.sqrt() * eps
+        if renoise and index:
+            eps = (1 - renoise) ** 0.5 * eps + renoise**0.5 * fresh(index)
+        x = before.sqrt() * x_0 + (1 - before).sqrt() * eps
     return x

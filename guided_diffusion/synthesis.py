@@ -30,7 +30,7 @@ class Synthesis:
             does not change with the batch.
         batch: images that pass the networks at once.
         scale: s in s * grad log p(c | x_t, t).
-        guide_on, eta: as in `guidance.sample`.
+        guide_on, renoise: as in `guidance.sample`.
         precision: of the diffusion models: auto, float32 or bf16.
         folder: where batches are kept until all are there, for a stopped run to go on from; the caller deletes it.
             None: in memory, for one process.
@@ -45,7 +45,7 @@ class Synthesis:
     batch: int = 250
     scale: float = 1.0
     guide_on: str = "x_t"
-    eta: float = 0.0
+    renoise: float = 0.0
     precision: str = "auto"
     folder: Path | None = None
 
@@ -107,7 +107,7 @@ def _draw(
         cond_fn=classifier_guidance(log_probability, asked, plan.scale) if log_probability is not None else None,
         guide_on=plan.guide_on,
         local_labels=asked - plan.first_class(m) if model.class_cond else None,
-        eta=plan.eta,
+        renoise=plan.renoise,
         fresh=drawn_anew,
     )
     if not bool(torch.isfinite(images).all()):

@@ -75,7 +75,7 @@ MUTANTS = [
            f"{W}::test_each_model_of_a_pool_has_its_seed"),
     Mutant("models/pair.py", "(1.0, share)", "(1.0, 1.0)", f"{W}::test_rate_of_the_class_learner"),
     Mutant("main.py", "batch=s.image_batch", "batch=96", f"{W}::test_how_the_clusters_recipe_learns"),
-    Mutant("main.py", "eta=s.eta", "eta=0.0", f"{W}::test_how_images_are_drawn"),
+    Mutant("main.py", "renoise=s.renoise", "renoise=0.0", f"{W}::test_how_images_are_drawn"),
     Mutant("main.py", "learners.calibrate(self.model, self.learner,", "str(",
            f"{W}::test_a_new_class_learner_is_calibrated"),
 ]  # fmt: skip

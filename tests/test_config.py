@@ -55,7 +55,7 @@ def test_scenarios(name):
 def test_recipes():
     paper, own = read("--recipe paper"), read("")
     assert own.recipe == "clusters" and own == read("--recipe clusters")
-    published = dict(features="pooled", eta=0.0, guidance_scale=1.0, dense_weight=0.5, kl_weight=1.0,
+    published = dict(features="pooled", renoise=0.0, guidance_scale=1.0, dense_weight=0.5, kl_weight=1.0,
                      learner_rate=0.1, optim="sgd", lr=0.1, weight_decay=5e-4, scale_cls=7.0)  # fmt: skip
     assert {name: getattr(paper, name) for name in published} == published
     changed = {f.name for f in fields(Settings) if getattr(paper, f.name) != getattr(own, f.name)}

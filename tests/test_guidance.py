@@ -110,9 +110,9 @@ def test_samples_move_towards_the_class_asked_for(guide_on):
     assert torch.equal(first, noise) if guide_on == "x_t" else float(first.abs().max()) <= 1
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 3.0])
-def test_new_noise_is_that_of_ddim(eta):
-    """Equations 12 and 16 of arXiv 2010.02502, and never more than the noise that an image holds."""
+@pytest.mark.parametrize("renoise", [0.0, 0.36, 1.0])
+def test_new_noise(renoise):
+    """Equation 12 of arXiv 2010.02502 with sigma^2 = renoise * (1 - abar_t): as much noise as without."""
     whole = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", predict_xstart=True)
     seen, new = [], torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -121,11 +121,10 @@ def test_new_noise_is_that_of_ddim(eta):
         return torch.full_like(x, 0.1)
 
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    images = sample(network, respaced(whole, [300, 500]), x, eta=eta, fresh=lambda index: new)
+    images = sample(network, respaced(whole, [300, 500]), x, renoise=renoise, fresh=lambda index: new)
     now, before = (float(whole.alphas_cumprod[t]) for t in (500, 300))
-    sigma = eta * ((1 - before) / (1 - now)) ** 0.5 * (1 - now / before) ** 0.5
-    sigma = min(sigma, (1 - before) ** 0.5)
+    sigma = (renoise * (1 - before)) ** 0.5
     eps = (x - now**0.5 * 0.1) / (1 - now) ** 0.5
-    expected = before**0.5 * 0.1 + max(0, 1 - before - sigma**2) ** 0.5 * eps + sigma * new
+    expected = before**0.5 * 0.1 + (1 - before - sigma**2) ** 0.5 * eps + sigma * new
     torch.testing.assert_close(seen[1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(images, torch.full_like(images, 0.1))  # no noise is left at the end

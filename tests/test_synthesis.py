@@ -26,7 +26,7 @@ def levels(a, b):
     return int((a.int() - b.int()).abs().max())
 
 
-@pytest.mark.parametrize("how", [dict(guide_on="x_t"), dict(guide_on="x_0", eta=1.5)])
+@pytest.mark.parametrize("how", [dict(guide_on="x_t"), dict(guide_on="x_0", renoise=0.6)])
 def test_images_do_not_depend_on_the_batch(toy_pool, how):
     pool, log_p = Pool(toy_pool), guide()
     small, labels, hits = synthesise(pool, plan(batch=3, **how), CPU, log_p)
@@ -45,8 +45,8 @@ def test_seed_stream_and_model_matter(toy_pool):
     assert levels(first, synthesise(pool, plan(seed=2), CPU)[0]) > 20
     assert levels(first, synthesise(pool, plan(stream=1), CPU)[0]) > 20
     assert levels(first[:8], first[8:16]) > 20  # models of equal weights, other noise
-    fresh = synthesise(pool, plan(eta=1.0), CPU)[0]
-    assert torch.equal(fresh, synthesise(pool, plan(eta=1.0), CPU)[0]) and levels(first, fresh) > 20
+    fresh = synthesise(pool, plan(renoise=0.5), CPU)[0]
+    assert torch.equal(fresh, synthesise(pool, plan(renoise=0.5), CPU)[0]) and levels(first, fresh) > 20
 
 
 def test_guidance_changes_images_and_zero_scale_does_not(toy_pool):

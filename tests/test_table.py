@@ -133,10 +133,10 @@ def test_refused_before_anything_runs(calls, call, flags, words):
 
 
 def test_paper_row_is_the_published_recipe_whatever_is_given(calls, call, tmp_path):
-    given = ("--runs", "none", "paper", "guided", "--shots", "1", "--seeds", "1", "--eta", "1.5")
+    given = ("--runs", "none", "paper", "guided", "--shots", "1", "--seeds", "1", "--renoise", "0.5")
     assert call(table, "--recipe", "clusters", *given)[0] == 0
     by_run = {flags["--save-dir"].rpartition("/")[2]: flags for script, flags in calls if script == "main.py"}
-    assert by_run["guided"]["--eta"] == "1.5" and by_run["paper"]["--eta"] == "0.0"
+    assert by_run["guided"]["--renoise"] == "0.5" and by_run["paper"]["--renoise"] == "0.0"
     assert by_run["paper"]["--features"] == "map" and by_run["paper"]["--optim"] == "sgd"
     calls.clear()
     assert call(table, "--dataset", "custom", "--recipe", "paper", *given)[0] == 0  # the guided row is the paper's

@@ -176,9 +176,9 @@ def test_how_the_clusters_recipe_learns(training, spy):
 
 
 def test_how_images_are_drawn(training):
-    for recipe, guide_on, eta in (("paper", "x_t", 0.0), ("clusters", "x_0", 1.8)):
+    for recipe, guide_on, renoise in (("paper", "x_t", 0.0), ("clusters", "x_0", 0.6)):
         plan = training("--recipe", recipe, "--max-epoch", "3", "--refresh-every", "2").plan(0)
-        assert (plan.guide_on, plan.eta) == (guide_on, eta)
+        assert (plan.guide_on, plan.renoise) == (guide_on, renoise)
 
 
 def test_rate_of_the_class_learner(training):
