@@ -101,7 +101,7 @@ def check_same(path: Path, record: Mapping[str, Any], here: Mapping[str, Any], *
     may_change = set()
     before = record.get("steps")
     if longer and isinstance(before, int) and here["steps"] > before:
-        may_change = {"steps"} | ({"lr_anneal_steps"} if record.get("lr_anneal_steps") else set())
+        may_change = {"steps", "lr_anneal_steps"}
     other = {n: v for n, v in record.items() if n in here and here[n] != v and n not in may_change}
     if here.get("lr_anneal_steps") == 0 and record.get("lr_anneal_steps"):
         other["lr_anneal_steps"] = record["lr_anneal_steps"]
@@ -120,6 +120,9 @@ def _further(found: Kept, here: Mapping[str, Any]) -> str:
             f"{text} from its average weights with a fresh optimiser: not what {found.steps} steps from the start give "
             "(--keep_state True keeps what that takes)"
         )
-    if here.get("lr_anneal_steps"):
+    if not here.get("lr_anneal_steps"):
+        return text
+    before = found.model.get(ENTRY)
+    if isinstance(before, Mapping) and before.get("lr_anneal_steps"):
         return f"{text}, raising its rate again from 0; the result differs from {found.steps} steps in one run"
-    return text
+    return f"{text}, lowering its rate from here on"

@@ -219,6 +219,22 @@ def test_an_annealed_run_says_that_it_cannot_be_lengthened(train, tmp_path, monk
     assert status == 0 and "differs from 6 steps" in text and model(tmp_path)["step"] == 6
 
 
+def test_a_constant_rate_may_fall_later(train, tmp_path, monkeypatch):
+    """As the fontchars pool was trained: so many steps at one rate, then more while it falls to 0."""
+    assert train(steps=4, lr=0.01, keep_state=True)[0] == 0
+    rates, step = [], TrainLoop.train_step
+
+    def watched(loop):
+        total = step(loop)
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+        return total
+
+    monkeypatch.setattr(TrainLoop, "train_step", watched)
+    status, text, err = train(lr_anneal_steps=8, lr=0.01)
+    assert status == 0 and "lowering" in text, err
+    assert rates == pytest.approx([0.01 * (1 - at / 8) for at in (4, 5, 6, 7)]) and model(tmp_path)["step"] == 8
+
+
 def test_a_pool_is_trained_further(train, tmp_path):
     flags = dict(pool=tmp_path / "pool", classes_per_model=2)
     assert train(**flags, subsets=1, keep_state=True)[0] == 0
