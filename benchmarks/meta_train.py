@@ -1,4 +1,4 @@
-"""How fast the two learners train: an epoch's worth of steps of both as `main.py` has them, in episodes a second.
+"""How fast the two learners train: an epoch of both as `main.py --recipe paper` has it, in episodes a second.
 
     python -m benchmarks.meta_train --size small
 
@@ -19,17 +19,17 @@ from datasets.episodes import EpisodeSampler
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
-from models.learners import LEVEL_POWER, make_optimizer, train_class_learner, train_meta_model
+from models.learners import make_optimizer, train_class_learner, train_meta_model
 from models.meta_model import MetaModel
 from utils.cli import run
 from utils.seeding import generator
 
-_COMMON = dict(way=5, shot=1, query=6, guide_on="x_0")
+_COMMON = dict(way=5, shot=1, query=6)
 SIZES = {  # episodes: timed, of an epoch's method_episodes; per_class: images; plain_episodes: timed the plain way
     "paper": dict(episodes=96, method_episodes=1200, batch=32, image_size=64, classes=64, per_class=600,
                   dense_weight=0.5, flip=True, plain_episodes=32, **_COMMON),
     "small": dict(episodes=100, method_episodes=100, batch=4, image_size=32, classes=40, per_class=40,
-                  dense_weight=0.0, flip=False, plain_episodes=20, **_COMMON),
+                  dense_weight=0.5, flip=False, plain_episodes=20, **_COMMON),
 }  # fmt: skip
 ON_GPU = {"paper": dict(episodes=1200)}
 
@@ -86,7 +86,7 @@ class Training:
         return entries | train_class_learner(
             self.model, self.learner, self.optimizers[1], self.images, self.labels,
             steps=-(-s["episodes"] // s["batch"]), batch=s["batch"] * s["way"] * (s["shot"] + s["query"]),
-            levels=1000, level_power=LEVEL_POWER[s["guide_on"]], kl_weight=1.0, augment=changed,
+            levels=1000, kl_weight=1.0, augment=changed,
             add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng), rng=rng,
         )  # fmt: skip
 

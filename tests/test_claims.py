@@ -34,7 +34,7 @@ def made_up(tmp_path, monkeypatch):
                    "device": "cpu", "torch": "2"}  # fmt: skip
         (folder / "results.json").write_text(json.dumps(results))
 
-    monkeypatch.setattr(table, "_call", made)
+    monkeypatch.setattr(table, "call", made)
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     return tmp_path

@@ -27,6 +27,7 @@ def test_paper_command_parses():
 def test_every_flag_of_the_paper_is_known():
     s = read(
         "-d custom -j 2 --height 84 --width 84 --optim sgd --lr 0.05 --weight-decay 5e-4 --max-epoch 9 --start-epoch 1 "
+        "--recipe paper "
         "--train-batch 4 --test-batch 4 --scale_cls 7 --save-dir X --resume Y -g 1 --nKnovel 5 --nExemplars 5 "
         "--train_nTestNovel 30 --train_epoch_size 12 --nTestNovel 75 --epoch_size 6 --phase val --seed 3"
     )
@@ -108,7 +109,7 @@ def test_ranges(field):
         ("--start-epoch 40", "less than --max-epoch, 40"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
-        ("--features both", "pooled, map"),
+        ("--features both", "'pooled', 'map'"),
         ("--recipe paper --source by_model", "--source unguided"),
         ("--max-epoch 20", "more than --refresh-every, 20"),
         ("--support S", "got --support, expected --support and --query"),
@@ -166,7 +167,7 @@ def test_what_images_lack(flags, counts, answer):
 
 
 def test_all_that_is_lacking_is_said_at_once():
-    s = read("--samples-per-class 2")
+    s = read("--recipe paper --samples-per-class 2")
     with pytest.raises(ValueError) as error:
         s.check_suffices(8, 3, {"meta_val": {"a": 3}})
     for words in (

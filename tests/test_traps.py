@@ -182,7 +182,7 @@ def extremes(images):
 @pytest.mark.parametrize("source", ["guided", "real"])
 def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkeypatch, source):
     clean, validated = [], []
-    meta_loss, class_learner_loss, pooled = learners.meta_loss, learners.class_learner_loss, MetaModel.pooled
+    meta_loss, class_learner_loss, look = learners.meta_loss, learners.class_learner_loss, MetaModel.look
 
     def spy_meta(model, images, *args, **kwargs):
         clean.append(images)
@@ -196,15 +196,15 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
         assert abs(float(unit.std()) - 1) < 0.05
         return class_learner_loss(model, learner, images, noised, t, *args, **kwargs)
 
-    def spy_pooled(model, images):
+    def spy_look(model, images):
         assert not model.training  # trap 5: no statistics of the validation images
         validated.append(images)
-        return pooled(model, images)
+        return look(model, images)
 
     monkeypatch.setattr(learners, "meta_loss", spy_meta)
     monkeypatch.setattr(learners, "class_learner_loss", spy_learner)
-    monkeypatch.setattr(main, "AugmentSettings", lambda flip: AugmentSettings.identity())
-    monkeypatch.setattr(learners, "features", watched_features(spy_pooled))
+    monkeypatch.setitem(main.CHANGES, "paper", AugmentSettings.identity())
+    monkeypatch.setattr(learners, "features", watched_features(spy_look))
     command(main, custom("meta_val", "meta_train"), "--source", source, "--train_epoch_size", 20)
     assert clean and all(-1 <= low and high <= 1 for low, high in map(extremes, clean))
     if source == "real":
@@ -213,15 +213,15 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
 
 
 def watched_features(spy):
-    """`learners.features` with the model's `pooled` watched."""
+    """`learners.features` with the model's `look` watched."""
     features = learners.features
 
     def watched(model, images):
-        model.pooled = types.MethodType(spy, model)
+        model.look = types.MethodType(spy, model)
         try:
             return features(model, images)
         finally:
-            del model.pooled
+            del model.look
 
     return watched
 
