@@ -112,7 +112,7 @@ def run_tiny(module, place, toy_pool, monkeypatch):
     monkeypatch.setattr(table, "RESULTS", place)
     monkeypatch.setattr(demo, "TRAIN", SMALL_RUN)
     monkeypatch.setattr(demo, "TEST", SMALL_TEST)
-    for each in (table, demo, ladder):
+    for each in (table, demo):
         monkeypatch.setattr(each, "ROOT", place)
 
     def call(script, *flags):
@@ -126,7 +126,8 @@ def run_tiny(module, place, toy_pool, monkeypatch):
 def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, monkeypatch):
     name, flags = module_of(words)
     measures = name.startswith("benchmarks.")
-    (place / "ckpt" / "glyphs").symlink_to(toy_pool if measures else ROOT / "ckpt" / "glyphs")
+    for pool in ("glyphs", "fontchars"):
+        (place / "ckpt" / pool).symlink_to(toy_pool if measures else ROOT / "ckpt" / pool)
     if name != "guided_diffusion.image_train":
         for pool in ("mine", "emojifs"):
             (place / "ckpt" / "pools" / pool).symlink_to(toy_pool)
