@@ -122,7 +122,7 @@ def test_score_of_texts_refuses_numbers(plain):
     assert plain.score(images, np.array(plain.predict(images))[:, None]) == 1.0
 
 
-@pytest.mark.parametrize("given", [{"a": 0, "b": 1}, {"a", "b"}, np.array("a")], ids=str)
+@pytest.mark.parametrize("given", [{"a": 0, "b": 1}, {"a", "b"}, np.array("a")], ids=["mapping", "set", "array"])
 def test_fit_refuses_what_has_no_order(plain, given):
     images, _ = pictures({"a": 1, "b": 1})
     refused(plain.fit, images, given, names=["labels"])
