@@ -9,7 +9,7 @@ is that of nearest prototypes on meta_val. A judge, trained on real base labels,
     own       share of images to which it gives a class of the model that drew them
     purity    share that agree with it, under the best one-to-one match of pseudo classes to base classes
 
-Classes of the base images must be in the pool in order, as `image_train.py --classes_per_model` takes them.
+The pool's models must have the base classes in order, as `image_train.py --classes_per_model` shares them out.
 """
 
 import argparse
@@ -22,18 +22,20 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from benchmarks import table
-from config import Settings, parse
+from config import SCENARIOS, Settings, parse
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset
 from datasets.sources import load_real
 from few_shot import load_model
+from guided_diffusion.dist_util import pick_device
+from guided_diffusion.pool import Pool
 from main import Training
 from models import learners
 from models.meta_model import MetaModel
 from schedule import Phase
 from utils.cli import run as run_command
-from utils.images import to_float
 from utils.lock import locked
+from utils.remote import local
 
 RUNGS = {  # a run -> how the table names it
     "by_model": "unguided, by model",
@@ -45,22 +47,20 @@ RUNGS = {  # a run -> how the table names it
 
 
 class Judged(Training):
-    """A run on the unguided images of another one, with the judge's labels: what no pool can have."""
+    """A run on the unguided images of another run, with the judge's labels: what no pool can have."""
 
-    def __init__(self, settings: Settings, images: Tensor, judge: MetaModel):
-        self.images, self.judge = images, judge
+    def __init__(self, settings: Settings, images: Tensor, labels: Tensor):
         super().__init__(settings)
+        self.data = PseudoDataset(images, labels, self.num_classes).on(self.device)
 
     def pseudo_dataset(self, phase: Phase) -> PseudoDataset:
         """Return the images with the judge's labels, whatever the phase."""
-        labels = classes(self.judge, self.images, self.device).argmax(1)
-        return PseudoDataset(self.images, labels, self.num_classes).on(self.device)
+        return self.data
 
 
-@torch.no_grad()
 def classes(judge: MetaModel, images: Tensor, device: torch.device) -> Tensor:
-    """Return the judge's logits (N, C) of images (N, 3, H, W) uint8, on the CPU."""
-    return torch.cat([judge.classify(to_float(part.to(device))).cpu() for part in images.split(500)])
+    """Return the class (N,) that the judge gives each image (N, 3, H, W) uint8, on the CPU."""
+    return learners.clean_scores(lambda x, t: judge.classify(x), images, device).argmax(1)
 
 
 def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> tuple[float, float]:
@@ -73,9 +73,9 @@ def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> 
     truth = torch.arange(len(real)).repeat_interleave(torch.tensor(real))[said]
     agree = 0
     for m in range(len(counts)):
-        table = np.zeros((sum(counts), sum(real)))
-        np.add.at(table, (labels[owner == m].numpy(), said[owner == m].numpy()), 1)
-        agree += table[linear_sum_assignment(-table)].sum()
+        seen = np.zeros((sum(counts), sum(real)))
+        np.add.at(seen, (labels[owner == m].numpy(), said[owner == m].numpy()), 1)
+        agree += seen[linear_sum_assignment(-seen)].sum()
     return 100 * float((truth == owner).float().mean()), 100 * float(agree) / len(labels)
 
 
@@ -91,7 +91,7 @@ def newest_labels(folder: Path) -> tuple[Tensor, Tensor]:
 
 def accuracy(s: Settings, path: Path) -> list[float]:
     """Return accuracy in percent on meta_val at 1 and at 5 shots, of the checkpoint `path`."""
-    model, size, _ = load_model(path, torch.device(s.device_name if s.device != "auto" else "cpu"))
+    model, size, _ = load_model(path, pick_device(s.device_name))
     real = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
     found = []
     for shot in (1, 5):
@@ -105,7 +105,7 @@ def main() -> None:
     """Run every rung that is not there, measure all, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, help="of the runs (default ckpt/runs/ladder/DATASET)")
-    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS), help="what to climb")
+    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS), help="to measure (default all)")
     args, flags = parser.parse_known_args()
     s = parse(flags, description="ladder")
     if s.recipe != "clusters":
@@ -113,23 +113,22 @@ def main() -> None:
     folder = args.folder or table.ROOT / "ckpt" / "runs" / "ladder" / s.dataset
     lines = ["| rung | meta_val, 1 / 5 shots, % | own, % | purity, % |", "| --- | --- | --- | --- |"]
     _train(flags, folder / "judge", "real", s.seed + 1000)
-    judge, size, _ = load_model(folder / "judge" / "last.pt", torch.device("cpu"))
+    device, pool = pick_device(s.device_name), Pool(local(s.pool_place), s.bare_checkpoint_flags())
+    judge, _, trained = load_model(folder / "judge" / "last.pt", device)
+    counts = pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
     for name in args.rungs:
         place, extra = folder / name, ("", "")
         if name == "judged":
             _train(flags, folder / "by_model", "by_model", s.seed)
             images, _ = newest_labels(folder / "by_model")
-            own = replace(s, source="real", save_dir=str(place))
-            training = Judged(own, images, judge)
+            training = Judged(replace(s, source="real", save_dir=str(place)), images, classes(judge, images, device))
             with locked(place):
                 training.train()
         else:
             _train(flags, place, name, s.seed)
         if name in ("by_model", "unguided", "guided"):
             images, labels = newest_labels(place)
-            said = classes(judge, images, torch.device("cpu")).argmax(1)
-            counts = Training(replace(s, source=name, save_dir=str(place))).per_model
-            found = purity(said, labels, counts, _shared(judge.classifier.out_features, counts))
+            found = purity(classes(judge, images, device), labels, counts, _shared(trained["num_classes"], counts))
             extra = (f"{found[0]:.1f}", f"{found[1]:.1f}" if name != "by_model" else "")
         one, five = accuracy(s, place / "last.pt")
         lines.append(f"| {RUNGS[name]} | {one:.1f} / {five:.1f} | {extra[0]} | {extra[1]} |")
