@@ -196,13 +196,13 @@ class Training(Bookkeeping):
                 self.model, optimizer, data.images, data.labels, rates=rates, batch=s.image_batch, rng=rng,
                 augment=self.changed,
             )  # fmt: skip
-            return entries | {"lr": rates[0]}
-        sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
-        entries = learners.train_meta_model(
-            self.model, optimizer, data.images, data.labels,
-            sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", phase.epoch)),
-            batch=s.train_batch, dense_weight=s.dense_weight, augment=self.changed,
-        )  # fmt: skip
+        else:
+            sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
+            entries = learners.train_meta_model(
+                self.model, optimizer, data.images, data.labels,
+                sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", phase.epoch)),
+                batch=s.train_batch, dense_weight=s.dense_weight, augment=self.changed,
+            )  # fmt: skip
         return entries | {"lr": rates[0]}
 
     def train_class_learner(self, data: PseudoDataset) -> dict[str, object]:
