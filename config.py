@@ -256,7 +256,8 @@ class Settings:
         if classes < fewest and self.draws:
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
-                f"give {'--recipe paper, ' * self.clusters}a larger pool, more --num-classes, or a lower --nKnovel"
+                + ("give --recipe paper, or a larger pool" if self.recipe == "clusters" else
+                   "give a larger pool, more --num-classes, or a lower --nKnovel")
             )
         if capped:
             lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")

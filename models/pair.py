@@ -55,7 +55,7 @@ class Pair:
         """Take the weights of `state`, read from `path`. Raises CheckpointError for those of other networks."""
         for name, network in zip(PARTS, self.networks, strict=False):
             if state.get(name) is None or state.get(f"{name}_statistics") is None:
-                raise checkpoint.CheckpointError(f"{path}: has no {name}; give a run of --recipe paper --source guided")
+                raise checkpoint.CheckpointError(f"{path}: has no {name}; give a run of --recipe paper")
             checkpoint.load_state(network, state[name], path)
         for name, network in zip(PARTS, self.networks, strict=False):
             load_statistics(network, state[f"{name}_statistics"], path)

@@ -158,7 +158,7 @@ def hit_rates(run: Run) -> Html | None:
     detailed = any(rates for *_, rates in points)  # older runs noted the rate over all classes alone
     rounds = [(f"round {n}", _percent(rate), *(_least(rates) if detailed else ())) for n, rate, rates in points]
     head = ("", "over all", *(("classes below 50 %", "lowest: class (rate)") if detailed else ()))
-    told = "The share of a round's images that the class-learner which steered them takes for the class asked for."
+    told = "The share of a round's images to which the network that guided them gives the class asked for."
     chart = element("div", charts.hit_rates(points), class_="charts") if detailed else None
     return section("Did guidance hit?", told, table(head, rounds, class_="numbers"), chart)
 
