@@ -394,7 +394,7 @@ _CLUSTERS = dict(
 RECIPES = {"paper": {}, "clusters": _CLUSTERS}  # the fields' defaults are the paper's, but for mix_steps
 
 _SMALL = dict(  # for characters of 32 pixels, on a CPU
-    image_size=32, flip=False, samples_per_class=80, sample_batch=200, train_epoch_size=200, train_batch=4,
+    image_size=32, flip=False, samples_per_class=40, sample_batch=200, train_epoch_size=120, train_batch=4,
     max_epoch=40, epoch_size=200,
 )  # fmt: skip
 SCENARIOS = {
