@@ -32,11 +32,11 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.demo
 
 test: $(STAMP)
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet .
 	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet .
 	$(PYTEST)
 
 soak: $(STAMP)

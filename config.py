@@ -132,8 +132,13 @@ class Settings:
     drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
-    lr: float = setting(0.1, "learning rate of the meta-model: in steps (paper), or falling as a cosine for each "
-                        "network (clusters)", low=0, high=10, group="learning")
+    lr: float = setting(
+        0.1,
+        "learning rate of the meta-model: in steps (paper), or falling as a cosine for each network (clusters)",
+        low=0,
+        high=10,
+        group="learning",
+    )
     learner_rate: float = setting(0.1, "rate of the paper's class-learner, as a share of --lr", low=0, high=100,
                                   group="learning")  # fmt: skip
     weight_decay: float = setting(5e-4, "L2 penalty", low=0, high=1, group="learning")
@@ -256,8 +261,11 @@ class Settings:
         if classes < fewest and self.draws:
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
-                + ("give --recipe paper, or a larger pool" if self.recipe == "clusters" else
-                   "give a larger pool, more --num-classes, or a lower --nKnovel")
+                + (
+                    "give --recipe paper, or a larger pool"
+                    if self.recipe == "clusters"
+                    else "give a larger pool, more --num-classes, or a lower --nKnovel"
+                )
             )
         if capped:
             lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")

@@ -224,9 +224,7 @@ class OwnPictures:
 
     def write(self, probabilities: np.ndarray) -> None:
         """Write predictions.csv, and beside it a sheet of the surest, and say so."""
-        on_sheet = write_predictions(
-            self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET
-        )
+        on_sheet = write_predictions(self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET)
         print(
             f"labelled {len(self.paths)} pictures with {len(self.support.class_names)} classes, learnt from "
             f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "

@@ -376,7 +376,11 @@ def main() -> None:
         "--out", type=Path, default=Path("data/miniimagenet"), help="root folder (default data/miniimagenet)"
     )
     flags.add_argument(
-        "--from", dest="source", type=Path, metavar="DIR", required=True,
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR",
+        required=True,
         help="csv and images, .pkl, or class folders, also packed",
     )
     flags.add_argument("--size", type=int, default=MINI_SIDE, help="pixels a side (default 84, what the .pkl have)")

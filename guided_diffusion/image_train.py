@@ -329,8 +329,9 @@ def _read(index: Path, instead: str = "") -> dict[str, Any]:
 _SOUND = {  # entries of pool.json that are looked at
     "models": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
     "hold_out": lambda value: isinstance(value, int | float) and 0 <= value < 1,
-    FIGURES: lambda value: isinstance(value, dict)
-    and all(isinstance(each, dict) and "held_out" in each for each in value.values()),
+    FIGURES: lambda value: (
+        isinstance(value, dict) and all(isinstance(each, dict) and "held_out" in each for each in value.values())
+    ),
 }
 
 

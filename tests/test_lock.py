@@ -24,8 +24,11 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     code = "with locked(sys.argv[1]):\n print('in', flush=True)\n sys.stdin.read()"
     imports = "import sys\nfrom utils.lock import locked\n"
     other = subprocess.Popen(
-        [sys.executable, "-c", imports + code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", imports + code, tmp_path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert other.stdout.readline() == "in\n"
     with pytest.raises(ValueError, match="another run"), locked(tmp_path):

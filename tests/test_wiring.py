@@ -115,7 +115,7 @@ def test_a_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
 
     seen = spy(main, "synthesise", look)
     run.train()
-    (stream, got, learnt), = [each for each in seen if each]
+    ((stream, got, learnt),) = [each for each in seen if each]
     assert stream == 1
     torch.testing.assert_close(got, learnt)
 

@@ -226,9 +226,7 @@ def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
     check_tensors(module.state_dict(), state_dict, source, type(module).__name__)
 
 
-def check_tensors(
-    expected: Mapping[str, torch.Tensor], state_dict: Any, source: str | os.PathLike, what: str
-) -> None:
+def check_tensors(expected: Mapping[str, torch.Tensor], state_dict: Any, source: str | os.PathLike, what: str) -> None:
     """Check names, shapes and kinds of tensors as `check_state` does, against `expected`, those of `what`."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
