@@ -1,109 +1,116 @@
 """What a run of `main.py` keeps in its folder: its log, a checkpoint of each epoch, and what it resumes from."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from config import PLACES, TESTING, check_same
-from models import learners
-from models.pair import PAIR_ENTRIES, WHAT, run_entries
+import torch
+
+from config import Settings, check_same, that_affect
+from models.learners import Learners
+from models.saved import PAIR_ENTRIES, WHAT, run_entries
 from utils import checkpoint, processes
 from utils.machine import note_start
-from utils.pieces import digest_of, discard
+from utils.pieces import discard
 from utils.plots import curves
 from utils.remote import local
 from utils.report import Report
 from utils.run_log import RunLog, read_json, write_skipped
 
-MAY_CHANGE = PLACES | TESTING | {"sample_batch"}  # between a stopped run and its resumption
-
 
 class Bookkeeping:
-    """The part of `main.Training` that is no algorithm. It reads the settings and parts that `Training` has."""
+    """The run folder of a training.
 
-    def check(self) -> None:
-        """Refuse at once what would stop the run later."""
-        s = self.s
-        labels = len(self.per_model) if s.clusters or s.by_model else self.num_classes
-        real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
-        s.check_suffices(self.size, labels, {split: images.counts() for split, images in real.items()})
-        self.contents = {split: digest_of(found.images, found.labels) for split, found in real.items()}
-        if self.per_model:
-            self.contents["pool"] = processes.first_says(self.pool.digest())
-            self.pool.check(self.per_model, s.sample_steps, s.clusters)
+    Attributes:
+        epoch: epochs that are done.
+        best: the highest accuracy on meta_val so far, in percent; -1 before the first.
+        log: open from `begin` on.
+    """
 
-    def begin(self) -> None:
-        """Open the run folder, and say how the run starts."""
-        s, epochs = self.s, self.s.start_epoch + len(self.phases)
-        self.log = RunLog(s.run_folder, tensorboard=s.tensorboard, done=self.epoch, epochs=epochs)
-        self.report = Report(s.run_folder)
-        if self.unknown:
-            discard(s.run_folder / "pseudo")
-        if self.restored:
-            self.log.line(f"resumes from {self.restored}, after epoch {self.epoch}")
-        write_skipped(s.run_folder, self.validation.skipped, self.real.skipped if self.real else {})
-        self.log.settings(self.resolved())
-        self.log.forget_after(self.epoch)
-        note_start(s.run_folder, "main.py", self.device, s.notes())
-        self.report.write()
+    may_change = that_affect("nothing", "testing")  # settings, between a stopped run and its resumption
 
-    def end(self) -> None:
-        """Write what is only there at the end."""
-        if self.s.source == "none":
-            self.validate_and_save({"epoch": 0, "round": 0})
-        if processes.is_first():
-            curves(self.log.metrics_path, self.log.folder / "curves.png")
-        self.report.write()
-        self.log.line(f"best on meta_val {self.best:.2f} %; {self.log.folder}, see report.html", closing=True)
+    def __init__(self, settings: Settings, found: Mapping[str, Any]):
+        """found: what the pool and the images said: num_classes, image_size, and contents, their digests by name."""
+        self.s, self.found = settings, found
+        self.folder = settings.run_folder
+        self.epoch, self.best = settings.start_epoch, -1.0
+        self.restored: Path | None = None
 
-    def save(self, name: str, **extra) -> None:
-        """Save the weights with all that is needed to use them; `extra` to go on from them."""
-        if processes.is_first():
-            contents = {
-                **self.pair.state(), "num_classes": self.num_classes, "image_size": self.size,
-                "settings": self.s.as_dict(), "contents": self.contents, "epoch": self.epoch,
-                "val_accuracy": self.best, **extra,
-            }  # fmt: skip
-            checkpoint.save(self.log.folder / name, contents, keep_old=bool(extra))
-
-    def restore(self) -> Path | None:
-        """Resume from last.pt of this folder, which is returned, or start from the weights of --resume."""
-        last = self.s.run_folder / "last.pt"
-        state, config = checkpoint.load_newest(last, self.device), self.s.run_folder / "config.json"
+    def restore(self, learners: Learners, device: torch.device) -> None:
+        """Resume from last.pt of this folder where it is there, or start from the weights of --resume."""
+        last, config = self.folder / "last.pt", self.folder / "config.json"
+        state = checkpoint.load_newest(last, device)
         path = last if state is not None else local(self.s.resume) if self.s.resume else None
         made_with = read_json(config, dict, "it is written anew, and so are images that only it tells the settings of")
         self.unknown = made_with is None and path != last and config.exists()
         if path != last:  # of a run killed in its first epoch, whose pseudo images are there
-            check_same(config, made_with or {}, self.resolved(), MAY_CHANGE - {"resume"})
+            check_same(config, made_with or {}, self.resolved(), self.may_change - {"resume"})
         if path is None:
-            return None
-        state = checkpoint.load(path, self.device) if state is None else state
+            return
+        state = checkpoint.load(path, device) if state is None else state
         checkpoint.entries(state, path, PAIR_ENTRIES, WHAT)
         if path == last:
             made_with = {**state["settings"], "contents": state.get("contents", {})}
-            check_same(last, made_with, {**self.s.as_dict(), "contents": self.contents}, MAY_CHANGE)
+            here = {**self.s.as_dict(), "contents": self.found["contents"]}
+            check_same(last, made_with, here, self.may_change)
             checkpoint.entries(state, last, run_entries(self.s.max_epoch), WHAT)
-        self.pair.load(state, path)
-        if path != last:
-            return None
-        self.epoch, self.best = state["epoch"], state["val_accuracy"]
-        self.pair.load_optimizers(state["optimizers"], last)
-        return last
+        learners.load(state, path)
+        if path == last:
+            learners.load_optimizers(state["optimizers"], last)
+            self.epoch, self.best, self.restored = state["epoch"], state["val_accuracy"], last
 
-    def resolved(self) -> dict[str, object]:
-        """The settings with what the pool said, and digests of pool and images, for config.json."""
-        return {**self.s.as_dict(), "num_classes": self.num_classes, "image_size": self.size, "contents": self.contents}
+    def begin(self, device: torch.device, epochs: int, *skipped: Mapping) -> None:
+        """Open the run folder, and say how the run starts. epochs: in all; skipped: images that could not be read."""
+        self.log = RunLog(self.folder, tensorboard=self.s.tensorboard, done=self.epoch, epochs=epochs)
+        self.report = Report(self.folder)
+        if self.unknown:
+            discard(self.folder / "pseudo")
+        if self.restored:
+            self.log.line(f"resumes from {self.restored}, after epoch {self.epoch}")
+        write_skipped(self.folder, *skipped)
+        self.log.settings(self.resolved())
+        self.log.forget_after(self.epoch)
+        note_start(self.folder, "main.py", device, self.s.notes())
+        self.report.write()
 
-    def validate_and_save(self, entries: dict) -> None:
-        """Validate, keep the best, log, save what a killed run resumes from."""
+    def record(self, entries: dict[str, Any], learners: Learners) -> None:
+        """Log an epoch, keep its weights if they are the best, and save what a killed run resumes from.
+
+        entries: what is noted of the epoch, with `epoch`, `round`, and `val_accuracy` where it was validated.
+        """
         text = f"epoch {entries['epoch']} round {entries['round']} loss {entries.get('loss', float('nan')):.3f}"
-        if self.epoch % self.s.validate_every == 0 or self.epoch == self.s.max_epoch:
-            images, episodes = self.validation.images, self.val_episodes
-            mean, half = learners.validate(self.model, images, episodes, self.s.way, self.s.scale_cls)
-            entries |= {"val_accuracy": mean, "val_ci95": half}
-            text += f" meta_val {mean:.2f} +- {half:.2f}"
-            if mean > self.best:
-                self.best = mean
-                self.save("best_model.pt")
+        self.epoch = entries["epoch"]
+        if "val_accuracy" in entries:
+            text += f" meta_val {entries['val_accuracy']:.2f} +- {entries['val_ci95']:.2f}"
+            if entries["val_accuracy"] > self.best:
+                self.best = entries["val_accuracy"]
+                self.save("best_model.pt", learners)
         self.log.record(entries)
         self.log.line(text)
-        self.save("last.pt", optimizers=self.pair.optimizer_states())
+        self.save("last.pt", learners, optimizers=[optimizer.state_dict() for optimizer in learners.optimizers])
         self.report.write_sometimes()
+
+    def save(self, name: str, learners: Learners, **extra) -> None:
+        """Save the weights with all that is needed to use them; `extra` to resume from them."""
+        if processes.is_first():
+            contents = {
+                **learners.state(), **self.found, "settings": self.s.as_dict(), "epoch": self.epoch,
+                "val_accuracy": self.best, **extra,
+            }  # fmt: skip
+            checkpoint.save(self.folder / name, contents, keep_old=bool(extra))
+
+    def end(self) -> None:
+        """Write what is only there at the end."""
+        if processes.is_first():
+            curves(self.log.metrics_path, self.folder / "curves.png")
+        self.report.write()
+        self.log.line(f"best on meta_val {self.best:.2f} %; {self.folder}, see report.html", closing=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the settings with what pool and images said, for config.json."""
+        return {**self.s.as_dict(), **self.found}
+
+    def check_pool(self, digest: str) -> None:
+        """Refuse a pool that changed since the run began: ValueError."""
+        here = {**self.resolved(), "contents": {**self.found["contents"], "pool": digest}}
+        check_same(self.folder / "config.json", {"contents": self.found["contents"]}, here, set())

@@ -8,34 +8,45 @@ import errno
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from datasets.episodes import too_few
 from utils.cli import OneLineParser
 
 SOURCES = ("guided", "unguided", "by_model", "real", "none")
 SPLITS = ("meta_val", "meta_test")
-# what changes nothing in the result
-PLACES = {"save_dir", "resume", "workers", "device", "gpu_devices", "test_batch", "quiet", "dry_run", "tensorboard"}
 MOST = 1_000_000  # of a number without a limit of its own
-# settings of older runs that there are no more, with what is done now
+# settings of older runs that are gone, with what is done now
 GONE = {"sampler": "ddim", "first_labels": "random", "guide_on": "x_t", "ask": "equal", "warm_up": 3, "restart": False,
         "replay": 0, "within_weight": 1.0}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
         "noise_schedule", "diffusion_steps", "timestep_respacing", "predict_xstart", "rescale_timesteps")  # fmt: skip
+_GROUPS = {  # group -> its title in --help, and what a setting of it affects unless it says otherwise
+    "needed first": ("needed first", "both"),
+    "machine": ("the machine and its memory", "nothing"),
+    "synthesis": ("synthesis: the pool and its images", "training"),
+    "bare checkpoints": ("bare checkpoints: what public ones do not tell", "both"),
+    "episodes": ("episodes", "both"),
+    "learning": ("learning", "training"),
+    "testing": ("testing", "testing"),
+}
 
 
 def setting(
-    default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="needed first"
-):
-    """A dataclass field that becomes a flag. low, high: the range that a number must lie in, inclusive.
+    default: Any, help: str, *, flags: tuple[str, ...] = (), choices=None, low=None, high=None, group="needed first",
+    affects="",
+):  # fmt: skip
+    """Return a dataclass field that becomes a flag.
 
-    Without `high` a number may be up to `MOST`, so that none is infinite, or keeps a run busy for ever.
+    flags: other names of it. low, high: the range that a number must lie in, inclusive; without `high` a number may be
+    up to `MOST`, so that none is infinite, or keeps a run busy for ever. affects: the result of "training", "testing",
+    "both" or "nothing"; by default what its group says.
     """
     extra = dict(help=help, flags=flags, choices=choices, low=low, high=high, group=group)
-    return field(default=default, metadata=extra)
+    return field(default=default, metadata=extra | dict(affects=affects or _GROUPS[group][1]))
 
 
 @dataclass(frozen=True)
@@ -44,86 +55,87 @@ class Settings:
 
     # the twenty that people need first
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
-    source: str = setting("guided", "images to train on: guided; unguided, labelled as well as they can be; unguided, "
-                          "labelled by the model that drew them; real ones, for reference; or none",
-                          choices=SOURCES)  # fmt: skip
-    recipe: str = setting("paper", "paper: the paper's recipe, mended; clusters: what was measured to be better",
-                          choices=("paper", "clusters"))  # fmt: skip
-    data_root: str = setting(
-        "", "folder with meta_train, meta_val and meta_test; with commas one of each domain; '': data/DATASET"
-    )
-    pool: str = setting(
-        "",
-        "folder of the pool or one checkpoint file, or the gs://, az:// or https:// address of either; "
-        "'': ckpt/pools/DATASET, of glyphs and fontchars ckpt/DATASET",
-    )
-    save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot")
-    resume: str = setting("", "checkpoint (or its address) to start from (main.py) or to test (diffusionmix.py)")
-    nKnovel: int = setting(5, "way: classes an episode", low=2)
-    nExemplars: int = setting(1, "shot: support images a class", low=1)
-    samples_per_class: int = setting(600, "images a pseudo class and round", low=1)
-    max_epoch: int = setting(90, "epochs", low=1)
-    split: str = setting("", "classes that diffusionmix.py tests on; '': as --phase", choices=("", *SPLITS))
-    mix: bool = setting(True, "test heads fitted on diffusion mixes, too")
-    support: str = setting("", "folder with one folder of your own pictures a class, for diffusionmix.py to learn from")
-    query: str = setting("", "folder of your own pictures to label, also those in the folders in it; or one picture")
-    out: str = setting("", "where to write what they are; '': predictions.csv in the run folder")
+    source: str = setting("guided", "images to train on: guided; unguided, with the best labels they can get; "
+                          "by_model, unguided and labelled by the model that drew them; real, for reference; none",
+                          choices=SOURCES, affects="training")  # fmt: skip
+    recipe: str = setting("paper", "paper: the paper's recipe, mended; clusters: the one that measured better",
+                          choices=("paper", "clusters"), affects="training")  # fmt: skip
+    data_root: str = setting("", "folder with meta_train, meta_val and meta_test, or one per domain with commas "
+                             "between; '': data/DATASET")  # fmt: skip
+    pool: str = setting("", "folder of the pool, or one checkpoint file, or the gs://, az:// or https:// address of "
+                        "either; '': ckpt/pools/DATASET, of glyphs and fontchars ckpt/DATASET")  # fmt: skip
+    save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot", affects="nothing")
+    resume: str = setting("", "checkpoint (or its address) to start from (main.py) or to test (diffusionmix.py)",
+                          affects="nothing")  # fmt: skip
+    nKnovel: int = setting(5, "way: classes per episode", flags=("--way",), low=2)
+    nExemplars: int = setting(1, "shot: support images per class", flags=("--shot",), low=1)
+    samples_per_class: int = setting(600, "images per pseudo class and round", low=1, affects="training")
+    max_epoch: int = setting(90, "epochs", low=1, affects="training")
+    split: str = setting("", "classes to test on; '': as --phase", choices=("", *SPLITS), affects="testing")
+    mix: bool = setting(True, "also test heads fitted on diffusion mixes", affects="testing")
+    support: str = setting("", "folder with a folder of your own images per class, to learn from", affects="testing")
+    query: str = setting("", "folder of your own images to label, with the folders in it; or one image",
+                         affects="testing")  # fmt: skip
+    out: str = setting("", "where to write the labels; '': predictions.csv in the run folder", affects="testing")
     seed: int = setting(1, "of everything random", low=0, high=2**63 - 1)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    quiet: bool = setting(False, "show no progress, only the closing line")
-    dry_run: bool = setting(False, "say what would be done, and about how long it takes, and stop")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", affects="nothing")
+    quiet: bool = setting(False, "show no progress, only the closing line", affects="nothing")
+    dry_run: bool = setting(False, "print the work to come, with an estimate of its time, and stop", affects="nothing")
 
     # the machine
     gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",),
                                group="machine")  # fmt: skip
-    precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"), group="machine")
+    precision: str = setting("auto", "of the diffusion models", choices=("auto", "float32", "bf16"), group="machine",
+                             affects="both")  # fmt: skip
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0, high=1024, group="machine")
-    sample_batch: int = setting(250, "images in a batch of the diffusion models; halved where memory is short", low=1,
+    sample_batch: int = setting(250, "images per batch of the diffusion models; halved where memory is short", low=1,
                                 group="machine")  # fmt: skip
     test_batch: int = setting(100, "episodes whose heads are fitted at once", low=1, group="machine")
-    tensorboard: bool = setting(False, "write scalars and sheets for TensorBoard too, in the run folder",
+    tensorboard: bool = setting(False, "also write scalars and sheets for TensorBoard, in the run folder",
                                 group="machine")  # fmt: skip
 
     # the pool and its images
-    height: int = setting(0, "pixels a side; 0: that of the pool's images", low=0, high=4096, group="synthesis")
+    height: int = setting(0, "pixels per side; 0: that of the pool's images", low=0, high=4096, group="synthesis")
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
-    num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models know", low=0, group="synthesis")
-    sample_steps: int = setting(25, "denoising steps of an image, by DDIM", low=2, high=1000, group="synthesis")
+    num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models say", low=0, group="synthesis")
+    sample_steps: int = setting(25, "denoising steps per image, by DDIM", low=2, high=1000, group="synthesis")
     renoise: float = setting(0.0, "share of the noise that is drawn anew in each denoising step", low=0, high=1,
                              group="synthesis")  # fmt: skip
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x)", low=0, group="synthesis")
     views: int = setting(4, "augmented views that guidance looks through, in the clusters recipe", low=1, high=64,
                          group="synthesis")  # fmt: skip
-    refresh_every: int = setting(10, "epochs between rounds", low=1, group="synthesis")
+    refresh_every: int = setting(10, "epochs per round", low=1, group="synthesis")
 
     # pools whose checkpoints do not tell (public ones)
-    image_size: int = setting(64, "pixels a side", low=8, high=4096, group="bare checkpoints")
+    image_size: int = setting(64, "pixels per side", low=8, high=4096, group="bare checkpoints", affects="training")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
     num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down", low=-1,
                                       group="bare checkpoints")  # fmt: skip
-    num_head_channels: int = setting(
-        -1, "channels of an attention head; -1: by the number of heads", low=-1, group="bare checkpoints"
-    )
-    use_new_attention_order: bool = setting(
-        False, "queries, keys and values apart before the heads are", group="bare checkpoints"
-    )
+    num_head_channels: int = setting(-1, "channels per attention head; -1: by the number of heads", low=-1,
+                                     group="bare checkpoints")  # fmt: skip
+    use_new_attention_order: bool = setting(False, "split queries, keys and values before heads",
+                                            group="bare checkpoints")  # fmt: skip
     noise_schedule: str = setting("cosine", "of the noise", choices=("linear", "cosine"),
                                   group="bare checkpoints")  # fmt: skip
     diffusion_steps: int = setting(1000, "timesteps of the training", low=1, group="bare checkpoints")
     timestep_respacing: str = setting("", "the only timesteps it was trained on, as 250 or ddim25; '': all",
                                       group="bare checkpoints")  # fmt: skip
     predict_xstart: bool = setting(False, "the network predicts the image, not the noise", group="bare checkpoints")
-    rescale_timesteps: bool = setting(False, "the network is given t of 1000, however many steps there are",
+    rescale_timesteps: bool = setting(False, "the network is given t scaled to 1000, whatever the number of steps",
                                       group="bare checkpoints")  # fmt: skip
 
     # episodes
-    train_nTestNovel: int = setting(30, "queries of a training episode, all classes together", low=1, group="episodes")
-    nTestNovel: int = setting(75, "queries of a test episode, all classes together", low=1, group="episodes")
-    train_epoch_size: int = setting(1200, "episodes an epoch of training", low=1, group="episodes")
-    train_batch: int = setting(32, "episodes a batch of training", low=1, group="episodes")
-    image_batch: int = setting(96, "images a batch of training, in the clusters recipe, which has no episodes", low=1,
-                               group="episodes")  # fmt: skip
-    epoch_size: int = setting(600, "episodes of a validation", low=2, group="episodes")
+    train_nTestNovel: int = setting(30, "queries per training episode, of all classes", flags=("--train-queries",),
+                                    low=1, group="episodes", affects="training")  # fmt: skip
+    nTestNovel: int = setting(75, "queries per test episode, of all classes", flags=("--queries",), low=1,
+                              group="episodes")  # fmt: skip
+    train_epoch_size: int = setting(1200, "training episodes per epoch", flags=("--train-episodes",), low=1,
+                                    group="episodes", affects="training")  # fmt: skip
+    train_batch: int = setting(32, "episodes per training step", low=1, group="episodes", affects="training")
+    image_batch: int = setting(96, "images per training step of the clusters recipe, which has no episodes", low=1,
+                               group="episodes", affects="training")  # fmt: skip
+    epoch_size: int = setting(600, "episodes per validation", flags=("--val-episodes",), low=2, group="episodes",
+                              affects="training")  # fmt: skip
 
     # learning
     backbone: str = setting("conv4", "of the meta-model", choices=("conv4", "resnet12"), group="learning")
@@ -132,13 +144,8 @@ class Settings:
     drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
-    lr: float = setting(
-        0.1,
-        "learning rate of the meta-model: in steps (paper), or falling as a cosine for each network (clusters)",
-        low=0,
-        high=10,
-        group="learning",
-    )
+    lr: float = setting(0.1, "learning rate of the meta-model: falls in steps (paper), or as a cosine for each network "
+                        "(clusters)", low=0, high=10, group="learning")  # fmt: skip
     learner_rate: float = setting(0.1, "rate of the paper's class-learner, as a share of --lr", low=0, high=100,
                                   group="learning")  # fmt: skip
     weight_decay: float = setting(5e-4, "L2 penalty", low=0, high=1, group="learning")
@@ -154,14 +161,12 @@ class Settings:
     episodes: int = setting(600, "episodes of the test", low=2, group="testing")
     mix_level: int = setting(200, "noise level of the mixes: t of the cosine schedule of 1000 steps, whatever the "
                              "pool's", low=1, high=1000, group="testing")  # fmt: skip
-    mix_steps: int = setting(1, "denoising steps of a mix; at most mix_level, and at most a pool model's timesteps "
-                              "up to that level", low=1,
-                             high=1000, group="testing")  # fmt: skip
+    mix_steps: int = setting(1, "denoising steps per mix; at most --mix-level, and at most a pool model's timesteps up "
+                             "to that level", low=1, high=1000, group="testing")  # fmt: skip
     head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
     head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
-    head_scale: float = setting(
-        1.0, "factor of the unit-length features in the head; higher: surer probabilities", low=0, group="testing"
-    )
+    head_scale: float = setting(1.0, "factor of the unit-length features in the head; higher: surer probabilities",
+                                low=0, group="testing")  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -259,13 +264,11 @@ class Settings:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
         fewest = 2 if self.recipe == "clusters" else self.way  # which has no episodes
         if classes < fewest and self.draws:
+            cure = "a larger pool, more --num-classes, or a lower --nKnovel"
+            cure = "--recipe paper, or a larger pool" if self.recipe == "clusters" else cure
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
-                + (
-                    "give --recipe paper, or a larger pool"
-                    if self.recipe == "clusters"
-                    else "give a larger pool, more --num-classes, or a lower --nKnovel"
-                )
+                f"give {cure}"
             )
         if capped:
             lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")
@@ -278,7 +281,7 @@ class Settings:
             raise ValueError(lacks)
 
     def _lacking(self, real: Mapping[str, Mapping[str, int]]) -> str:
-        """What classes have too few of, and with which flags they would all do; "" where they suffice.
+        """Return what the real images have too few of, and the flags with which they would do; "" where they do.
 
         real: what the images are, by the name of their split -> class -> how many images it has.
         """
@@ -286,18 +289,9 @@ class Settings:
         queries = {name: getattr(self, name) // self.way for name in ("train_nTestNovel", "nTestNovel")}
         for name, counts in real.items():
             asked = "train_nTestNovel" if name.endswith("meta_train") else "nTestNovel"
-            query = getattr(self, asked) // self.way
-            short = {c: count for c, count in counts.items() if count < self.shot + query}
-            fewest = min(counts, key=counts.__getitem__)
-            got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < self.way else []
-            got += [f"{counts[fewest]} images in class {fewest}"] if short else []
-            got += [f"too few in {len(short) - 1} more"] if len(short) > 1 else []
-            if got:
-                lacks.append(
-                    f"{name}: got {', '.join(got)}; an episode needs {self.way} classes of {self.shot + query} images "
-                    f"({self.shot} to learn from, {query} to label)"
-                )
-            way, queries[asked] = min(way, len(counts)), min(queries[asked], counts[fewest] - self.shot)
+            if short := too_few(counts, self.way, self.shot, getattr(self, asked) // self.way):
+                lacks.append(f"{name}: {short}")
+            way, queries[asked] = min(way, len(counts)), min(queries[asked], min(counts.values()) - self.shot)
         if not lacks:
             return ""
         flags = {"nKnovel": way, **{name: way * query for name, query in queries.items()}}
@@ -331,6 +325,11 @@ class Settings:
     def shot(self) -> int:
         """Support images a class."""
         return self.nExemplars
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimiser steps per epoch."""
+        return -(-self.train_epoch_size // self.train_batch)
 
     @property
     def run_folder(self) -> Path:
@@ -417,11 +416,14 @@ SCENARIOS = {
 }
 
 
-def parse(argv: list[str] | None = None, *, description: str) -> Settings:
-    """Settings from flags: those given, then the scenario's, then the recipe's, then the fields' defaults."""
+def parse(argv: list[str] | None = None, *, description: str, command: str = "") -> Settings:
+    """Return the settings of a command line: flags given, then the scenario's, the recipe's, the fields' defaults.
+
+    command: "training" or "testing", whose flags --help shows; "" shows all.
+    """
     argv = sys.argv[1:] if argv is None else argv
     wants_help = bool({"-h", "--help"} & {*argv})
-    parser = _parser(description, {})
+    parser = _parser(description, command, {})
     given = vars(parser.parse_known_args(argv)[0] if wants_help else parser.parse_args(argv))
     given.pop("help", None)
     dataset = given.get("dataset", "glyphs")
@@ -430,7 +432,7 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     recipe = given.setdefault("recipe", SCENARIOS[dataset].recipe)
     defaults = {**_defaults(dataset, recipe), "dataset": dataset, "recipe": recipe}
     if wants_help:
-        _parser(description, defaults).print_help()
+        _parser(description, command, defaults).print_help()
         sys.exit(0)
     settings = {**{f.name: f.default for f in fields(Settings)}, **defaults, **given}
     for name in ("train_nTestNovel", "nTestNovel"):
@@ -439,30 +441,51 @@ def parse(argv: list[str] | None = None, *, description: str) -> Settings:
     return Settings(**settings)
 
 
-def _parser(description: str, defaults: dict[str, Any]) -> OneLineParser:
-    """The flags by group, as the fields declare them; `defaults` are shown in place of the fields' own."""
+_EXAMPLES = {
+    "training": """examples:
+  python main.py
+  python main.py --dataset fontchars --source unguided --save-dir ckpt/runs/fontchars/unguided
+  python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --way 5 --shot 1""",
+    "testing": """examples:
+  python diffusionmix.py
+  python diffusionmix.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --shot 5
+  python diffusionmix.py --support data/few --query data/unlabelled""",
+}
+
+
+def _parser(description: str, command: str, defaults: dict[str, Any]) -> OneLineParser:
+    """Return a parser of all flags, by group. `defaults` are shown in place of the fields' own."""
     parser = OneLineParser(
         description=description, usage="%(prog)s [--FLAG VALUE ...]", add_help=False,
-        argument_default=argparse.SUPPRESS,
-        epilog=f"Defaults are those of --dataset {defaults.get('dataset')} --recipe {defaults.get('recipe')}; "
-        "with another one beside --help, its own.",
+        argument_default=argparse.SUPPRESS, formatter_class=_Help,
+        epilog=f"{_EXAMPLES.get(command, '')}\n\nThe defaults shown are those of --dataset {defaults.get('dataset')} "
+        f"--recipe {defaults.get('recipe')};\ngive another one with --help to see its own.",
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
     groups = {}
     for f in fields(Settings):
-        title = f.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(_GROUPS.get(title, title)))
+        title = _GROUPS[f.metadata["group"]][0]
+        group = groups.setdefault(title, parser.add_argument_group(title))
         text = f.metadata["help"] + (f": {', '.join(SCENARIOS)}" if f.name == "dataset" else "")
         default = f"default {defaults.get(f.name, f.default)!r}"
         bracket = "; ".join(filter(None, [_range(f.metadata["low"], f.metadata["high"]), default]))
+        shown = not command or f.metadata["affects"] in (command, "both", "nothing")
         group.add_argument(
             *f.metadata["flags"], flag_of(f), dest=f.name, choices=f.metadata["choices"],
             type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
             **(dict(nargs="?", const=True) if isinstance(f.default, bool) else {}),
             metavar=None if f.metadata["choices"] else {str: "TEXT", bool: "BOOL"}.get(type(f.default), "N"),
-            help=f"{text} ({bracket})".replace("%", "%%"),
+            help=f"{text} ({bracket})".replace("%", "%%") if shown else argparse.SUPPRESS,
         )  # fmt: skip
     return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the line breaks of the examples and leaves out empty groups."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        *names, last = action.option_strings
+        return ", ".join([*names, f"{last} {self._format_args(action, action.metavar or '')}".rstrip()])
 
 
 def _defaults(dataset: str, recipe: str) -> dict[str, Any]:
@@ -492,28 +515,14 @@ def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_
         raise ValueError(f"{path}: was made with {', '.join(other)}; give the same settings, or another --save-dir")
 
 
-def flag_of(f) -> str:
-    """The flag of a field: dashes for underscores, but for the names that the paper's repository spelled so."""
-    return f"--{f.name}" if f.name in _UNDERSCORED else f"--{f.name.replace('_', '-')}"
+def flag_of(f: Field) -> str:
+    """Return the flag of a field; the parser also takes it with underscores."""
+    return f"--{f.name.replace('_', '-')}"
 
 
-# what only testing looks at, so that training may go on with another
-TESTING = {"split", "mix", "support", "query", "out"} | {
-    f.name for f in fields(Settings) if f.metadata["group"] == "testing"
-}
-# what only training looks at, so that a test tells that of its checkpoint
-TRAINING = {"source", "recipe", "samples_per_class", "max_epoch", "image_size", "train_nTestNovel", "train_epoch_size",
-            "train_batch", "epoch_size"} | {
-    f.name for f in fields(Settings) if f.metadata["group"] in ("synthesis", "learning")
-}  # fmt: skip
-_UNDERSCORED = ("scale_cls", "train_epoch_size", "epoch_size", "train_nTestNovel")
-_GROUPS = {
-    "machine": "the machine and its memory",
-    "synthesis": "synthesis: the pool and its images",
-    "bare checkpoints": "bare checkpoints: what public ones do not tell",
-    "learning": "learning (main.py)",
-    "testing": "testing (diffusionmix.py)",
-}
+def that_affect(*what: str) -> set[str]:
+    """Return the names of the settings that affect `what`: "training", "testing", "both", "nothing"."""
+    return {f.name for f in fields(Settings) if f.metadata["affects"] in what}
 
 
 def _refuse_above(free: int | None, needed: int, what: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dry_run
-from config import PLACES, TRAINING, Settings, parse
+from config import Settings, parse, that_affect
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.folder import LabelledImages, load_split
 from datasets.sources import load_real
@@ -40,8 +40,8 @@ from utils.predictions import check_place, write_predictions
 from utils.report import Report
 from utils.run_log import read_json, write_json, write_skipped
 
-# between a stopped test and its resumption; of pictures and of the pool their contents count
-MAY_CHANGE = PLACES | {"support", "query", "out", "pool", "data_root"}
+# between a stopped test and its resumption; of images and of the pool their contents count
+MAY_CHANGE = that_affect("nothing") | {"support", "query", "out", "pool", "data_root"}
 TRAINED = ("source", "dataset", "recipe", "seed", "num_classes", "samples_per_class")  # told in results.json
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
@@ -167,7 +167,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
 def notes_of(fitter: HeadFitter) -> dict:
     """What to note of a test: as `Settings.notes`, with what concerns the training as its checkpoint has it."""
     s = fitter.s
-    told = {name: fitter.trained[name] for name in TRAINING & fitter.trained.keys()}
+    told = {name: fitter.trained[name] for name in that_affect("training") & fitter.trained.keys()}
     preset = replace(s, recipe=told.get("recipe", s.recipe)).preset() | {"num_classes": told["num_classes"]}
     trained = {"model": str(fitter.path), **fitter.trained}
     return s.notes() | {"settings": s.as_dict() | told, "preset": preset, "trained": trained}
@@ -241,7 +241,7 @@ class OwnPictures:
 
 def main() -> None:
     """Parse; test and report, or label one's own pictures."""
-    settings = parse(description="Meta-test with diffusion mixes, or label your own pictures.")
+    settings = parse(description="Meta-test with diffusion mixes, or label your own images.", command="testing")
     progress.hush(settings.quiet)
     if settings.support:
         own = OwnPictures(settings)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.pool import Pool, PoolModel
 from utils import processes
 from utils.progress import duration
+from utils.seeding import generator
 
 TRIAL = 10.0  # seconds of forward passes that the estimate comes from
 
@@ -30,13 +31,13 @@ class Work:
 
 
 def of_training(training: Any) -> None:
-    """Print what is left of a run of `main.py`, a `main.Training`: settings, the work of its rounds, seconds in all.
+    """Print what is left of a `main.Training`: settings, the work of its rounds, seconds in all.
 
     It takes steps with the learners, which are of no use after that.
     """
     if not processes.is_first():
         return
-    s, pool, classes, epoch = training.s, training.pool, training.per_model, training.epoch
+    s, pool, classes, epoch = training.s, training.pool, training.per_model, training.books.epoch
     lines = [*_settings(s), "", *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch)]
     left = training.phases[epoch - s.start_epoch :]
     first = {phase.round: phase for phase in reversed(left)}  # of each round its first epoch that is left
@@ -62,7 +63,7 @@ def of_training(training: Any) -> None:
         learning, last = len(left) * _epoch_seconds(training) if left else 0.0, s.max_epoch % s.refresh_every
         parts = f"{duration(work.seconds)} to draw, {duration(guiding)} to guide, {duration(learning)} to learn"
         lines += [
-            f"{len(left)} epochs of {training.steps()} steps in rounds of {s.refresh_every}"
+            f"{len(left)} epochs of {s.epoch_steps} steps in rounds of {s.refresh_every}"
             + f", the last of {last} alone" * bool(last),
             f"about {duration(work.seconds + guiding + learning)} on {training.device}, after trials of "
             f"{TRIAL:.0f} s: {parts}",
@@ -133,28 +134,23 @@ def _guidance_seconds(training: Any) -> float:
     s, size, device = training.s, training.size, training.device
     images = min(s.sample_batch, 32)
     x, zeros = torch.zeros(images, 3, size, size, device=device), torch.zeros(images, dtype=torch.int64, device=device)
-    gradient = classifier_guidance(training.guide(), zeros, 1.0)
+    gradient = classifier_guidance(training.learners.guide(), zeros, 1.0)
     return _trial(lambda: float(gradient(x, zeros).sum())) / images
 
 
 def _epoch_seconds(training: Any) -> float:
     """Return the seconds of an epoch of training, from one step of each network on images of noise."""
     s, phase = training.s, training.phases[-1]
-    needed = s.shot + s.train_nTestNovel // s.way
-    labels = torch.arange(training.num_classes).repeat_interleave(needed)
+    labels = torch.arange(training.num_classes).repeat_interleave(s.shot + s.train_nTestNovel // s.way)
     images = torch.randint(256, (len(labels), 3, training.size, training.size), dtype=torch.uint8)
-    data, steps = PseudoDataset(images, labels, training.num_classes), training.steps()
-    training.s = replace(s, train_epoch_size=s.train_batch)
+    data, rng = PseudoDataset(images, labels, training.num_classes), generator(0, "trial", device=training.device)
 
     def one_step() -> None:
-        training.train_meta_model(phase, data)
-        if phase.learner:
-            training.train_class_learner(data)
+        training.learners.train_meta_model(data, phase.rates[:1], rng, 0)
+        if phase.guided:
+            training.learners.train_class_learner(data, phase.rates[:1], rng)
 
-    try:
-        return _trial(one_step) * steps
-    finally:
-        training.s = s
+    return _trial(one_step) * len(phase.rates)
 
 
 def _trial(work: Callable[[], object]) -> float:

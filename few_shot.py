@@ -28,7 +28,7 @@ from guided_diffusion.pool_work import work_through
 from models.class_learner import load_statistics
 from models.episode_head import Heads, fit_heads, meta_test_stages, predict
 from models.meta_model import MetaModel
-from models.pair import MODEL_ENTRIES, WHAT
+from models.saved import MODEL_ENTRIES, WHAT
 from utils import checkpoint
 from utils.images import ImageError, pixels_of, shown, to_float, to_uint8
 from utils.labels import check_kinds, encoded, plain_labels

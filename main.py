@@ -17,8 +17,7 @@ from torch import Tensor
 
 import dry_run
 from bookkeeping import Bookkeeping
-from config import SCENARIOS, Settings, check_same, parse
-from datasets.augment import AugmentSettings, augment
+from config import SCENARIOS, Settings, parse
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept, kept_labels
 from datasets.sources import load_real
@@ -27,31 +26,27 @@ from guided_diffusion.dist_util import pick_device
 from guided_diffusion.noise_levels import shared_process
 from guided_diffusion.pool import Pool
 from guided_diffusion.synthesis import Synthesis, synthesise
-from models import learners
+from models import guides
 from models.clusters import cluster_classes, share_out
-from models.pair import Pair
+from models.learners import ClusterLearners, Learners, PaperLearners, check_finite, features, validate
 from schedule import Phase, phases
 from utils import processes
 from utils.cli import run
 from utils.lock import locked
 from utils.metrics import rate_by_class
-from utils.pieces import discard
+from utils.pieces import digest_of, discard
 from utils.progress import hush
 from utils.remote import local
 from utils.seeding import generator
 
-CALIBRATION = 4  # unguided images a class that a random class-learner is normalised by
-CHANGES = {  # to training images, by recipe
-    "paper": AugmentSettings(),
-    "clusters": AugmentSettings(scale=(0.6, 1.0), rotate=12, aspect=1.5, erase=0.2),
-}
-VIEW = AugmentSettings(flip=False, scale=(0.75, 1.0), rotate=8, aspect=1.2, erase=0.0)  # what guidance looks through
+CALIBRATION = 4  # unguided images per class that a random class-learner is normalised by
 
 
-class Training(Bookkeeping):
-    """One run: its settings, parts and state."""
+class Training:
+    """One run: its settings, the pool, the real images it is validated on, its learners and its folder."""
 
     def __init__(self, settings: Settings):
+        """Read all that the run needs. Raises ValueError for what would stop it later; nothing is written yet."""
         s = self.s = settings
         self.device = pick_device(s.device_name)
         self.phases = phases(s)
@@ -65,45 +60,64 @@ class Training(Bookkeeping):
         if s.source == "real":  # only the reference may see labelled base images
             self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.real_per_class, s.workers)
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
-        self.check()
+        real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
+        labels = len(self.per_model) if s.clusters or s.by_model else self.num_classes
+        s.check_suffices(size, labels, {split: images.counts() for split, images in real.items()})
+        contents = {split: digest_of(found.images, found.labels) for split, found in real.items()}
+        if self.per_model:
+            contents["pool"] = processes.first_says(self.pool.digest())
+            self.pool.check(self.per_model, s.sample_steps, s.clusters)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
-        self.draw_weights()
-        self.process = shared_process()  # that noises images for h
-        self.epoch, self.best, self.data_key = s.start_epoch, -1.0, None
-        self.restored = self.restore()
+        self.data_key = None
+        self.learners = self.new_learners()
+        found = {"num_classes": self.num_classes, "image_size": size, "contents": contents}
+        self.books = Bookkeeping(s, found)
+        self.books.restore(self.learners, self.device)
 
     def train(self) -> None:
         """Run all epochs, from where the run folder stands."""
-        self.begin()
-        if self.epoch == 0 and self.learner is not None and self.s.source == "guided" and not self.s.resume:
-            few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
-            learners.calibrate(self.model, self.learner, synthesise(self.pool, few, self.device)[0])
-        for phase in self.phases[self.epoch - self.s.start_epoch :]:
+        s, books = self.s, self.books
+        skipped = self.real.skipped if self.real else {}
+        books.begin(self.device, s.start_epoch + len(self.phases), self.validation.skipped, skipped)
+        if s.source == "none":
+            books.record({"epoch": 0, "round": 0, **self.validate()}, self.learners)
+        elif s.source == "guided" and s.recipe == "paper" and books.epoch == 0 and not s.resume:
+            self.calibrate()
+        for phase in self.phases[books.epoch - s.start_epoch :]:
             started = time.perf_counter()
             data = self.pseudo_dataset(phase)
             if phase.fresh:  # what was learnt from other labels is in the way
-                self.draw_weights()
+                self.learners = self.new_learners()
             made = time.perf_counter()
-            entries = {"epoch": phase.epoch + 1, "round": phase.round}
-            entries |= self.train_meta_model(phase, data)
-            if phase.learner:
-                entries |= self.train_class_learner(data)
-            learners.check_finite(entries, phase.epoch)
-            self.epoch = phase.epoch + 1
+            rng = generator(s.seed, "epoch", phase.epoch, device=self.device)
+            entries = self.learners.train_meta_model(data, phase.rates, rng, phase.epoch)
+            if phase.guided:
+                entries |= self.learners.train_class_learner(data, phase.rates, rng)
+            check_finite(entries, phase.epoch)
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
-            self.validate_and_save(entries)
-        self.end()
+            if (phase.epoch + 1) % s.validate_every == 0 or phase.epoch + 1 == s.max_epoch:
+                entries |= self.validate()
+            books.record({"epoch": phase.epoch + 1, "round": phase.round, **entries}, self.learners)
+        books.end()
 
-    def draw_weights(self) -> None:
-        """Make the networks with random weights, and their optimisers."""
+    def new_learners(self) -> Learners:
+        """Return the networks of the recipe with random weights, and their optimisers."""
+        if self.s.recipe == "paper":
+            return PaperLearners(self.s, self.num_classes, self.size, self.device, shared_process())
+        return ClusterLearners(self.s, self.num_classes, self.size, self.device)
+
+    def calibrate(self) -> None:
+        """Normalise a random class-learner by a few unguided images, so that it can guide round 0."""
+        few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
+        images, _, _ = synthesise(self.pool, few, self.device)
+        guides.calibrate(self.learners.model, self.learners.learner, images)
+
+    def validate(self) -> dict[str, float]:
+        """Return the accuracy of nearest prototypes on meta_val, with half of its 95 % interval, in percent."""
         s = self.s
-        self.pair = Pair(
-            self.num_classes, scale_cls=s.scale_cls, backbone=s.backbone, features=s.features, image_size=self.size,
-            drop_rate=s.drop_rate, optim=s.optim, weight_decay=s.weight_decay, learner=s.recipe == "paper",
-            seed=s.seed, device=self.device,
-        )  # fmt: skip
-        self.model, self.learner = self.pair.model, self.pair.learner
+        mean, half = validate(self.learners.model, self.validation.images, self.val_episodes, s.way, s.scale_cls)
+        return {"val_accuracy": mean, "val_ci95": half}
 
     def pseudo_dataset(self, phase: Phase) -> PseudoDataset:
         """Return the labelled images of an epoch; what is not there yet is made and kept."""
@@ -118,28 +132,28 @@ class Training(Bookkeeping):
 
     def round_of(self, number: int, phase: Phase) -> PseudoDataset:
         """Return the images of a round with the labels that `phase` gives them."""
-        folder = self.log.folder / "pseudo" / f"round{number:02d}"
+        folder = self.s.run_folder / "pseudo" / f"round{number:02d}"
         if number < phase.round:
             data = PseudoDataset.load(folder)
         else:
             data = kept(folder, partial(self.synthesise, phase))
-            self.log.board.picture("images", folder / "sheet.png", phase.epoch)
-            discard(self.plan(number).folder)  # its images are in the data set now
+            self.books.log.board.picture("images", folder / "sheet.png", phase.epoch)
+            discard(self.plan(number).folder)  # its images are in the dataset now
         if phase.labels == "clusters":
             return kept_labels(folder / "clusters.npy", data, partial(self.clusters, data))
-        if self.s.clusters and number < phase.round and (number == 0 or self.s.source == "unguided"):
+        unguided = number == 0 or self.s.source == "unguided"
+        if phase.labels == "asked" and number < phase.round and unguided:
             return kept_labels(folder / f"labels{phase.round:02d}.npy", data, partial(self.likeliest, data))
         return data
 
     def synthesise(self, phase: Phase) -> tuple[PseudoDataset, dict]:
         """Draw the images of the newest round of `phase`. Return them, and what to note of them."""
-        processes.same_weights(*self.pair.networks)
+        processes.same_weights(*self.learners.networks.values())
+        self.books.check_pool(processes.first_says(self.pool.digest()))  # the same as before
         s, plan = self.s, self.plan(phase.round)
-        here = {**self.resolved(), "contents": {**self.contents, "pool": processes.first_says(self.pool.digest())}}
-        check_same(self.log.folder / "config.json", {"contents": self.contents}, here, set())  # the same pool as before
         notes = {"round": phase.round, "source": s.source, "hit_rate": None, "hit_rate_by_class": None}
         asked = None
-        if not phase.guided or s.clusters:
+        if s.clusters or not phase.guided:
             images, labels, _ = synthesise(self.pool, plan, self.device)
             data = PseudoDataset(images, plan.first_of(labels), self.num_classes)  # stands for all classes of a model
             if phase.labels != "asked":
@@ -147,31 +161,20 @@ class Training(Bookkeeping):
             asked = self.likeliest(data)  # what the same noise, unguided, comes closest to
         if not phase.guided:
             return PseudoDataset(images, asked, self.num_classes), notes
-        images, labels, hits = synthesise(self.pool, plan, self.device, self.guide(), asked)
+        images, labels, hits = synthesise(self.pool, plan, self.device, self.learners.guide(), asked)
         rate = float(hits.float().mean())
-        self.log.line(f"round {phase.round}: guided hit rate {100 * rate:.1f} %")
+        self.books.log.line(f"round {phase.round}: guided hit rate {100 * rate:.1f} %")
         notes |= {"hit_rate": rate, "hit_rate_by_class": rate_by_class(hits, labels, self.num_classes)}
         return PseudoDataset(images, labels, self.num_classes), notes
 
-    def guide(self):
-        """Return what guides: log p(c | x_t, t) of the class-learner, or log p(c | x) of g through views."""
-        if self.learner is not None:
-            return learners.log_probability(self.model, self.learner)
-
-        def view(images: Tensor, number: int) -> Tensor:
-            rng = generator(self.s.seed, "view", number, device=self.device)
-            return augment(images, rng, VIEW, alike=True)
-
-        return learners.log_probability_of_views(self.model, view, self.s.views)
-
     def clusters(self, data: PseudoDataset) -> Tensor:
         """Share out the images of each model over its classes, by balanced clusters of their features."""
-        features = learners.features(self.model, data.images)
-        return cluster_classes(features, data.labels, self.per_model, generator(self.s.seed, "clusters"))
+        seen = features(self.learners.model, data.images)
+        return cluster_classes(seen, data.labels, self.per_model, generator(self.s.seed, "clusters"))
 
     def likeliest(self, data: PseudoDataset) -> Tensor:
         """Share out the images of each model over its classes, to the likeliest, as many to one as to another."""
-        scores = learners.clean_scores(self.guide(), data.images, self.device)
+        scores = guides.clean_scores(self.learners.guide(), data.images, self.device)
         return processes.first_says(share_out(scores, self.plan(0).first_of(data.labels), self.per_model))
 
     def plan(self, stream: int | str) -> Synthesis:
@@ -183,50 +186,10 @@ class Training(Bookkeeping):
             guide_on="x_t" if s.recipe == "paper" else "x_0", folder=s.run_folder / "pseudo" / f"batches-{stream}",
         )  # fmt: skip
 
-    def train_meta_model(self, phase: Phase, data: PseudoDataset) -> dict[str, object]:
-        """Train the meta-model for an epoch: on episodes, or in the clusters recipe on batches of images."""
-        s, steps = self.s, self.steps()
-        rates = [phase.rate(s, step, steps) for step in range(steps)]
-        self.pair.set_rates(rates[0], s.learner_rate)
-        self.rng = rng = generator(s.seed, "epoch", phase.epoch, device=self.device)
-        self.model.base.generator = rng  # of DropBlock
-        optimizer = self.pair.optimizers[0]
-        if s.recipe == "clusters":
-            entries = learners.train_classifier(
-                self.model, optimizer, data.images, data.labels, rates=rates, batch=s.image_batch, rng=rng,
-                augment=self.changed,
-            )  # fmt: skip
-        else:
-            sampler = EpisodeSampler(data.labels, s.way, s.shot, s.train_nTestNovel // s.way)
-            entries = learners.train_meta_model(
-                self.model, optimizer, data.images, data.labels,
-                sampler.sample(s.train_epoch_size, generator(s.seed, "episodes", phase.epoch)),
-                batch=s.train_batch, dense_weight=s.dense_weight, augment=self.changed,
-            )  # fmt: skip
-        return entries | {"lr": rates[0]}
-
-    def train_class_learner(self, data: PseudoDataset) -> dict[str, object]:
-        """Train the class-learner for an epoch, on as many images as the meta-model has seen."""
-        s, rng = self.s, self.rng
-        return learners.train_class_learner(
-            self.model, self.learner, self.pair.optimizers[1], data.images, data.labels,
-            steps=self.steps(), batch=s.train_batch * (s.way * s.shot + s.train_nTestNovel),
-            levels=self.process.num_timesteps, kl_weight=s.kl_weight, augment=self.changed, rng=rng,
-            add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng),
-        )  # fmt: skip
-
-    def steps(self) -> int:
-        """Return the optimiser steps of an epoch."""
-        return -(-self.s.train_epoch_size // self.s.train_batch)
-
-    def changed(self, images: Tensor) -> Tensor:
-        """Return training images (N, 3, H, W) uint8 changed at random, as float in [-1, 1] on the device."""
-        return augment(images.to(self.device), self.rng, replace(CHANGES[self.s.recipe], flip=self.s.flip))
-
 
 def main() -> None:
     """Parse and train, or say what that would be."""
-    settings = parse(description="Meta-train without data, from a pool of diffusion models.")
+    settings = parse(description="Meta-train without data, from a pool of diffusion models.", command="training")
     hush(settings.quiet)
     training = Training(settings)  # refuses what is wrong before it makes a folder
     if settings.dry_run:

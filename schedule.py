@@ -2,13 +2,13 @@
 
 The paper's recipe:
 
-    round 0, 1, 2, ...   images guided by the class-learner, or by nothing; both learners go on learning
+    round 0, 1, 2, ...   images guided by the class-learner, or by nothing; both learners keep learning
 
 The clusters recipe trains one network after another, each from new weights, on all images so far:
 
     round 0, first half    unguided images, labelled by the model that drew them
     round 0, second half   the same images, labelled by clusters of what the first network sees
-    round 1, 2, ...        new images, guided by the network before; unguided images are labelled anew by it
+    round 1, 2, ...        new images, guided by the network before; it also labels the unguided images anew
 """
 
 import math
@@ -26,13 +26,12 @@ class Phase:
 
     Attributes:
         epoch: its number, from 0.
-        rounds: whose images are trained on; the last one is new.
+        rounds: the rounds whose images are trained on; the last one is new.
         labels: "model", the model that drew an image; "clusters", of features; "asked", the class that it was asked
             for or, of an unguided image, the likeliest; "real", those of the folders.
         guided: whether the images of its round are guided.
         fresh: whether it begins with new weights.
-        learner: whether it trains the class-learner h, too.
-        done, total: epochs that its weights have been trained for before it, and will be in all.
+        rates: the learning rate of each of its steps.
     """
 
     epoch: int
@@ -40,22 +39,12 @@ class Phase:
     labels: str
     guided: bool
     fresh: bool
-    learner: bool
-    done: int
-    total: int
+    rates: tuple[float, ...]
 
     @property
     def round(self) -> int:
         """The newest round of images."""
         return self.rounds[-1]
-
-    def rate(self, settings: Settings, step: int, steps: int) -> float:
-        """Return the learning rate at `step` (from 0) of the `steps` of this epoch."""
-        if settings.recipe == "paper":
-            progress = 90 * self.done / self.total
-            return settings.lr * next((factor for start, factor in STEPS if progress >= start), 1.0)
-        at, all_steps = self.done * steps + step, self.total * steps
-        return settings.lr * min(1.0, (at + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * at / all_steps))
 
 
 def phases(settings: Settings) -> list[Phase]:
@@ -67,14 +56,16 @@ def phases(settings: Settings) -> list[Phase]:
 
 
 def _paper(s: Settings, epoch: int) -> Phase:
-    number, guided = epoch // s.refresh_every, s.source == "guided"
+    number = epoch // s.refresh_every
     labels = {"guided": "asked", "real": "real"}.get(s.source, "model")
-    return Phase(epoch, range(number, number + 1), labels, guided, False, guided, epoch, s.max_epoch)
+    progress = 90 * epoch / s.max_epoch
+    rate = s.lr * next((factor for start, factor in STEPS if progress >= start), 1.0)
+    return Phase(epoch, range(number, number + 1), labels, s.source == "guided", False, (rate,) * s.epoch_steps)
 
 
 def _clusters(s: Settings, epoch: int) -> Phase:
     if s.source == "real":
-        return Phase(epoch, range(1), "real", False, False, False, epoch, s.max_epoch)
+        return Phase(epoch, range(1), "real", False, False, _cosine(s, epoch, s.max_epoch))
     number, half = epoch // s.refresh_every, s.refresh_every // 2
     start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)
     labels = "model" if s.source == "by_model" else "asked"
@@ -82,7 +73,14 @@ def _clusters(s: Settings, epoch: int) -> Phase:
         first = epoch < half
         labels = "model" if first else "clusters"
         start, stop = (0, min(half, stop)) if first else (half, stop)
-    oldest = s.start_epoch // s.refresh_every
+    rounds = range(s.start_epoch // s.refresh_every, number + 1)
     guided = s.source == "guided" and number > 0
     fresh = epoch == start and epoch > s.start_epoch
-    return Phase(epoch, range(oldest, number + 1), labels, guided, fresh, False, epoch - start, stop - start)
+    return Phase(epoch, rounds, labels, guided, fresh, _cosine(s, epoch - start, stop - start))
+
+
+def _cosine(s: Settings, done: int, total: int) -> tuple[float, ...]:
+    """Return the rates of an epoch of weights that were trained for `done` epochs before it, of `total` in all."""
+    steps = range(done * s.epoch_steps, (done + 1) * s.epoch_steps)
+    fall = [0.5 * (1 + math.cos(math.pi * step / (total * s.epoch_steps))) for step in steps]
+    return tuple(s.lr * min(1.0, (step + 1) / WARM_UP) * each for step, each in zip(steps, fall, strict=True))

@@ -30,7 +30,8 @@ from few_shot import load_model
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.pool import Pool
 from main import Training
-from models import learners
+from models.guides import clean_scores
+from models.learners import validate
 from models.meta_model import MetaModel
 from schedule import Phase
 from utils.cli import run as run_command
@@ -60,7 +61,7 @@ class Judged(Training):
 
 def classes(judge: MetaModel, images: Tensor, device: torch.device) -> Tensor:
     """Return the class (N,) that the judge gives each image (N, 3, H, W) uint8, on the CPU."""
-    return learners.clean_scores(lambda x, t: judge.classify(x), images, device).argmax(1)
+    return clean_scores(lambda x, t: judge.classify(x), images, device).argmax(1)
 
 
 def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> tuple[float, float]:
@@ -97,7 +98,7 @@ def accuracy(s: Settings, path: Path) -> list[float]:
     for shot in (1, 5):
         sampler = EpisodeSampler(real.labels, s.way, shot, s.nTestNovel // s.way)
         episodes = sampler.sample_indexed(0, 600, s.seed, "ladder")
-        found.append(learners.validate(model, real.images, episodes, s.way, s.scale_cls)[0])
+        found.append(validate(model, real.images, episodes, s.way, s.scale_cls)[0])
     return found
 
 

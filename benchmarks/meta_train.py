@@ -7,20 +7,17 @@ device. Plainly: Conv4 in the default memory format with ReLU before the pool, i
 by one.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from datasets.augment import AugmentSettings, augment
-from datasets.episodes import EpisodeSampler
+from config import Settings
+from datasets.pseudo import PseudoDataset
 from guided_diffusion.dist_util import pick_device
-from guided_diffusion.script_util import create_gaussian_diffusion
-from models.class_learner import ClassLearner
-from models.learners import make_optimizer, train_class_learner, train_meta_model
-from models.meta_model import MetaModel
+from guided_diffusion.noise_levels import shared_process
+from models.learners import PaperLearners
 from utils.cli import run
 from utils.seeding import generator
 
@@ -52,48 +49,34 @@ class PlainConv4(nn.Module):
 
 
 class Training:
-    """Both learners with random weights, random images, and an epoch of them."""
+    """The paper's learners with random weights, random images, and an epoch of them."""
 
     def __init__(self, s: dict[str, Any], device: torch.device, base: nn.Module | None = None, on: str = "") -> None:
         """base: in place of the meta-model's own backbone; on: where the images are, by default on the device."""
-        self.s, self.device = s, device
-        rng, size = generator(measure.SEED, "weights"), s["image_size"]
-        self.model = MetaModel(s["classes"], generator=rng)
-        self.model.base = base or self.model.base
-        self.learner = ClassLearner(s["classes"], self.model.feature_dim, generator=rng).to(device)
-        self.model.to(device)
-        self.optimizers = [make_optimizer("sgd", module, 5e-4) for module in (self.model, self.learner)]
-        self.labels = torch.arange(s["classes"]).repeat_interleave(s["per_class"])
-        shape = (len(self.labels), 3, size, size)
-        self.images = torch.randint(256, shape, dtype=torch.uint8, generator=rng).to(on or device)
-        self.process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
+        settings = Settings(
+            nKnovel=s["way"], nExemplars=s["shot"], train_nTestNovel=s["way"] * s["query"], train_batch=s["batch"],
+            train_epoch_size=s["episodes"], dense_weight=s["dense_weight"], flip=s["flip"], seed=measure.SEED,
+        )  # fmt: skip
+        rng, self.device, self.rates = generator(measure.SEED, "images"), device, (0.1,) * settings.epoch_steps
+        self.learners = PaperLearners(settings, s["classes"], s["image_size"], device, shared_process())
+        if base is not None:
+            self.learners.model.base = base.to(device)
+            self.learners.optimizers[0] = self.learners.optimizer_of(self.learners.model)
+        labels = torch.arange(s["classes"]).repeat_interleave(s["per_class"])
+        images = torch.randint(256, (len(labels), 3, *[s["image_size"]] * 2), dtype=torch.uint8, generator=rng)
+        self.data = PseudoDataset(images.to(on or device), labels, s["classes"])
 
-    def epoch(self, change: Callable[..., Tensor] = augment) -> dict[str, object]:
-        """One epoch of the meta-model and one of the class-learner; `change` augments a batch."""
-        s = self.s
+    def epoch(self) -> dict[str, object]:
+        """One epoch of the meta-model and one of the class-learner."""
         rng = generator(measure.SEED, "epoch", device=self.device)
-        sampler = EpisodeSampler(self.labels, s["way"], s["shot"], s["query"])
-        augmentation = AugmentSettings(flip=s["flip"])
-
-        def changed(pictures: Tensor) -> Tensor:
-            return change(pictures.to(self.device), rng, augmentation)
-
-        entries = train_meta_model(
-            self.model, self.optimizers[0], self.images, self.labels,
-            sampler.sample(s["episodes"], generator(measure.SEED, "episodes")),
-            batch=s["batch"], dense_weight=s["dense_weight"], augment=changed,
-        )  # fmt: skip
-        return entries | train_class_learner(
-            self.model, self.learner, self.optimizers[1], self.images, self.labels,
-            steps=-(-s["episodes"] // s["batch"]), batch=s["batch"] * s["way"] * (s["shot"] + s["query"]),
-            levels=1000, kl_weight=1.0, augment=changed,
-            add_noise=lambda x, t: self.process.q_sample(x, t, generator=rng), rng=rng,
-        )  # fmt: skip
+        entries = self.learners.train_meta_model(self.data, self.rates, rng, 0)
+        return entries | self.learners.train_class_learner(self.data, self.rates, rng)
 
 
-def one_by_one(images: Tensor, rng: torch.Generator, augmentation: AugmentSettings) -> Tensor:
-    """Images augmented one after the other; those of a batch draw the same random numbers that way."""
-    return torch.cat([augment(image[None], rng, augmentation) for image in images])
+def one_by_one(learners: PaperLearners) -> None:
+    """Make learners augment images one after the other; those of a batch draw the same random numbers that way."""
+    batch = learners.changed
+    learners.changed = lambda images, rng: torch.cat([batch(image[None], rng) for image in images])
 
 
 def main() -> None:
@@ -108,7 +91,8 @@ def main() -> None:
 
     def plain():
         training = Training(few, device, PlainConv4(), "cpu")
-        return lambda: training.epoch(one_by_one)
+        one_by_one(training.learners)
+        return training.epoch
 
     measure.report(
         "meta_train", args, device, {**s, "backbone": "conv4"},

@@ -17,7 +17,7 @@ from guided_diffusion.dist_util import inference_dtype, pick_device
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import PoolModel
 from models.class_learner import ClassLearner
-from models.learners import log_probability
+from models.guides import log_probability
 from models.meta_model import MetaModel
 from utils.cli import run
 from utils.images import to_uint8

@@ -1,5 +1,6 @@
 """Few-shot episodes as indices into a labelled set."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +92,18 @@ class EpisodeSampler:
             query_labels=ways.repeat_interleave(self.query).repeat(len(rows), 1),
             classes=self.classes[rows],
         )
+
+
+def too_few(counts: Mapping[str, int], way: int, shot: int, query: int) -> str:
+    """Return what keeps an episode from being drawn, "" where one can be. counts: class -> how many images it has."""
+    short = [name for name, count in counts.items() if count < shot + query]
+    fewest = min(counts, key=counts.__getitem__)
+    got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < way else []
+    got += [f"{counts[fewest]} images in class {fewest}"] if short else []
+    got += [f"too few in {len(short) - 1} more"] if len(short) > 1 else []
+    if not got:
+        return ""
+    return (
+        f"got {', '.join(got)}; an episode needs {way} classes of {shot + query} images "
+        f"({shot} to learn from, {query} to label)"
+    )

@@ -101,6 +101,11 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def unit_means(maps: Tensor) -> Tensor:
+    """Return what h sees (N, channels): maps (N, channels, H', W') averaged over locations, of unit length."""
+    return F.normalize(maps.mean((-2, -1)), dim=-1)
+
+
 class ClassLearner(nn.Module):
     """Logits = linear2(SiLU(norm(linear1(v + e(t))))) with the time embedding e passed through a small MLP.
 

@@ -71,25 +71,6 @@ def prototype_scores(
         return scale * F.normalize(query_embeddings, dim=-1) @ prototypes.transpose(1, 2)
 
 
-def dense_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every location's scores with the image's label, averaged over locations and images.
-
-    Args:
-        scores: (N, way, H, W), float.
-        labels: (N,) or (E, Q) with E * Q = N, int in [0, way).
-
-    Returns:
-        (), float, nats.
-
-    Raises:
-        ValueError: wrong shapes.
-    """
-    if scores.ndim != 4 or labels.numel() != len(scores):
-        got = f"{tuple(scores.shape)} with {labels.numel()} labels"
-        raise ValueError(f"dense scores are {got}, expected (N, way, H, W) with N labels: give each query a label")
-    return F.cross_entropy(scores, labels.reshape(-1, 1, 1).expand(-1, *scores.shape[2:]))
-
-
 class MetaModel(nn.Module):
     """Backbone `base` (f) and base-class head `classifier` (g).
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks import measure, meta_test, meta_train, pretrain, synthesis
-from datasets.augment import AugmentSettings
+from config import Settings
 from guided_diffusion.train_util import TrainLoop, TrainSettings
 from models.conv4 import Conv4
+from models.learners import PaperLearners
 from models.meta_model import MetaModel
 from tests.conftest import UNET
 from utils.images import to_float
@@ -130,9 +131,10 @@ def test_plain_conv4_and_augmentation_give_the_same_numbers():
             a.copy_(b)
         images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator(1))
         torch.testing.assert_close(plain(to_float(images)), own(to_float(images)), rtol=1e-4, atol=1e-5)
-    settings = AugmentSettings()
-    batch = meta_train.augment(images, generator(2), settings)
-    torch.testing.assert_close(meta_train.one_by_one(images, generator(2), settings), batch)
+    learners = PaperLearners(Settings(), 5, 32, CPU, None)
+    batch = learners.changed(images, generator(2))
+    meta_train.one_by_one(learners)
+    torch.testing.assert_close(learners.changed(images, generator(2)), batch)
 
 
 def test_plain_pretraining_takes_the_same_steps():

@@ -297,7 +297,7 @@ def test_numbers_out_of_range(flags, call, place):
 
 
 def test_a_training_that_diverges_keeps_what_was_saved(call, place, monkeypatch):
-    monkeypatch.setattr("models.learners.train_meta_model", lambda *_, **__: {"loss": math.nan})
+    monkeypatch.setattr("models.learners.PaperLearners.train_meta_model", lambda *_: {"loss": math.nan, "lr": 0.1})
     argv = (*MAIN, "--source", "real", "--save-dir", "new", "--train_nTestNovel", 3, "--nKnovel", 3, "--nTestNovel", 9)
     refused_at_work(call(main, *argv), "got loss nan in epoch 1 at rate 0.1; lower --lr")
     assert not (place / "new" / "last.pt").exists()

@@ -8,7 +8,7 @@ from guided_diffusion.guidance import classifier_guidance, sample
 from guided_diffusion.respace import respaced
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
-from models.learners import log_probability
+from models.guides import log_probability
 from models.meta_model import MetaModel
 
 

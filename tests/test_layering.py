@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "config": {"utils"},
+    "config": {"datasets", "utils"},
     "utils": {"utils"},
     "guided_diffusion": {"guided_diffusion", "utils"},
-    "models": {"models", "utils"},
+    "models": {"config", "datasets", "models", "utils"},
     "datasets": {"datasets", "utils"},
 }
-PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "few_shot", "dry_run", "benchmarks", "tests"}
+PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "few_shot", "dry_run", "schedule", "bookkeeping", "benchmarks", "tests"}
 
 
 def sources(part):

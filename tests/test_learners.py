@@ -1,25 +1,19 @@
 """The two learners: losses, epochs, and p(c | x_t, t)."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets.episodes import EpisodeSampler
+from config import Settings
+from datasets.pseudo import PseudoDataset
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
-from models.learners import (
-    check_finite,
-    class_learner_loss,
-    log_probability,
-    log_probability_of_views,
-    make_optimizer,
-    meta_loss,
-    train_class_learner,
-    train_classifier,
-    train_meta_model,
-)
+from models.guides import log_probability, log_probability_of_views
+from models.learners import ClusterLearners, Learners, PaperLearners, check_finite
+from models.losses import class_learner_loss, meta_loss
 from models.meta_model import MetaModel
 from utils.images import to_float
 
@@ -82,49 +76,54 @@ def test_log_probability_is_normalised_and_in_eval_mode(parts):
     assert not torch.allclose(function(x, t + 1), out)
 
 
-def test_both_learn_colours(parts):
-    model, learner, rng = parts
-    images, labels = coloured(rng)
-    sampler = EpisodeSampler(labels, 5, 1, 2)
-    process = create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
-    optimizers = [make_optimizer("sgd", module, 5e-4) for module in (model, learner)]
-    first = None
-    for _ in range(4):
-        out = train_meta_model(
-            model, optimizers[0], images, labels, sampler.sample(12, rng), batch=4, dense_weight=0.5, augment=to_float
-        )
-        out |= train_class_learner(
-            model, learner, optimizers[1], images, labels, steps=12, batch=24, levels=1000, kl_weight=1.0,
-            augment=to_float, add_noise=lambda x, t: process.q_sample(x, t, generator=rng), rng=rng,
-        )  # fmt: skip
-        first = first or out
-    assert out["loss"] < first["loss"] - 0.3 and out["base_accuracy"] > 80
-    assert out["class_learner_loss"] < first["class_learner_loss"]
-    low, *_, high = out["class_learner_accuracy"]
-    assert len(out["class_learner_accuracy"]) == 4 and low > 60 and low > high  # noise hides the class
+@pytest.fixture
+def paper(monkeypatch):
+    """paper(process=None, **settings): the paper's learners of six classes, that see images as they are."""
+    monkeypatch.setattr(Learners, "changed", lambda self, images, rng: to_float(images))
+
+    def make(process=None, **changes):
+        process = process or create_gaussian_diffusion(steps=1000, noise_schedule="cosine")
+        settings = Settings(**{"nTestNovel": 10, "train_nTestNovel": 10, "train_batch": 4, **changes})
+        return PaperLearners(settings, CLASSES, 16, torch.device("cpu"), process)
+
+    return make
 
 
-def test_class_learner_epoch_leaves_the_meta_model_alone(parts):
-    model, learner, rng = parts
-    images, labels = coloured(rng)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train()
-    train_class_learner(
-        model, learner, make_optimizer("adamw", learner, 0.0), images, labels, steps=2, batch=8, levels=1000,
-        kl_weight=1.0, augment=to_float, add_noise=lambda x, t: x, rng=rng,
-    )  # fmt: skip
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_both_learn_colours(paper):
+    rng = torch.Generator().manual_seed(0)
+    data, learners = PseudoDataset(*coloured(rng), CLASSES), paper(learner_rate=1.0)
+    entries = []
+    for epoch in range(4):
+        out = learners.train_meta_model(data, (0.1,) * 3, rng, epoch)
+        entries.append(out | learners.train_class_learner(data, (0.1,) * 12, rng))
+    first, last = entries[0], entries[-1]
+    assert last["loss"] < first["loss"] - 0.3 and last["base_accuracy"] > 80
+    assert last["class_learner_loss"] < first["class_learner_loss"]
+    low, *_, high = last["class_learner_accuracy"]
+    assert len(last["class_learner_accuracy"]) == 4 and low > 60 and low > high  # noise hides the class
 
 
-def test_noise_levels_of_the_class_learner(parts):
-    model, learner, rng = parts
-    images, labels = coloured(rng)
-    seen = []
-    train_class_learner(
-        model, learner, make_optimizer("sgd", learner, 0.0), images, labels, steps=20, batch=32, levels=100,
-        kl_weight=0.0, augment=to_float, add_noise=lambda x, t: seen.append(t) or x, rng=rng,
-    )  # fmt: skip
+def test_class_learner_epoch_leaves_the_meta_model_alone(paper):
+    rng = torch.Generator().manual_seed(0)
+    learners = paper(optim="adamw", weight_decay=0.0)
+    before = {name: value.clone() for name, value in learners.model.state_dict().items()}
+    learners.model.train()
+    learners.train_class_learner(PseudoDataset(*coloured(rng), CLASSES), (0.1,) * 2, rng)
+    assert all(torch.equal(value, before[name]) for name, value in learners.model.state_dict().items())
+
+
+def test_noise_levels_of_the_class_learner(paper):
+    rng, seen = torch.Generator().manual_seed(0), []
+
+    def q_sample(x, t, generator):
+        assert generator is rng
+        seen.append(t)
+        return x
+
+    learners = paper(SimpleNamespace(num_timesteps=100, q_sample=q_sample), kl_weight=0.0)
+    learners.train_class_learner(PseudoDataset(*coloured(rng), CLASSES), (0.1,) * 12, rng)
     t = torch.cat(seen)
+    assert len(t) == 12 * 4 * (5 + 10)  # steps, episodes per step, images per episode
     assert 0 <= int(t.min()) and int(t.max()) < 100 and abs(float(t.float().mean()) / 100 - 0.5) < 0.04
 
 
@@ -139,18 +138,20 @@ def test_linear_head_on_whole_maps():
     torch.testing.assert_close(model.embed(images), maps / maps.norm(dim=1, keepdim=True))
 
 
-def test_classifier_learns_colours_at_the_rates_given():
-    rng = torch.Generator().manual_seed(0)
-    model = MetaModel(CLASSES, features="map", image_size=16, generator=rng)
-    images, labels = coloured(rng)
-    optimizer, rates = make_optimizer("adamw", model, 0.05), []
+def test_classifier_learns_colours_at_the_rates_given(monkeypatch):
+    monkeypatch.setattr(Learners, "changed", lambda self, images, rng: to_float(images))
+    settings = Settings(recipe="clusters", features="map", optim="adamw", weight_decay=0.05, image_batch=24)
+    rng, learners = torch.Generator().manual_seed(0), ClusterLearners(settings, CLASSES, 16, torch.device("cpu"))
+    (optimizer,), rates = learners.optimizers, []
     step = optimizer.step
     optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
-    given = [0.002] * 29 + [0.001]
-    out = train_classifier(model, optimizer, images, labels, rates=given, batch=24, augment=to_float, rng=rng)
-    assert rates == given and out["base_accuracy"] > 60
-    model.eval()
+    images, labels = coloured(rng)
+    given = (0.002,) * 29 + (0.001,)
+    out = learners.train_meta_model(PseudoDataset(images, labels, CLASSES), given, rng, 0)
+    assert tuple(rates) == given and out["base_accuracy"] > 60 and out["lr"] == 0.002
+    model = learners.model.eval()
     assert float((model.classify(to_float(images)).argmax(1) == labels).float().mean()) > 0.9
+    assert learners.train_class_learner(None, given, rng) == {}  # g itself guides
 
 
 def test_views_are_averaged_and_change_with_t():
@@ -171,11 +172,11 @@ def test_views_are_averaged_and_change_with_t():
     assert len(set(seen)) == 6
 
 
-def test_optimizers():
-    module = torch.nn.Linear(2, 2)
-    sgd = make_optimizer("sgd", module, 5e-4).param_groups[0]
-    assert (sgd["momentum"], sgd["nesterov"], sgd["weight_decay"]) == (0.9, True, 5e-4)
-    assert isinstance(make_optimizer("adamw", module, 0.1), torch.optim.AdamW)
+def test_optimizers(paper):
+    for optimizer in paper(weight_decay=5e-4).optimizers:
+        group = optimizer.param_groups[0]
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
+    assert all(isinstance(optimizer, torch.optim.AdamW) for optimizer in paper(optim="adamw").optimizers)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])

@@ -8,7 +8,7 @@ import torch
 
 import main
 from datasets.pseudo import PseudoDataset
-from models import learners
+from models.learners import ClusterLearners, PaperLearners
 from tests.conftest import TINY, same, slow
 from utils import checkpoint
 
@@ -85,8 +85,8 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
             assert torch.equal(data.labels // 4, every // 4) and data.labels.bincount().tolist() == [4] * 20
         else:
             assert torch.equal(data.labels, every)
-    for name in ("train_meta_model", "train_classifier"):  # the same command again trains no more
-        monkeypatch.setattr(learners, name, None)
+    for owner in (PaperLearners, ClusterLearners):  # the same command again trains no more
+        monkeypatch.setattr(owner, "train_meta_model", None)
     monkeypatch.setattr(main, "synthesise", None)
     weights = checkpoint.load(folder / "last.pt")
     assert "resumes from" in train(folder, *SOURCES[source])
@@ -94,13 +94,13 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
 
 
 def test_each_network_starts_from_the_same_new_weights(train, tmp_path, monkeypatch):
-    seen, real = [], learners.train_classifier
+    seen, real = [], ClusterLearners.train_meta_model
 
-    def spy(model, *args, **kwargs):
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return real(model, *args, **kwargs)
+    def spy(self, *args):
+        seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return real(self, *args)
 
-    monkeypatch.setattr(learners, "train_classifier", spy)
+    monkeypatch.setattr(ClusterLearners, "train_meta_model", spy)
     train(tmp_path / "run", *CLUSTERS)
     assert len(seen) == 4 and same(seen[0], seen[1]) and same(seen[0], seen[2]) and not same(seen[2], seen[3])
 
@@ -116,16 +116,17 @@ def test_as_many_real_images_as_the_method_has(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "where, flags",
     [
-        ("train_classifier", CLUSTERS),
+        ("train_meta_model", CLUSTERS),
         ("train_meta_model", ()),
         slow("train_class_learner", ()),
         slow("train_meta_model", ("--refresh-every", 2)),
-        slow("train_classifier", ("--recipe", "clusters", "--refresh-every", 2, "--max-epoch", 7)),
+        slow("train_meta_model", ("--recipe", "clusters", "--refresh-every", 2, "--max-epoch", 7)),
     ],
 )
 def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, flags):
     train(tmp_path / "whole", *flags)
-    real, calls = getattr(learners, where), []
+    owner = ClusterLearners if "clusters" in flags else PaperLearners
+    real, calls = getattr(owner, where), []
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -134,7 +135,7 @@ def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, fla
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learners, where, killed)
+        patch.setattr(owner, where, killed)
         train(tmp_path / "cut", *flags, status=130)
     assert checkpoint.load(tmp_path / "cut" / "last.pt")["epoch"] == 1
     torch.manual_seed(99)
@@ -161,7 +162,7 @@ def test_same_seed_same_run(train, tmp_path):
 def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(learners, "train_meta_model", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(PaperLearners, "train_meta_model", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(folder)  # killed after the images of round 0, before any checkpoint
     assert (folder / "pseudo" / "round00" / "manifest.json").exists() and not (folder / "last.pt").exists()
@@ -192,7 +193,7 @@ def test_diverged_epoch_is_not_saved(train, tmp_path, monkeypatch):
         saved.append((folder / "last.pt").read_bytes() if len(saved) else b"")
         return {"class_learner_loss": losses[len(saved) - 1], "class_learner_accuracy": [0.0] * 4}
 
-    monkeypatch.setattr(learners, "train_class_learner", loss)
+    monkeypatch.setattr(PaperLearners, "train_class_learner", loss)
     assert "got class_learner_loss nan in epoch 2" in train(folder, status=2)
     assert (folder / "last.pt").read_bytes() == saved[1]
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.meta_model import MetaModel, dense_cross_entropy, prototype_scores
+from models.losses import dense_cross_entropy
+from models.meta_model import MetaModel, prototype_scores
 
 LABELS = torch.arange(5).repeat(2, 1)
 QUERY_LABELS = torch.arange(5).repeat_interleave(2).repeat(2, 1)

@@ -17,7 +17,7 @@ import diffusionmix
 import main
 import utils.report.__main__ as command
 from config import SCENARIOS, parse
-from models import learners
+from models.learners import PaperLearners
 from tests.conftest import TINY
 from utils import report
 from utils.machine import note_start
@@ -193,7 +193,7 @@ def test_old_and_damaged_files(copied):
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_run_that_is_not_done_has_a_report(train, tmp_path, monkeypatch, epochs):
-    real, calls = learners.train_meta_model, []
+    real, calls = PaperLearners.train_meta_model, []
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -201,7 +201,7 @@ def test_a_run_that_is_not_done_has_a_report(train, tmp_path, monkeypatch, epoch
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(learners, "train_meta_model", killed)
+    monkeypatch.setattr(PaperLearners, "train_meta_model", killed)
     monkeypatch.setattr(report, "SHARE", 1.0)
     assert train(tmp_path / "run")[0] == 130
     page = Reader((tmp_path / "run" / "report.html").read_text())

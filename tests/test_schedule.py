@@ -11,8 +11,8 @@ def of(text):
 
 
 def rates(text, steps):
-    settings = parse(text.split(), description="")
-    return [phase.rate(settings, step, steps) for phase in phases(settings) for step in range(steps)]
+    """The rates of all epochs, of `steps` steps each."""
+    return [rate for phase in of(f"{text} --train-batch 1 --train-episodes {steps}") for rate in phase.rates]
 
 
 def test_rates_of_the_paper():
@@ -29,10 +29,10 @@ def test_rates_of_the_paper():
 def test_the_paper_goes_on_learning():
     found = of("-d co_miniimagenet")
     assert [p.round for p in found] == [epoch // 10 for epoch in range(90)]
-    assert all(list(p.rounds) == [p.round] and p.guided and p.learner and not p.fresh for p in found)
+    assert all(list(p.rounds) == [p.round] and p.guided and not p.fresh for p in found)
     assert {p.labels for p in found} == {"asked"}
     unguided = of("-d co_miniimagenet --source unguided")
-    assert {(p.labels, p.guided, p.learner) for p in unguided} == {("model", False, False)}
+    assert {(p.labels, p.guided) for p in unguided} == {("model", False)}
 
 
 @pytest.mark.parametrize("source", ["guided", "unguided", "by_model"])
@@ -45,7 +45,6 @@ def test_networks_of_the_clusters_recipe(source):
     new = [4, 8] if source == "by_model" else [2, 4, 8]
     assert [p.epoch for p in found if p.fresh] == new
     assert [p.guided for p in found] == [source == "guided" and epoch >= 4 for epoch in range(11)]
-    assert not any(p.learner for p in found)
 
 
 def test_each_network_has_a_cosine_of_its_own():
@@ -58,7 +57,9 @@ def test_each_network_has_a_cosine_of_its_own():
 
 def test_real_images_are_learnt_by_one_network():
     found = of("--source real")
-    assert {(p.labels, p.guided, p.fresh, p.total) for p in found} == {("real", False, False, 40)}
+    assert len(found) == 40 and {(p.labels, p.guided, p.fresh) for p in found} == {("real", False, False)}
+    falling = [rate for p in found for rate in p.rates][20:]
+    assert falling == sorted(falling, reverse=True) and falling[-1] < 1e-8  # one cosine
     assert of("--source none") == []
 
 

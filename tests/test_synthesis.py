@@ -7,7 +7,7 @@ import guided_diffusion.synthesis as synthesis
 from guided_diffusion.pool import Pool
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models.class_learner import ClassLearner
-from models.learners import log_probability
+from models.guides import log_probability
 from models.meta_model import MetaModel
 
 CPU = torch.device("cpu")

@@ -74,7 +74,6 @@ def test_it_runs(monkeypatch, shown, capsys):
     assert names["clusters"].bincount().tolist() == names["anew"].bincount().tolist() == [SMALL["unguided"]] * classes
     assert names["wanted"].bincount().tolist() == [SMALL["guided"]] * classes
     assert len(names["images"]) == len(names["labels"]) == (SMALL["unguided"] + SMALL["guided"]) * classes
-    assert names["meta"].learner is None
     trained = [names[name].model.classifier.weight for name in ("teller", "guide", "meta")]  # from the same weights
     assert not any(torch.equal(*pair) for pair in combinations(trained, 2))
     assert 0 <= names["hit_rate_unguided"] <= 100 and 0 <= names["hit_rate"] <= 100

@@ -26,7 +26,7 @@ from models import learners
 from models.class_learner import ClassLearner
 from models.conv4 import Conv4
 from models.episode_head import Stage, fit_heads, predict
-from models.learners import log_probability
+from models.guides import log_probability
 from models.meta_model import MetaModel, prototype_scores
 from tests.conftest import TINY, slow
 from utils import checkpoint
@@ -203,7 +203,7 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
 
     monkeypatch.setattr(learners, "meta_loss", spy_meta)
     monkeypatch.setattr(learners, "class_learner_loss", spy_learner)
-    monkeypatch.setitem(main.CHANGES, "paper", AugmentSettings.identity())
+    monkeypatch.setattr(learners.Learners, "changes", AugmentSettings.identity())
     monkeypatch.setattr(learners, "features", watched_features(spy_look))
     command(main, custom("meta_val", "meta_train"), "--source", source, "--train_epoch_size", 20)
     assert clean and all(-1 <= low and high <= 1 for low, high in map(extremes, clean))

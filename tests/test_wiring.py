@@ -22,7 +22,7 @@ from guided_diffusion.pool import Pool
 from guided_diffusion.respace import respaced
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.synthesis import synthesise
-from models import clusters, learners
+from models import clusters, guides, learners
 from models.class_learner import statistics
 from models.meta_model import MetaModel
 from tests.conftest import TINY
@@ -109,7 +109,7 @@ def test_a_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
             x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
             t = torch.full((3,), 7)
             numbers = [generator(1, "view", 4 * 7 + i) for i in range(4)]
-            views = [augment(x, rng, main.VIEW, alike=True) for rng in numbers]
+            views = [augment(x, rng, learners.VIEW, alike=True) for rng in numbers]
             learnt = sum(F.log_softmax(model.eval().classify(view), 1) for view in views) / 4
             return plan.stream, function(x, t), learnt
 
@@ -122,7 +122,7 @@ def test_a_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
 
 def test_labels_are_read_anew_by_the_network_before(training, spy, tmp_path):
     run = training(*CLUSTERS, "--samples-per-class", "6")
-    labels = spy(learners, "train_classifier", lambda model, optimizer, images, labels, **_: labels)
+    labels = spy(learners.ClusterLearners, "train_meta_model", lambda self, data, *_: data.labels)
     run.train()
     pseudo = tmp_path / "run" / "pseudo"
     drawn, asked = (PseudoDataset.load(pseudo / name).labels for name in ("round00", "round01"))
@@ -136,7 +136,7 @@ def test_labels_are_read_anew_by_the_network_before(training, spy, tmp_path):
 def test_guided_images_are_asked_for_what_their_noise_shows(training, spy):
     run = training(*CLUSTERS)
     calls = spy(main, "synthesise", lambda pool, plan, device, function=None, wanted=None: (plan.stream, wanted))
-    scored = spy(learners, "clean_scores", lambda function, images, device: len(images))
+    scored = spy(guides, "clean_scores", lambda function, images, device: len(images))
     run.train()
     (zero, none), (first, plain), (second, wanted) = calls
     assert (zero, first, second) == (0, 1, 1) and none is None and plain is None
@@ -145,34 +145,37 @@ def test_guided_images_are_asked_for_what_their_noise_shows(training, spy):
 
 def test_each_epoch_has_its_own_draws(training, spy):
     run = training("--refresh-every", "2", "--source", "unguided")
-    episodes = spy(learners, "train_meta_model", lambda m, o, i, labels, episodes, **_: episodes.query)
-    seeds = spy(main, "augment", lambda images, rng, settings: rng.initial_seed())
+    queries = spy(learners, "meta_loss", lambda model, images, support, query, classes, **_: classes)
+    seeds = spy(learners, "augment", lambda images, rng, settings: rng.initial_seed())
     run.train()
-    assert len(episodes) == 2 and not torch.equal(*episodes)
+    first, second = torch.cat(queries[:2]), torch.cat(queries[2:])  # two steps per epoch
+    assert len(queries) == 4 and not torch.equal(first, second)
     assert len(set(seeds)) == 2 and seeds == sorted(seeds, key=seeds.index)
 
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_flip_of_meta_training(training, spy, flip):
     run = training("--flip", str(flip), "--max-epoch", "1", "--source", "unguided")
-    seen = spy(main, "augment", lambda images, rng, settings: settings.flip)
+    seen = spy(learners, "augment", lambda images, rng, settings: settings.flip)
     run.train()
     assert seen and set(seen) == {flip}
 
 
 def test_how_the_class_learner_learns(training, spy):
     run = training("--max-epoch", "1")
-    seen = spy(learners, "train_class_learner", lambda *_, **given: given)
+    seen = spy(learners, "class_learner_loss", lambda model, learner, clean, noised, t, *_, **__: t)
+    process = spy(run.learners.process, "q_sample", lambda clean, t, generator: len(clean))
     run.train()
-    (given,) = seen
-    assert given["steps"] == 2 and given["batch"] == 2 * (5 + 10) and given["levels"] == 1000  # 4 episodes, 2 a batch
+    assert process == [2 * (5 + 10)] * 2 and run.learners.process.num_timesteps == 1000  # 4 episodes, 2 per step
+    assert [len(t) for t in seen] == process and int(torch.cat(seen).max()) > 900
 
 
 def test_how_the_clusters_recipe_learns(training, spy):
     run = training(*CLUSTERS, "--image-batch", "12")
-    seen = spy(learners, "train_classifier", lambda *_, rates, batch, **__: (len(rates), batch))
+    rates = spy(learners.ClusterLearners, "train_meta_model", lambda self, data, rates, *_: len(rates))
+    batches = spy(learners, "augment", lambda images, rng, settings, **_: (len(images), settings.rotate))
     run.train()
-    assert seen == [(2, 12)] * 3
+    assert rates == [2] * 3 and [each for each in batches if each[1] == 12] == [(12, 12)] * 6
 
 
 def test_how_images_are_drawn(training):
@@ -184,7 +187,7 @@ def test_how_images_are_drawn(training):
 def test_rate_of_the_class_learner(training):
     run = training("--lr", "0.2", "--learner-rate", "0.25", "--max-epoch", "1")
     run.train()
-    rates = [o.param_groups[0]["lr"] for o in run.pair.optimizers]
+    rates = [o.param_groups[0]["lr"] for o in run.learners.optimizers]
     assert rates == pytest.approx([0.2, 0.05])
 
 
@@ -193,7 +196,7 @@ def test_a_new_class_learner_is_calibrated(training, spy):
 
     def look(pool, plan, device, function=None, wanted=None):
         if function is not None:
-            return [int(v) for name, v in statistics(run.learner).items() if name.endswith("updates")]
+            return [int(v) for name, v in statistics(run.learners.learner).items() if name.endswith("updates")]
 
     seen = spy(main, "synthesise", look)
     run.train()

@@ -1,0 +1,86 @@
+"""The losses of the paper's recipe: of the meta-model (f and g) and of the class-learner h."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.class_learner import ClassLearner, unit_means
+from models.meta_model import MetaModel
+
+
+def meta_loss(
+    model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
+    *, way: int, dense_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
+
+    Args:
+        images: (E, S + Q, 3, H, W) float in [-1, 1], support first.
+        support_labels: (E, S) int64 in [0, way).
+        query_labels: (E, Q) int64 in [0, way).
+        query_classes: (E, Q) int64 in [0, C).
+        way: classes per episode.
+        dense_weight: factor of the second term.
+
+    Returns:
+        The loss () in nats, and the share of queries that g gets right ().
+    """
+    shots = support_labels.shape[1]
+    logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
+    classes = query_classes.flatten()
+    loss = F.cross_entropy(logits, classes) + dense_weight * dense_cross_entropy(scores, query_labels)
+    return loss, (logits.detach().argmax(1) == classes).float().mean()
+
+
+def dense_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of every location's scores with the image's label, averaged over locations and images.
+
+    Args:
+        scores: (N, way, H, W) float.
+        labels: (N,) or (E, Q) with E * Q = N, int64 in [0, way).
+
+    Returns:
+        () float, in nats (Hou et al. 2019, arXiv 1910.07677).
+
+    Raises:
+        ValueError: wrong shapes.
+    """
+    if scores.ndim != 4 or labels.numel() != len(scores):
+        got = f"{tuple(scores.shape)} with {labels.numel()} labels"
+        raise ValueError(f"dense scores are {got}, expected (N, way, H, W) with N labels: give each query a label")
+    return F.cross_entropy(scores, labels.reshape(-1, 1, 1).expand(-1, *scores.shape[2:]))
+
+
+def class_learner_loss(
+    model: MetaModel, learner: ClassLearner, clean: Tensor, noised: Tensor, t: Tensor, classes: Tensor,
+    *, kl_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return cross-entropy of h(f(x_t), t) with c + kl_weight * KL(softmax g(f(x_0)) || softmax h(f(x_t), t)).
+
+    f and g are frozen: `model` must be in eval mode. h sees pooled features of unit length, whatever those of the
+    meta-model are.
+
+    Args:
+        clean: (N, 3, H, W) float in [-1, 1], x_0.
+        noised: (N, 3, H, W) float, x_t.
+        t: (N,) int64, timesteps.
+        classes: (N,) int64 in [0, C).
+        kl_weight: factor of the second term.
+
+    Returns:
+        The loss () in nats, and which images h gets right (N,) bool.
+    """
+    with torch.no_grad():
+        maps = model.maps(torch.cat([clean, noised]))
+        taught = model.base_logits(maps[: len(clean)])
+        seen = unit_means(maps[len(clean) :])
+    logits = learner(seen, t)
+    loss = F.cross_entropy(logits, classes)
+    if kl_weight:
+        loss = loss + kl_weight * _kl(F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1))
+    return loss, logits.detach().argmax(1) == classes
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats, averaged over rows, of log-probabilities (N, K)."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
