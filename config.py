@@ -73,6 +73,8 @@ class Settings:
     max_epoch: int = setting(90, "epochs", low=1, affects="training")
     split: str = setting("", "classes to test on; '': as --phase", choices=("", *SPLITS), affects="testing")
     mix: bool = setting(True, "also test heads fitted on diffusion mixes", affects="testing")
+    compare: str = setting("", "run folder or results file of another test on the same episodes: print the paired "
+                           "difference of this run's last test to it, and stop", affects="testing")  # fmt: skip
     support: str = setting("", "folder with a folder of your own images per class, to learn from", affects="testing")
     query: str = setting("", "folder of your own images to label, with the folders in it; or one image",
                          affects="testing")  # fmt: skip
@@ -225,7 +227,7 @@ class Settings:
 
     def _check_names(self) -> None:
         """Refuse names that no file can have, and links that lead back to themselves."""
-        for name in ("data_root", "pool", "save_dir", "resume", "support", "query", "out"):
+        for name in ("data_root", "pool", "save_dir", "resume", "compare", "support", "query", "out"):
             for place in filter(None, getattr(self, name).split(",") if name == "data_root" else [getattr(self, name)]):
                 try:
                     if "://" not in place:

@@ -1,8 +1,9 @@
-"""Meta-testing: episodes -> heads -> results.json.
+"""Meta-testing: episodes -> heads -> results.
 
     python diffusionmix.py                            # the glyphs run of main.py, on its novel classes
     python diffusionmix.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --split meta_val
-    python diffusionmix.py --support data/few --query data/unlabelled       # labels one's own pictures: predictions.csv
+    python diffusionmix.py --compare ckpt/runs/other                        # this run's last test minus that one's
+    python diffusionmix.py --support data/few --query data/unlabelled       # labels your own images: predictions.csv
 
 Each episode has a head of its own, fitted on its support set, on diffusion mixes of it from every pool model, and on
 the support set again; and for comparison one fitted on the support alone. All heads are fitted together.
@@ -12,6 +13,7 @@ import hashlib
 import json
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,9 @@ from utils.report import Report
 from utils.run_log import read_json, write_json, write_skipped
 
 # between a stopped test and its resumption; of images and of the pool their contents count
-MAY_CHANGE = that_affect("nothing") | {"support", "query", "out", "pool", "data_root"}
+MAY_CHANGE = that_affect("nothing") | {"compare", "support", "query", "out", "pool", "data_root"}
+SAME = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # of two tests on the same episodes
+METHOD = ("model", "mix_steps", "mix_level", "pool_models", "head_steps", "head_init", "head_scale")  # what is tested
 TRAINED = ("source", "dataset", "recipe", "seed", "num_classes", "samples_per_class")  # told in results.json
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 SHEET = 100  # pictures on the sheet of answers
@@ -151,6 +155,12 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
         **figures(mixed, plain),
         "seconds": time.perf_counter() - started,
         **{f"trained_{name}": tests[0].fitter.trained.get(name) for name in TRAINED},
+        "images": digest_of(*(part for test in tests for part in (test.images.images, test.images.labels))),
+        "model": str(tests[0].fitter.path),
+        "head_steps": s.head_steps,
+        "head_init": s.head_init,
+        "head_scale": s.head_scale,
+        "mix_level": s.mix_level if pool else 0,
         "mix_steps": s.mix_steps if pool else 0,
         "pool_models": len(pool) if pool else 0,
         "precision": s.precision,
@@ -243,6 +253,8 @@ def main() -> None:
     """Parse; test and report, or label one's own pictures."""
     settings = parse(description="Meta-test with diffusion mixes, or label your own images.", command="testing")
     progress.hush(settings.quiet)
+    if settings.compare:
+        return compare(settings)
     if settings.support:
         own = OwnPictures(settings)
         if settings.dry_run:
@@ -265,6 +277,7 @@ def main() -> None:
         if processes.is_first():
             tests[0].save_mixes()
             say(settings, results)
+            save_episodes(settings.run_folder / "episodes.npz", tests)
         discard(settings.run_folder / "mixes")
         Report(settings.run_folder).write()
     trained = settings.run_folder.parent
@@ -273,12 +286,10 @@ def main() -> None:
 
 
 def say(settings: Settings, results: dict) -> None:
-    """Write results.json and say what came out."""
-    path, same = settings.run_folder / "results.json", ("dataset", "split", "way", "shot", "query", "episodes", "seed")
-    old = read_json(path, dict)
-    if changed := [f"{name} {old.get(name)!r}" for name in same if old and old.get(name) != results[name]]:
-        print(f"{path}: takes the place of a test with {', '.join(changed)}")
-    write_json(path, results)
+    """Write results/NAME.json, which no other test overwrites, and results.json, the last test; say what came out."""
+    path, kept = settings.run_folder / "results.json", place_of(settings.run_folder / "results", results)
+    for file in (kept, path):
+        write_json(file, results)
     names = ("accuracy", "accuracy_without_mix", "paired_difference")
     Board(settings.run_folder, wanted=settings.tensorboard).scalars(
         {f"test/{name}": results[name] for name in names}, 0
@@ -289,8 +300,54 @@ def say(settings: Settings, results: dict) -> None:
         f"{results['way']}-way {results['shot']}-shot on {results['split']}: {results['accuracy']:.2f} +- "
         f"{results['ci95']:.2f} % with mixes, {results['accuracy_without_mix']:.2f} +- "
         f"{results['ci95_without_mix']:.2f} % without, {results['paired_difference']:+.2f} +- "
-        f"{results['paired_ci95']:.2f} paired, {results['episodes']} episodes, {results['seconds']:.0f} s; {path}"
+        f"{results['paired_ci95']:.2f} paired, {results['episodes']} episodes, {results['seconds']:.0f} s; {kept}"
     )
+
+
+def save_episodes(path: Path, tests: list[Testing]) -> None:
+    """Write the images of every episode, for another method to be tested on the same.
+
+    support (E, way * shot), query (E, way * query), classes (E, way): int64, per domain after its name where there are
+    several. Images are numbered class by class, the classes by name, and the images of a class by path.
+    """
+    arrays = {}
+    for test, root in zip(tests, tests[0].s.data_paths, strict=True):
+        prefix = f"{root.name}_" if len(tests) > 1 else ""
+        for name in ("support", "query", "classes"):
+            arrays[prefix + name] = getattr(test.episodes, name).numpy()
+    with atomic_file(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def place_of(folder: Path, results: dict) -> Path:
+    """Return where in `folder` a test belongs: the file of the same test, or the first free name."""
+    name = f"{results['split']}-{results['way']}way-{results['shot']}shot"
+    for number in count(1):
+        path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
+        old = read_json(path, dict)
+        if old is None or all(old.get(key) == results[key] for key in (*SAME, *METHOD)):
+            return path
+
+
+def compare(settings: Settings) -> None:
+    """Print the paired difference between two tests on the same episodes: this run's and that of --compare.
+
+    Raises ValueError where one is missing, or their episodes differ.
+    """
+    paths, found = [settings.run_folder, Path(settings.compare)], []
+    for path in paths:
+        file = path / "results.json" if path.is_dir() else path
+        results = read_json(file, dict)
+        if results is None or not {"by_episode", *SAME} <= results.keys():
+            raise ValueError(f"{file}: no results of a test; run diffusionmix.py there, or name another file")
+        found.append(results)
+    one, other = found
+    if differ := [f"{name} {one[name]!r} and {other[name]!r}" for name in SAME if one[name] != other[name]]:
+        raise ValueError(f"got tests of other episodes: {', '.join(differ)}; test both with the same settings")
+    difference, half = paired_difference(one["by_episode"], other["by_episode"])
+    for path, results in zip(paths, found, strict=True):
+        print(f"{path}: {results['accuracy']:.2f} +- {results['ci95']:.2f} %")
+    print(f"difference {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
 
 
 if __name__ == "__main__":

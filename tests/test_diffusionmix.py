@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,10 +68,39 @@ def test_another_batch_gives_the_same_accuracies(test_run):
     assert other["by_episode_without_mix"] != first["by_episode_without_mix"]
 
 
-def test_another_test_in_its_place_is_said(test_run):
-    assert "takes the place" not in test_run("--mix", "False")[1] + test_run("--mix", "False")[1]
-    _, out = test_run("--mix", "False", "--seed", 5, "--nKnovel", 4, "--nTestNovel", 8)
-    assert "takes the place of a test with way 5, seed 1\n" in out
+def test_no_test_takes_the_place_of_another(test_run, tmp_path):
+    kept = tmp_path / "run" / "results"
+    first, out = test_run("--mix", "False")
+    assert "meta_test-5way-1shot.json" in out
+    test_run("--mix", "False")  # the same again
+    assert [path.name for path in kept.iterdir()] == ["meta_test-5way-1shot.json"]
+    test_run("--mix", "False", "--seed", 5)
+    test_run("--mix", "False", "--shot", 2)
+    names = ["meta_test-5way-1shot-2.json", "meta_test-5way-1shot.json", "meta_test-5way-2shot.json"]
+    assert sorted(path.name for path in kept.iterdir()) == names
+    assert json.loads((kept / names[1]).read_text())["by_episode"] == first["by_episode"]
+    assert json.loads((kept / names[0]).read_text())["seed"] == 5
+
+
+def test_compare(test_run, call, trained, toy_pool, tmp_path):
+    results, _ = test_run("--mix", "False")
+    other = dict(results, accuracy=50.0, by_episode=[value - 10 - i for i, value in enumerate(results["by_episode"])])
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    flags = ("--save-dir", tmp_path / "run", "--compare", tmp_path / "other.json")
+    status, out, err = call(diffusionmix, *flags)
+    assert status == 0 and "difference +11.50 +- 2.05" in out, err  # of 10, 11, 12, 13
+    (tmp_path / "other.json").write_text(json.dumps(dict(other, seed=2)))
+    status, _, err = call(diffusionmix, *flags)
+    assert status == 2 and "seed 1 and 2" in err
+    assert call(diffusionmix, *flags[:3], tmp_path / "none")[0] == 2
+
+
+def test_episodes_are_there_for_another_method(test_run, tmp_path):
+    results, _ = test_run("--mix", "False")
+    with np.load(tmp_path / "run" / "episodes.npz") as episodes:
+        support, query, classes = (episodes[name] for name in ("support", "query", "classes"))
+    assert support.shape == (4, 5) and query.shape == (4, 10) and classes.shape == (4, 5)
+    assert (support // 10 == classes).all()  # ten glyphs per class, class by class
 
 
 def test_without_mixes(test_run):
