@@ -225,12 +225,12 @@ class OwnPictures:
         self.skipped = {shown(s.query): left_out.rows()}
 
     def label(self) -> np.ndarray:
-        """Learn from the ones, and give the probabilities (N, way) of the others."""
+        """Learn from the ones, and return the probabilities (N, way) of the others."""
         support = self.support
         pieces = pieces_of(self.fitter, "own_mixes", support.images, support.labels)
         pixels, names = support.images.permute(0, 2, 3, 1), [support.class_names[c] for c in support.labels.tolist()]
-        classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
-        return classifier.predict_proba(self.query)
+        self.classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
+        return self.classifier.predict_proba(self.query)
 
     def write(self, probabilities: np.ndarray) -> None:
         """Write predictions.csv, and beside it a sheet of the surest, and say so."""
@@ -242,11 +242,11 @@ class OwnPictures:
         )
 
     def say_what_to_expect(self) -> None:
-        """Print how many of the pictures to learn from the others of them get right."""
-        features = self.fitter.features(to_float(self.support.images))
-        right, asked = self.fitter.leave_one_out(features, self.support.labels)
-        if asked:
-            print(f"of {asked} of the pictures to learn from, {right} are labelled right by what the others say")
+        """Print how many of the images to learn from the others of them get right."""
+        logits, labels = self.classifier.left_out_
+        if len(labels):
+            right = int((logits.argmax(1) == labels).sum())
+            print(f"of {len(labels)} of the images to learn from, {right} are labelled right by what the others say")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@
 """
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -95,22 +96,21 @@ class HeadFitter:
         rngs = [generator(s.seed, "head", i) for i in numbers] if s.head_init == "random" else None
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
 
-    def leave_one_out(self, features: Tensor, labels: Tensor, most: int = 100) -> tuple[int, int]:
-        """How many images heads without mixes get right that are fitted on all others, and of how many.
+    def leave_one_out(self, features: Tensor, labels: Tensor, most: int = 100) -> tuple[Tensor, Tensor]:
+        """Return logits (K, way) of K images by heads without mixes that are fitted on all others, and their labels.
 
-        features: (N, D); labels: (N,) int64, 0 to way - 1; those whose class has no other image are not asked.
-        most: images to leave out, evenly spread; fewer where N is large.
+        features: (N, D); labels: (N,) int64, 0 to way - 1. Left out are images whose class has another, evenly spread,
+        at most `most`, fewer where N is large. K is 0 where there is none.
         """
         asked = (labels.bincount()[labels] > 1).nonzero().flatten()
         if not len(asked) or len(labels.unique()) < 2:
-            return 0, 0
+            return features.new_zeros(0, int(labels.max()) + 1), labels[:0]
         most = max(1, min(most, len(asked), 50_000 // len(labels)))  # 200 MB of 1,024 features each
         asked = asked[torch.linspace(0, len(asked) - 1, most).long()]
         others = torch.arange(len(labels)).expand(len(asked), -1)[torch.arange(len(labels)) != asked[:, None]]
-        others = others.view(len(asked), -1)  # (E, N - 1)
+        others = others.view(len(asked), -1)  # (K, N - 1)
         targets = F.one_hot(labels)[others].float()
-        guess = predict(self.fit(features[others], targets), features[asked][:, None]).argmax(-1).flatten()
-        return int((guess == labels[asked]).sum()), len(asked)
+        return predict(self.fit(features[others], targets), features[asked][:, None])[:, 0], labels[asked]
 
     def mixes(
         self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces,
@@ -209,6 +209,8 @@ class FewShotClassifier:
         classes_: (way,) array, the labels in order: sorted, or where they cannot be, by type and text.
         fitter_: the loaded model and pool.
         heads_: the head, of one episode.
+        left_out_: logits (K, way) and labels (K,) of support images, each by a head fitted on the others.
+        sharpness_: factor of the logits in `predict_proba`: `sharpness` of left_out_.
     """
 
     _estimator_type = "classifier"
@@ -292,20 +294,55 @@ class FewShotClassifier:
         mixes = None
         if fitter.pool:
             *mixes, _ = fitter.mixes(pixels, torch.arange(len(pixels))[None], targets, pieces or Pieces())
-        self.heads_ = fitter.fit(fitter.features(to_float(pixels))[None], targets, mixes)
+        features = fitter.features(to_float(pixels))
+        self.heads_ = fitter.fit(features[None], targets, mixes)
+        self.left_out_ = fitter.leave_one_out(features, numbers[order])
+        self.sharpness_ = sharpness(*self.left_out_)
         self.fitter_, self.classes_ = fitter, classes
         return self
 
     def predict_proba(self, images: Iterable) -> np.ndarray:
-        """Probabilities (N, way) float64 of images, columns as in `classes_`: the softmax of the head's logits.
+        """Return probabilities (N, way) float64 of images, columns as in `classes_`.
 
-        An image's row depends on no other image. The head's steps are few and small, so the highest is often not much
-        above 1 / way: its order tells more than its value, which `head_scale` raises.
+        They are the softmax of the head's logits times `sharpness_`: the head takes few and small steps, so that its
+        own probabilities stay close together. An image's row depends on no other image.
         """
+        self._check_fitted()
+        logits = predict(self.heads_, torch.from_numpy(self.transform(images))[None])[0].double()
+        return (self.sharpness_ * logits).softmax(-1).numpy()
+
+    def transform(self, images: Iterable) -> np.ndarray:
+        """Return the features (N, D) float32 of images, of unit length, that the head sees."""
+        self._check_fitted()
+        return self.fitter_.features(to_float(_read(images, self.fitter_.size, self.value_range))).numpy()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the fitted head to one file. The meta-model stays where it is: the file names it.
+
+        Raises ValueError where it is not fitted, or has labels that are no texts or numbers.
+        """
+        self._check_fitted()
+        classes = self.classes_.tolist()
+        if odd := [label for label in classes if not isinstance(label, str | int | float)]:
+            raise ValueError(f"got the label {odd[0]!r}, expected texts or numbers; use pickle for others")
+        params = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in self.get_params().items()}
+        head = {"weight": self.heads_.weight, "bias": self.heads_.bias, "scale": self.heads_.scale}
+        checkpoint.save(Path(path), {"params": params, "classes": classes, "sharpness": self.sharpness_, **head})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "FewShotClassifier":
+        """Return what `save` wrote, ready to predict. Raises ValueError for another file, or a missing meta-model."""
+        state = checkpoint.load(Path(path))
+        checkpoint.entries(state, Path(path), _SAVED, "file of FewShotClassifier.save")
+        classifier = cls(**state["params"])
+        classifier.fitter_ = HeadFitter(classifier.settings())
+        classifier.heads_ = Heads(state["weight"], state["bias"], state["scale"])
+        classifier.sharpness_, classifier.classes_ = state["sharpness"], np.array(state["classes"])
+        return classifier
+
+    def _check_fitted(self) -> None:
         if not hasattr(self, "heads_"):
             raise ValueError("this FewShotClassifier is not fitted yet; call fit(images, labels) first")
-        features = self.fitter_.features(to_float(_read(images, self.fitter_.size, self.value_range)))
-        return predict(self.heads_, features[None])[0].double().softmax(-1).numpy()
 
     def predict(self, images: Iterable) -> np.ndarray:
         """The likeliest label (N,) of each image."""
@@ -323,6 +360,33 @@ class FewShotClassifier:
         if len(found) != len(wanted):
             raise ValueError(f"got {len(found)} images and {len(wanted)} labels, expected one label an image")
         return float(np.mean([a == b for a, b in zip(found.tolist(), wanted, strict=True)]))
+
+
+def sharpness(logits: Tensor, labels: Tensor) -> float:
+    """Return the factor of logits with which the mean of the highest probability is the share that is right.
+
+    logits: (K, way) of images that the head was not fitted on; labels: (K,) int64. The share is (right + 1) / (K + 2),
+    so that a few images that are all right give no certainty. 1 where K is 0. Between 1 and 1000.
+    """
+    if not len(labels):
+        return 1.0
+    share = float((logits.argmax(1) == labels).sum() + 1) / (len(labels) + 2)
+    low, high = 0.0, math.log(1000)
+    for _ in range(40):  # the mean rises with the factor
+        middle = (low + high) / 2
+        surer = float((math.exp(middle) * logits.double()).softmax(1).amax(1).mean()) > share
+        low, high = (low, middle) if surer else (middle, high)
+    return math.exp(low)
+
+
+_SAVED = {
+    "params": lambda value: isinstance(value, Mapping) and "model" in value,
+    "classes": lambda value: isinstance(value, list) and len(value) > 1,
+    "sharpness": lambda value: isinstance(value, float) and 0 < value < math.inf,
+    "weight": torch.is_tensor,
+    "bias": torch.is_tensor,
+    "scale": lambda value: isinstance(value, float | int),
+}
 
 
 def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import diffusionmix
+import few_shot
 from few_shot import RATES, FewShotClassifier
 from guided_diffusion.pool import subset_path
 from models.episode_head import predict
@@ -73,12 +74,13 @@ def test_equal_shots_give_the_head_of_the_first_test_episode(classifier, model, 
     features = testing.fitter.features(to_float(images))
     targets = F.one_hot(e.support_labels, 5).float()
     heads = testing.fitter.fit(features[e.support], targets, testing.mixes(targets))
-    expected = predict(heads, features[e.query])[0].double().softmax(-1).numpy()
+    logits = predict(heads, features[e.query])[0].double()
     pixels = images.permute(0, 2, 3, 1)
     classifier.set_params(head_init=init).fit(pixels[e.support[0]], e.support_labels[0])
     torch.testing.assert_close(classifier.heads_.weight[0], heads.weight[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(classifier.heads_.bias[0], heads.bias[0], atol=1e-6, rtol=0)
-    np.testing.assert_allclose(classifier.predict_proba(pixels[e.query[0]]), expected, atol=1e-6)
+    expected = (classifier.sharpness_ * logits).softmax(-1).numpy()
+    np.testing.assert_allclose(classifier.predict_proba(pixels[e.query[0]]), expected, atol=1e-5)
 
 
 def test_unequal_shots_are_class_weighted_cross_entropy(classifier):
@@ -134,9 +136,44 @@ def test_leave_one_out(classifier):
         rest = [j for j in range(8) if j != i]
         heads = fitter.fit(features[None, rest], F.one_hot(numbers[rest])[None].float())
         right += int(diffusionmix.predict(heads, features[None, None, i]).argmax()) == int(numbers[i])
-    assert fitter.leave_one_out(features, numbers) == (right, 7)
-    assert fitter.leave_one_out(features, numbers, most=3)[1] == 3
-    assert fitter.leave_one_out(features[[0, 4]], torch.tensor([0, 1])) == (0, 0)
+    logits, left_out = fitter.leave_one_out(features, numbers)
+    assert left_out.tolist() == [0] * 4 + [1] * 3 and int((logits.argmax(1) == left_out).sum()) == right
+    assert len(fitter.leave_one_out(features, numbers, most=3)[1]) == 3
+    assert len(fitter.leave_one_out(features[[0, 4]], torch.tensor([0, 1]))[1]) == 0
+
+
+def test_probabilities_are_as_sure_as_the_images_left_out_are_right():
+    logits = 0.01 * torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    labels = logits.argmax(1)
+    labels[:150] = (labels[:150] + 1) % 4  # 70 % are right
+    factor = few_shot.sharpness(logits, labels)
+    assert float((factor * logits).softmax(1).amax(1).mean()) == pytest.approx(351 / 502, abs=1e-3)
+    assert float(logits.softmax(1).amax(1).mean()) < 0.27
+    assert few_shot.sharpness(logits[:0], labels[:0]) == 1.0
+    assert few_shot.sharpness(100 * logits, 3 - labels) == pytest.approx(1.0)  # never less sure than the head
+
+
+def test_save_and_load(classifier, tmp_path):
+    images, labels = pictures({"a": 3, "b": 2, "c": 1})
+    expected = classifier.fit(images, labels).predict_proba(images)
+    classifier.save(tmp_path / "mine.pt")
+    again = FewShotClassifier.load(tmp_path / "mine.pt")
+    assert (again.predict_proba(images) == expected).all() and again.classes_.tolist() == ["a", "b", "c"]
+    assert again.get_params()["mix_steps"] == QUICK["mix_steps"]
+    checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"other\.pt"):
+        FewShotClassifier.load(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="fit"):
+        FewShotClassifier(classifier.model).save(tmp_path / "no.pt")
+    assert not (tmp_path / "no.pt").exists()
+
+
+def test_transform_gives_features_of_unit_length(classifier):
+    images, labels = pictures({"a": 2, "b": 2})
+    found = classifier.fit(images, labels).transform(images)
+    own = classifier.fitter_.features(to_float(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    np.testing.assert_array_equal(found, own.numpy())
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", [2, 12])
@@ -189,7 +226,8 @@ def test_paths_pictures_and_arrays_agree(classifier, tmp_path):
     for each in given:
         assert (classifier.predict_proba(each) == expected).all()
     assert (classifier.fit(paths, labels).predict_proba(images) == expected).all()
-    square = classifier.predict_proba(images[:, :, 5:35])
+    classifier.sharpness_ = 1.0  # the head's own probabilities
+    expected, square = classifier.predict_proba(images), classifier.predict_proba(images[:, :, 5:35])
     np.testing.assert_allclose(square, expected, atol=1e-3)  # the central one, but for what its edges border on
 
 
