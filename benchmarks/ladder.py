@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import table
 from config import SCENARIOS, Settings, parse
 from datasets.episodes import EpisodeSampler
-from datasets.pseudo import PseudoDataset
+from datasets.pseudo import PseudoDataset, learnt
 from datasets.sources import load_real
 from few_shot import load_model
 from guided_diffusion.dist_util import pick_device
@@ -80,16 +80,6 @@ def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> 
     return 100 * float((truth == owner).float().mean()), 100 * float(agree) / len(labels)
 
 
-def newest_labels(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return all images of a run (N, 3, H, W) uint8 with the labels that its last network learnt (N,)."""
-    images, labels = [], []
-    for part in sorted((folder / "pseudo").glob("round*")):
-        data, anew = PseudoDataset.load(part), sorted(part.glob("labels[0-9]*.npy"))
-        images.append(data.images)
-        labels.append(torch.from_numpy(np.load(anew[-1])) if anew else data.labels)
-    return torch.cat(images), torch.cat(labels)
-
-
 def accuracy(s: Settings, path: Path) -> list[float]:
     """Return accuracy in percent on meta_val at 1 and at 5 shots, of the checkpoint `path`."""
     model, size, _ = load_model(path, pick_device(s.device_name))
@@ -121,15 +111,17 @@ def main() -> None:
         place, extra = folder / name, ("", "")
         if name == "judged":
             _train(flags, folder / "by_model", "by_model", s.seed)
-            images, _ = newest_labels(folder / "by_model")
+            images = learnt(folder / "by_model").images
             training = Judged(replace(s, source="real", save_dir=str(place)), images, classes(judge, images, device))
             with locked(place):
                 training.train()
         else:
             _train(flags, place, name, s.seed)
         if name in ("by_model", "unguided", "guided"):
-            images, labels = newest_labels(place)
-            found = purity(classes(judge, images, device), labels, counts, _shared(trained["num_classes"], counts))
+            data = learnt(place)
+            found = purity(
+                classes(judge, data.images, device), data.labels, counts, _shared(trained["num_classes"], counts)
+            )
             extra = (f"{found[0]:.1f}", f"{found[1]:.1f}" if name != "by_model" else "")
         one, five = accuracy(s, place / "last.pt")
         lines.append(f"| {RUNGS[name]} | {one:.1f} / {five:.1f} | {extra[0]} | {extra[1]} |")

@@ -1,4 +1,7 @@
-"""The pseudo dataset of a round: images that the pool drew, with the classes they were drawn for."""
+"""The pseudo dataset of a round: images that the pool drew, with the classes they were drawn for.
+
+python -m datasets.pseudo ckpt/runs/glyphs/1-shot --as-folders data/pseudo      # PNG files, a folder per class
+"""
 
 import json
 import os
@@ -9,9 +12,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 
 from utils import processes
 from utils.atomic import atomic_file
+from utils.cli import OneLineParser
+from utils.cli import run as run_command
 from utils.plots import contact_sheet
 from utils.run_log import write_json
 
@@ -144,10 +150,40 @@ def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[],
             with atomic_file(path) as file:
                 np.save(file, labels.cpu().numpy())
         processes.meet()
+    return PseudoDataset(data.images, _labels(path), data.num_classes)
+
+
+def learnt(run: str | os.PathLike) -> PseudoDataset:
+    """Return the images of all rounds of a run, with the labels that its last network learnt.
+
+    Raises ValueError where there is none, or one is damaged.
+    """
+    rounds = sorted((Path(run) / "pseudo").glob("round*"))
+    if not rounds:
+        raise ValueError(f"{run}: has no pseudo images; give a run of main.py with --source guided or unguided")
+    parts = []
+    for folder in rounds:
+        data = PseudoDataset.load(folder)
+        anew = [*folder.glob("clusters.npy"), *sorted(folder.glob("labels[0-9]*.npy"))]
+        parts.append(PseudoDataset(data.images, _labels(anew[-1]), data.num_classes) if anew else data)
+    return parts[0].joined(parts[1:])
+
+
+def _labels(path: Path) -> torch.Tensor:
     try:
-        return PseudoDataset(data.images, torch.from_numpy(np.load(path, allow_pickle=False)), data.num_classes)
+        return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged labels ({error}); delete the run folder and start again") from error
+
+
+def as_folders(data: PseudoDataset, out: str | os.PathLike) -> None:
+    """Write images as <out>/class{c}/{i}.png. Raises ValueError where `out` is there already and not empty."""
+    out, width = Path(out), len(str(data.num_classes - 1))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: is there already; give a new folder")
+    for i, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+        with atomic_file(out / f"class{label:0{width}d}" / f"{i:06d}.png") as file:
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG")
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -162,3 +198,18 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{path}: got a JSON {type(manifest).__name__}, expected an object; make it again")
     return manifest
+
+
+def main() -> None:
+    """Parse; write the pseudo images of a run as class folders."""
+    parser = OneLineParser(description="Write the pseudo images of a run as PNG files, a folder per class.")
+    parser.add_argument("run", help="run folder of main.py")
+    parser.add_argument("--as-folders", required=True, metavar="OUT", help="folder to write, made new")
+    args = parser.parse_args()
+    data = learnt(args.run)
+    as_folders(data, args.as_folders)
+    print(f"wrote {len(data.labels)} images of {len(data.labels.unique())} classes to {args.as_folders}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.pseudo import PseudoDataset, read_manifest
+import datasets.pseudo
+from datasets.pseudo import PseudoDataset, learnt, read_manifest
 
 
 def dataset(classes=13, per_class=2, size=4):
@@ -81,3 +82,22 @@ def test_sheet_has_a_row_a_class(tmp_path):
     for c in range(3):
         row = pixels[2 + 18 * c : 6 + 18 * c]
         assert (row[:, 2:6] == c).all() and (row[:, 8:12] == c).all() and (row[:, 14:18] == 255).all()
+
+
+def test_what_a_run_learnt_as_folders(tmp_path, call):
+    data, run = dataset(), tmp_path / "run"
+    for name in ("round00", "round01"):
+        data.save(run / "pseudo" / name, {})
+    np.save(run / "pseudo" / "round00" / "clusters.npy", (data.labels + 1).numpy() % 13)
+    np.save(run / "pseudo" / "round00" / "labels01.npy", (data.labels + 2).numpy() % 13)
+    found = learnt(run)
+    assert torch.equal(found.images, torch.cat([data.images] * 2))
+    assert torch.equal(found.labels, torch.cat([(data.labels + 2) % 13, data.labels]))
+    status, out, err = call(datasets.pseudo, run, "--as-folders", tmp_path / "out")
+    assert status == 0 and "52 images of 13 classes" in out, err
+    for number, label in enumerate(found.labels.tolist()):
+        with Image.open(tmp_path / "out" / f"class{label:02d}" / f"{number:06d}.png") as image:
+            assert (np.asarray(image).transpose(2, 0, 1) == found.images[number].numpy()).all()
+    for odd in ((run, "--as-folders", tmp_path / "out"), (tmp_path, "--as-folders", tmp_path / "new")):
+        assert call(datasets.pseudo, *odd)[0] == 2
+    assert not (tmp_path / "new").exists()
