@@ -272,6 +272,8 @@ def main() -> None:
         support = sum(test.episodes.support.numel() for test in tests)
         return dry_run.of_testing(settings, tests[0].fitter.pool, support)
     with locked(settings.run_folder):
+        if processes.is_first() and not settings.quiet:
+            print(opening(settings, tests))
         note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, notes_of(tests[0].fitter))
         results = evaluate(settings, tests)
         if processes.is_first():
@@ -283,6 +285,17 @@ def main() -> None:
     trained = settings.run_folder.parent
     if (trained / "metrics.jsonl").exists():  # the test lies in the folder of its training, whose report shows it too
         Report(trained).write()
+
+
+def opening(s: Settings, tests: list[Testing]) -> str:
+    """Return a line that says what is about to happen."""
+    images, classes = (sum(len(getattr(test.images, part)) for test in tests) for part in ("labels", "class_names"))
+    fitter = tests[0].fitter
+    mixes = f"mixes by {len(fitter.pool)} models ({s.pool_place})" if fitter.pool else "no mixes"
+    return (
+        f"{s.dataset}: {s.episodes} episodes, {s.way}-way {s.shot}-shot, on {images:,} images of {classes} classes of "
+        f"{s.test_split}, {mixes}; {fitter.path}, {fitter.device}"
+    )
 
 
 def say(settings: Settings, results: dict) -> None:

@@ -80,6 +80,7 @@ class Training:
         s, books = self.s, self.books
         skipped = self.real.skipped if self.real else {}
         books.begin(self.device, s.start_epoch + len(self.phases), self.validation.skipped, skipped)
+        books.log.line(self.plan_in_words())
         if s.source == "none":
             books.record({"epoch": 0, "round": 0, **self.validate()}, self.learners)
         elif s.source == "guided" and s.recipe == "paper" and books.epoch == 0 and not s.resume:
@@ -176,6 +177,20 @@ class Training:
         """Share out the images of each model over its classes, to the likeliest, as many to one as to another."""
         scores = guides.clean_scores(self.learners.guide(), data.images, self.device)
         return processes.first_says(share_out(scores, self.plan(0).first_of(data.labels), self.per_model))
+
+    def plan_in_words(self) -> str:
+        """Return a line that says what is about to happen."""
+        s, rounds = self.s, len({phase.round for phase in self.phases})
+        images = f"{len(self.validation.class_names)} classes of meta_val to choose by"
+        if s.draws:
+            images = (
+                f"{rounds} round{'s' * (rounds != 1)} of {sum(self.per_model) * s.samples_per_class:,} images of "
+                f"{self.num_classes} classes from {len(self.pool)} models ({s.pool_place}), {images}"
+            )
+        if self.real:
+            images = f"{len(self.real.labels):,} real images of {self.num_classes} classes, {images}"
+        epochs = f"{len(self.phases)} epochs of {s.epoch_steps} steps"
+        return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {self.device}, {s.run_folder}"
 
     def plan(self, stream: int | str) -> Synthesis:
         """Return how this run draws images."""
