@@ -9,8 +9,6 @@ Each episode has a head of its own, fitted on its support set, on diffusion mixe
 the support set again; and for comparison one fitted on the support alone. All heads are fitted together.
 """
 
-import hashlib
-import json
 import time
 from dataclasses import replace
 from itertools import count
@@ -23,32 +21,28 @@ from torch import Tensor
 import dry_run
 from config import Settings, parse, that_affect
 from datasets.episodes import Episodes, EpisodeSampler
-from datasets.folder import LabelledImages, load_split
+from datasets.folder import LabelledImages
 from datasets.sources import load_real
-from few_shot import FewShotClassifier, HeadFitter
+from few_shot import HeadFitter
 from guided_diffusion.costs import free_memory
 from models.episode_head import predict
+from own_images import OwnImages
 from utils import processes, progress
 from utils.atomic import atomic_file
 from utils.board import Board
-from utils.class_folders import find_images
 from utils.cli import run
-from utils.images import extensions, read_images, shown, to_float
+from utils.images import to_float
 from utils.lock import locked
 from utils.machine import note_start
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
-from utils.pieces import Pieces, digest_of, discard
-from utils.predictions import check_place, write_predictions
+from utils.pieces import digest_of, discard
 from utils.report import Report
 from utils.run_log import read_json, write_json, write_skipped
 
-# between a stopped test and its resumption; of images and of the pool their contents count
-MAY_CHANGE = that_affect("nothing") | {"compare", "support", "query", "out", "pool", "data_root"}
 SAME = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # of two tests on the same episodes
 METHOD = ("model", "mix_steps", "mix_level", "pool_models", "head_steps", "head_init", "head_scale")  # what is tested
 TRAINED = ("source", "dataset", "recipe", "seed", "num_classes", "samples_per_class")  # told in results.json
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
-SHEET = 100  # pictures on the sheet of answers
 
 
 class Testing:
@@ -63,7 +57,7 @@ class Testing:
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
         found = self.images
-        self.pieces = pieces_of(self.fitter, "mixes", found.images, found.labels, torch.tensor(SHOWN))
+        self.pieces = self.fitter.pieces("mixes", found.images, found.labels, torch.tensor(SHOWN))
         self.chosen = [self.to_show(m) for m in range(min(SHOWN, len(self.fitter.pool or ())))]
 
     def run(self) -> tuple[Tensor, Tensor]:
@@ -124,17 +118,6 @@ class Testing:
                 mix=self.pictures.unflatten(0, (len(self.chosen), -1)).numpy(),
                 share=torch.stack(share).numpy(),
             )
-
-
-def pieces_of(fitter: HeadFitter, folder: str, *data: Tensor) -> Pieces:
-    """Where in the run folder the features of mixes are: of this model, pool, data and settings alone."""
-    s, made_with = fitter.s, hashlib.sha256()
-    same = {k: v for k, v in s.as_dict().items() if k not in MAY_CHANGE}
-    with open(fitter.path, "rb") as file:
-        model = hashlib.file_digest(file, "sha256").hexdigest()
-    pool = fitter.pool.digest() if fitter.pool else ""
-    made_with.update(json.dumps([model, pool, digest_of(*data), same]).encode())
-    return Pieces(s.run_folder / folder / made_with.hexdigest()[:16])
 
 
 def evaluate(settings: Settings, tests: list[Testing]) -> dict:
@@ -198,57 +181,6 @@ def figures(mixed: Tensor, plain: Tensor) -> dict[str, float]:
     }
 
 
-class OwnPictures:
-    """The pictures of --support, a folder a class, and of --query, and what the former say that the latter are."""
-
-    def __init__(self, settings: Settings):
-        """Read them. Raises ValueError for fewer than 2 classes, a class without a picture, and nothing to label."""
-        s, self.started = settings, time.perf_counter()
-        self.path = Path(s.out or s.run_folder / "predictions.csv")
-        check_place(self.path, s.support, s.query)
-        self.s, self.fitter = s, HeadFitter(s)
-        self.support = load_split(s.support, "", self.fitter.size, every_class=True, workers=s.workers)
-        if len(self.support.class_names) < 2:
-            raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of pictures a class")
-        names = [shown(name) for name in self.support.class_names]
-        if alike := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{s.support}: got two classes that are shown as {alike[0]}; rename one of the folders")
-        paths, left_out = find_images(s.query)
-        images, unreadable = read_images(paths, self.fitter.size, workers=s.workers)
-        left_out.add_unread(unreadable)
-        if not images:
-            what = left_out.line(Path(s.query)) or extensions()
-            raise ValueError(f"{s.query}: has no readable image ({what}); expected some to label")
-        left_out.say(Path(s.query))
-        self.paths = sorted(set(paths) - {path for path, _ in unreadable})
-        self.query = np.stack(images).transpose(0, 2, 3, 1)  # (N, size, size, 3) uint8
-        self.skipped = {shown(s.query): left_out.rows()}
-
-    def label(self) -> np.ndarray:
-        """Learn from the ones, and return the probabilities (N, way) of the others."""
-        support = self.support
-        pieces = pieces_of(self.fitter, "own_mixes", support.images, support.labels)
-        pixels, names = support.images.permute(0, 2, 3, 1), [support.class_names[c] for c in support.labels.tolist()]
-        self.classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
-        return self.classifier.predict_proba(self.query)
-
-    def write(self, probabilities: np.ndarray) -> None:
-        """Write predictions.csv, and beside it a sheet of the surest, and say so."""
-        on_sheet = write_predictions(self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET)
-        print(
-            f"labelled {len(self.paths)} pictures with {len(self.support.class_names)} classes, learnt from "
-            f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "
-            f"{self.path.with_suffix('.png')} (the surest {on_sheet})"
-        )
-
-    def say_what_to_expect(self) -> None:
-        """Print how many of the images to learn from the others of them get right."""
-        logits, labels = self.classifier.left_out_
-        if len(labels):
-            right = int((logits.argmax(1) == labels).sum())
-            print(f"of {len(labels)} of the images to learn from, {right} are labelled right by what the others say")
-
-
 def main() -> None:
     """Parse; test and report, or label one's own pictures."""
     settings = parse(description="Meta-test with diffusion mixes, or label your own images.", command="testing")
@@ -256,7 +188,7 @@ def main() -> None:
     if settings.compare:
         return compare(settings)
     if settings.support:
-        own = OwnPictures(settings)
+        own = OwnImages(settings)
         if settings.dry_run:
             return dry_run.of_testing(settings, own.fitter.pool, len(own.support.labels))
         with locked(settings.run_folder):

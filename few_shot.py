@@ -7,7 +7,9 @@
 `HeadFitter` is the method, for many episodes at once as `diffusionmix.py` tests it; `FewShotClassifier` is one episode.
 """
 
+import hashlib
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import BARE, Settings
+from config import BARE, Settings, that_affect
 from guided_diffusion.dist_util import pick_device
 from guided_diffusion.mix import diffusion_mixes, mix_labels, timesteps_of
 from guided_diffusion.pool import Pool, PoolModel
@@ -33,10 +35,12 @@ from models.saved import MODEL_ENTRIES, WHAT
 from utils import checkpoint
 from utils.images import ImageError, pixels_of, shown, to_float, to_uint8
 from utils.labels import check_kinds, encoded, plain_labels
-from utils.pieces import Pieces
+from utils.pieces import Pieces, digest_of
 from utils.remote import local
 from utils.seeding import generator, noise, numpy_generator
 
+# between a stopped test and its resumption; of images and of the pool their contents count
+MAY_CHANGE = that_affect("nothing") | {"compare", "support", "query", "out", "pool", "data_root"}
 RATES = (0.05, 0.01, 0.05)  # of the head's three stages
 MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
 RANGES = ((-1, 1), (0, 1))  # that floats may be in
@@ -70,6 +74,15 @@ class HeadFitter:
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
+
+    def pieces(self, folder: str, *data: Tensor) -> Pieces:
+        """Return where in the run folder the features of mixes are: of this model, pool, data and settings alone."""
+        same = {k: v for k, v in self.s.as_dict().items() if k not in MAY_CHANGE}
+        with open(self.path, "rb") as file:
+            model = hashlib.file_digest(file, "sha256").hexdigest()
+        pool = self.pool.digest() if self.pool else ""
+        made_with = hashlib.sha256(json.dumps([model, pool, digest_of(*data), same]).encode())
+        return Pieces(self.s.run_folder / folder / made_with.hexdigest()[:16])
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

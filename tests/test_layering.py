@@ -13,7 +13,9 @@ MAY_IMPORT = {
     "models": {"config", "datasets", "models", "utils"},
     "datasets": {"datasets", "utils"},
 }
-PROJECT = {*MAY_IMPORT, "main", "diffusionmix", "few_shot", "dry_run", "schedule", "bookkeeping", "benchmarks", "tests"}
+PROJECT = {*MAY_IMPORT} | set(
+    "main diffusionmix few_shot own_images dry_run schedule bookkeeping benchmarks tests".split()
+)
 
 
 def sources(part):

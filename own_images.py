@@ -1,0 +1,66 @@
+"""Labelling your own images: `diffusionmix.py --support data/few --query data/unlabelled`."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from config import Settings
+from datasets.folder import load_split
+from few_shot import FewShotClassifier, HeadFitter
+from utils.class_folders import find_images
+from utils.images import extensions, read_images, shown
+from utils.predictions import check_place, write_predictions
+
+SHEET = 100  # images on the sheet of answers
+
+
+class OwnImages:
+    """The images of --support, one folder per class, and those of --query, which they label."""
+
+    def __init__(self, settings: Settings):
+        """Read them. Raises ValueError for fewer than 2 classes, a class without an image, and nothing to label."""
+        s, self.started = settings, time.perf_counter()
+        self.path = Path(s.out or s.run_folder / "predictions.csv")
+        check_place(self.path, s.support, s.query)
+        self.s, self.fitter = s, HeadFitter(s)
+        self.support = load_split(s.support, "", self.fitter.size, every_class=True, workers=s.workers)
+        if len(self.support.class_names) < 2:
+            raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of images per class")
+        names = [shown(name) for name in self.support.class_names]
+        if alike := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{s.support}: got two classes that are shown as {alike[0]}; rename one of the folders")
+        paths, left_out = find_images(s.query)
+        images, unreadable = read_images(paths, self.fitter.size, workers=s.workers)
+        left_out.add_unread(unreadable)
+        if not images:
+            what = left_out.line(Path(s.query)) or extensions()
+            raise ValueError(f"{s.query}: has no readable image ({what}); expected some to label")
+        left_out.say(Path(s.query))
+        self.paths = sorted(set(paths) - {path for path, _ in unreadable})
+        self.query = np.stack(images).transpose(0, 2, 3, 1)  # (N, size, size, 3) uint8
+        self.skipped = {shown(s.query): left_out.rows()}
+
+    def label(self) -> np.ndarray:
+        """Learn from the support images. Return the probabilities (N, way) of the query images."""
+        support = self.support
+        pieces = self.fitter.pieces("own_mixes", support.images, support.labels)
+        pixels, names = support.images.permute(0, 2, 3, 1), [support.class_names[c] for c in support.labels.tolist()]
+        self.classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
+        return self.classifier.predict_proba(self.query)
+
+    def write(self, probabilities: np.ndarray) -> None:
+        """Write predictions.csv and a sheet of the surest beside it, and say so."""
+        on_sheet = write_predictions(self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET)
+        print(
+            f"labelled {len(self.paths)} images with {len(self.support.class_names)} classes, learnt from "
+            f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "
+            f"{self.path.with_suffix('.png')} (the surest {on_sheet})"
+        )
+
+    def say_what_to_expect(self) -> None:
+        """Print how many support images the others label right."""
+        logits, labels = self.classifier.left_out_
+        if len(labels):
+            right = int((logits.argmax(1) == labels).sum())
+            print(f"{right} of {len(labels)} support images are labelled right by the others")
