@@ -13,7 +13,7 @@ help:
 	@echo "make test-all  ruff, then all tests"
 	@echo "make soak   kill each command at 100 points and see that it resumes; long"
 	@echo "make mutants  break one line after another in a copy and see that a test fails; 10 minutes"
-	@echo "make table  the result table of glyphs: benchmarks/RESULTS.md; hours on a CPU; resumes"
+	@echo "make table  the result tables of glyphs and fontchars: benchmarks/RESULTS.md; a day on 2 cores; resumes"
 	@echo "            DATA_ROOT=data/mine POOL=ckpt/pools/mine adds that of your images, tested on their meta_val"
 	@echo "make bench  how fast sampling, testing and training are on the CPU, small: 5 minutes on 2 quiet cores"
 	@echo "make clean  remove caches; runs, data and $(VENV) stay"
@@ -46,7 +46,8 @@ mutants: $(STAMP)
 	$(VENV)/bin/python tests/mutants.py
 
 table: $(STAMP)
-	$(VENV)/bin/python -m benchmarks.table --publish
+	$(VENV)/bin/python -m benchmarks.table --publish --dataset glyphs
+	$(VENV)/bin/python -m benchmarks.table --publish --dataset fontchars
 ifdef DATA_ROOT
 	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root $(DATA_ROOT) \
 		$(if $(POOL),--pool $(POOL)) --test --split meta_val

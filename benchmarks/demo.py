@@ -9,7 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
-from benchmarks.table import FLOOR, GUIDED, INTERVALS, REAL, ROOT, UNGUIDED, as_text, run_rows
+from benchmarks.table import FLOOR, GUIDED, INTERVALS, REAL, ROOT, UNGUIDED, as_text, rows_of, run_all
 from utils.cli import run
 
 FOLDER = Path("ckpt/runs/demo")
@@ -24,7 +24,7 @@ def main() -> None:
     """Run every row, show the table, and say what was seen."""
     started = time.time()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
-    rows = run_rows(FOLDER, [1], [1], ["none", "unguided", "guided", "real"], TRAIN, TEST)
+    rows = rows_of(run_all(FOLDER, [1], [1], ["none", "unguided", "guided", "real"], TRAIN, TEST))
     print(f"\nfontchars, novel classes, 5-way 1-shot, {rows[0].episodes} episodes, one seed. {INTERVALS}\n")
     print(as_text(rows))
     found = {row.row: row.accuracy for row in rows}

@@ -1,11 +1,12 @@
 """The rows that a result table needs, over training seeds and shots, into RESULTS.md and results.csv.
 
-    python -m benchmarks.table                                  # glyphs, seeds 1 2 3
+    python -m benchmarks.table                                  # glyphs, seeds 1 to 5
     python -m benchmarks.table --small --dataset custom --data-root data/mine --pool ckpt/pools/mine
 
 Runs `main.py` once and `diffusionmix.py` once a shot for every row and seed, every row of a seed on the same episodes.
-What is made is kept, so a killed run resumes. What is not a flag of this script goes to `main.py` as it is, and
-what follows --test to `diffusionmix.py`.
+What is made stays in --folder, so a killed run resumes. With --publish the accuracies of every episode also go to
+benchmarks/kept/DATASET.jsonl, and RESULTS.md is written from all that is kept there of the same settings: further seeds
+and rows can be added on another machine. Other flags go to `main.py`, and what follows --test to `diffusionmix.py`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ INTERVALS = (
 )
 TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
           "sample_batch", "precision", "device", *BARE)  # fmt: skip
+KEPT = ("dataset", "split", "torch", "hardware", "commit", "training_seconds", "flags", "trained_with")
 SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip")}
 
 
@@ -103,13 +105,16 @@ class Row:
     closed_seeds_ci95: float | str = ""
 
 
-def run_rows(
-    folder: Path, seeds: list[int], shots: list[int], runs: list[str], train: list[str], test: list[str]
-) -> list[Row]:
-    """Train and test what is not there yet in <folder>/seed<k>/<run>, and return the rows, shot by shot.
+Results = dict[tuple[int, str, int], dict]  # (seed, run, shot) -> results of a test, with what made them
 
-    runs: of RUNS, in the order of ROWS. The episodes of training have the first of `shots`; `main.py` is not run again
-    for the others. The results of shot n lie in <folder>/seed<k>/<run>/<n>-shot.
+
+def run_all(
+    folder: Path, seeds: list[int], shots: list[int], runs: list[str], train: list[str], test: list[str]
+) -> Results:
+    """Train and test what is not there yet in <folder>/seed<k>/<run>, and return the results.
+
+    runs: of RUNS. The episodes of training have the first of `shots`; `main.py` is not run again for the others. The
+    results of shot n lie in <folder>/seed<k>/<run>/<n>-shot.
     """
     results = {}
     for seed in seeds:
@@ -119,8 +124,40 @@ def run_rows(
             own = ["--save-dir", str(run), "--seed", str(seed), "--nExemplars", str(shots[0])]
             call("main.py", *train, *RUNS[name], *own)  # quick where it is done; refuses other settings
             for shot in shots:
-                results[seed, name, shot] = _tested(run, name, seed, shot, train, test)
-    return [row for shot in shots for row in _rows_of(results, seeds, shot, runs)]
+                results[seed, name, shot] = _tested(run, name, seed, shot, train, test) | {"trained_with": train}
+    return results
+
+
+def keep(results: Results, path: Path) -> Results:
+    """Add results to the file `path`, a line each, and return all in it that have the settings of the new ones.
+
+    A line with other settings is dropped: no table has rows of both.
+    """
+    settings = next(([one["trained_with"], _method(one["flags"])] for one in results.values()), None)
+    kept = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        one = json.loads(line)
+        if [one["trained_with"], _method(one["flags"])] == settings:
+            kept[one["seed"], one["run"], one["shot"]] = one
+    for (seed, run, shot), one in results.items():
+        short = {name: one[name] for name in KEPT} | {"seed": seed, "run": run, "shot": shot}
+        for name in ("by_episode", "by_episode_without_mix"):
+            short[name] = [round(value, 2) for value in one[name]]
+        kept[seed, run, shot] = short
+    text = "".join(json.dumps(kept[key]) + "\n" for key in sorted(kept))
+    with atomic_file(path) as file:
+        file.write(text.encode())
+    return kept
+
+
+def _method(flags: dict[str, str]) -> dict[str, str]:
+    """Return the flags of a test that are the same in all rows, seeds and shots."""
+    return {k: v for k, v in flags.items() if k not in ("--nExemplars", "--seed", "--mix", "--device")}
+
+
+def rows_of(results: Results) -> list[Row]:
+    """Return the rows, shot by shot, each over all seeds that it has."""
+    return [row for shot in sorted({key[2] for key in results}) for row in _rows_of(results, shot)]
 
 
 def _tested(run: Path, name: str, seed: int, shot: int, train: list[str], test: list[str]) -> dict:
@@ -143,22 +180,20 @@ def _tested(run: Path, name: str, seed: int, shot: int, train: list[str], test: 
     }
 
 
-def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> list[Row]:
-    values = {}  # row -> (seeds, episodes) accuracies
+def _rows_of(results: Results, shot: int) -> list[Row]:
+    values = {}  # row -> seed -> accuracies of the episodes
     for name, (run, mixed) in ROWS.items():
-        if run in runs:
-            key = "by_episode" if mixed else "by_episode_without_mix"
-            values[name] = np.array([results[seed, run, shot][key] for seed in seeds], dtype=np.float64)
-    gap = values[REAL] - values[FLOOR] if {FLOOR, REAL} <= {*values} else None
-    if gap is not None and gap.mean() <= 0:
-        gap = None  # there is nothing to close
+        key = "by_episode" if mixed else "by_episode_without_mix"
+        found = {seed: np.array(one[key], float) for (seed, r, n), one in results.items() if (r, n) == (run, shot)}
+        if found:
+            values[name] = found
     rows = []
     for name, own in values.items():
-        made = [results[seed, ROWS[name][0], shot] for seed in seeds]
-        accuracy, ci95, seeds_ci95 = over_seeds(own)
-        other = AGAINST.get(name, "") if AGAINST.get(name) in values else ""
-        difference = over_seeds(own - values[other]) if other else ("", "", "")
-        closed = _closed(own - values[FLOOR], gap) if gap is not None else ("", "", "")
+        made = [results[seed, ROWS[name][0], shot] for seed in own]
+        accuracy, ci95, seeds_ci95 = over_seeds(_common(own)[0])
+        other = AGAINST.get(name, "") if own.keys() & values.get(AGAINST.get(name), {}).keys() else ""
+        difference = over_seeds(np.subtract(*_common(own, values[other]))) if other else ("", "", "")
+        gap = [values[FLOOR], values[REAL]] if {FLOOR, REAL} <= values.keys() else []
         rows.append(
             Row(
                 made[0]["dataset"],
@@ -167,35 +202,46 @@ def _rows_of(results: dict, seeds: list[int], shot: int, runs: list[str]) -> lis
                 accuracy,
                 ci95,
                 *difference[:2],
-                closed=closed[0],
+                **_closed(*_common(own, *gap)) if gap and own.keys() & gap[0].keys() & gap[1].keys() else NOT_CLOSED,
                 seconds=sum(one["training_seconds"] for one in made) / len(made),
-                seeds=len(seeds),
-                episodes=own.size,
+                seeds=len(own),
+                episodes=sum(map(len, own.values())),
                 split=made[0]["split"],
                 torch=made[0]["torch"],
                 hardware=" / ".join(dict.fromkeys(one["hardware"] for one in made)),
                 commit=" / ".join(dict.fromkeys(one["commit"] for one in made)),
-                by_seed=" ".join(f"{mean:.2f}" for mean in own.mean(1)),
+                by_seed=" ".join(f"{each.mean():.2f}" for each in own.values()),
                 seeds_ci95=seeds_ci95,
                 against=other,
                 difference_seeds_ci95=difference[2],
-                closed_ci95=closed[1],
-                closed_seeds_ci95=closed[2],
             )  # fmt: skip
         )
     return rows
 
 
-def _closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float | str]:
-    """Share of the gap that is closed, in percent, with its half-widths over episodes and over seeds.
+def _common(*rows: dict[int, np.ndarray]) -> list[np.ndarray]:
+    """Return accuracies (seeds, episodes) of each row, over the seeds that all of them have."""
+    seeds = sorted(set.intersection(*(set(row) for row in rows)))
+    return [np.stack([row[seed] for seed in seeds]) for row in rows]
 
-    gained, gap: (seeds, episodes), accuracy above the floor of a row and of the real reference on the same episodes.
-    Over episodes the interval is that of a ratio of means: of gained - share * gap, divided by the mean gap.
+
+NOT_CLOSED = dict.fromkeys(("closed", "closed_ci95", "closed_seeds_ci95"), "")
+
+
+def _closed(own: np.ndarray, floor: np.ndarray, real: np.ndarray) -> dict[str, float | str]:
+    """Return the share of the gap that is closed, in percent, with its half-widths over episodes and over seeds.
+
+    own, floor, real: (seeds, episodes), accuracies on the same episodes. Over episodes the interval is that of a ratio
+    of means: of gained - share * gap, divided by the mean gap. Empty where there is nothing to close.
     """
+    gained, gap = own - floor, real - floor
+    if gap.mean() <= 0:
+        return NOT_CLOSED
     share = gained.mean() / gap.mean()
     _, ci95, _ = over_seeds((gained - share * gap) / gap.mean())
     _, _, seeds_ci95 = over_seeds(gained.mean(1, keepdims=True) / gap.mean(1, keepdims=True))
-    return 100 * share, 100 * ci95, "" if seeds_ci95 == "" else 100 * seeds_ci95
+    over = "" if seeds_ci95 == "" else 100 * seeds_ci95
+    return {"closed": 100 * share, "closed_ci95": 100 * ci95, "closed_seeds_ci95": over}
 
 
 def as_text(rows: list[Row]) -> str:
@@ -245,7 +291,7 @@ def publish(rows: list[Row], folder: Path) -> None:
         parts += [
             f"## {dataset}, {r.split}, 5-way",
             "",
-            f"{r.seeds} training seeds, {r.episodes} episodes. {r.hardware}, torch {r.torch}, commit {commits}.",
+            f"{_seeds(own)}, {int(r.episodes) // int(r.seeds)} episodes each. {r.hardware}, torch {r.torch}, commit {commits}.",
             "",
             as_text(own),
             "",
@@ -254,13 +300,20 @@ def publish(rows: list[Row], folder: Path) -> None:
         file.write("\n".join(parts).encode())
 
 
+def _seeds(rows: list[Row]) -> str:
+    """Return how many training seeds the rows have, those that have fewer by name."""
+    most = max(int(row.seeds) for row in rows)
+    fewer = ", ".join(sorted({f"{row.row}: {row.seeds}" for row in rows if int(row.seeds) < most}))
+    return f"{most} training seeds" + f" ({fewer})" * bool(fewer)
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(
         description="The rows of a result table, over seeds and shots.", allow_abbrev=False
     )
     parser.add_argument("--folder", type=Path, help="of the runs (default ckpt/runs/table/DATASET)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="the first is that of training")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), help="rows to make (default all)")
     parser.add_argument("--small", action="store_true", help="train at the sizes of glyphs, for a CPU")
@@ -281,12 +334,17 @@ def main() -> None:
     for name in runs:  # says what is wrong with any before hours of the others
         parse([*train, *RUNS[name]], description="table")
     dataset = settings.dataset
-    rows = run_rows(args.folder or Path("ckpt/runs/table") / dataset, args.seeds, args.shots, runs, train, args.test)
+    folder = args.folder or Path("ckpt/runs/table") / dataset
+    results = run_all(folder, args.seeds, args.shots, runs, train, args.test)
     if dataset == "custom":  # which says nothing: the folder's name does
-        rows = [replace(row, dataset="+".join(path.name for path in settings.data_paths)) for row in rows]
+        dataset = "+".join(path.name for path in settings.data_paths)
+        results = {key: one | {"dataset": dataset} for key, one in results.items()}
+    if args.publish:
+        results = keep(results, RESULTS / "kept" / f"{dataset}.jsonl")
+    rows = rows_of(results)
     if args.publish:
         publish(rows, RESULTS)
-    print(f"\n{len(args.seeds)} seed(s), {rows[0].episodes} episodes in all. {INTERVALS}\n\n{as_text(rows)}")
+    print(f"\n{rows[0].seeds} seed(s), {rows[0].episodes} episodes in all. {INTERVALS}\n\n{as_text(rows)}")
 
 
 def _for_testing(train: list[str]) -> list[str]:

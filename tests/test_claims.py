@@ -41,7 +41,9 @@ def made_up(tmp_path, monkeypatch):
 
 
 def test_three_seeds_print_both_intervals(made_up, call):
-    status, out, _ = call(table, "--runs", "none", "unguided", "guided", "real", "--shots", "1", "--publish")
+    status, out, _ = call(
+        table, "--runs", "none", "unguided", "guided", "real", "--shots", "1", "--seeds", *"123", "--publish"
+    )
     assert status == 0
     guided = next(line for line in out.splitlines() if line.startswith("| 1 | guided |"))
     # over episodes: 53 55 52 54 49 55, squares about 53 sum to 26, s = sqrt(26 / 5), t(5) = 2.5706: 2.39

@@ -44,8 +44,12 @@ def calls(tmp_path, monkeypatch):
 RUNS = ["none", "unguided", "guided", "real"]
 
 
+def run_all(tmp_path, *test, seeds=(1, 3), runs=RUNS):
+    return table.run_all(tmp_path / "runs", seeds, [1, 5], runs, ["--dataset", "custom", "--lr", "1"], list(test))
+
+
 def rows(tmp_path, *test):
-    return table.run_rows(tmp_path / "runs", [1, 3], [1, 5], RUNS, ["--dataset", "custom", "--lr", "1"], list(test))
+    return table.rows_of(run_all(tmp_path, *test))
 
 
 def test_rows(calls, tmp_path):
@@ -76,7 +80,7 @@ def results_of(**by_run):
 
 def test_both_intervals_of_the_gap_closed():
     results = results_of(none=[[10, 10], [10, 10]], guided=[[50, 52], [40, 44]], real=[[60, 60], [60, 70]])
-    guided = {r.row: r for r in table._rows_of(results, [0, 1], 1, ["none", "guided", "real"])}["guided"]
+    guided = {r.row: r for r in table._rows_of(results, 1)}["guided"]
     assert guided.closed == pytest.approx(100 * 36.5 / 52.5)
     # over seeds: shares 41 / 50 and 32 / 55, half their distance times t(1) = 12.70620
     assert guided.closed_seeds_ci95 == pytest.approx(100 * 0.1190909 * 12.70620, abs=1e-3)
@@ -87,11 +91,12 @@ def test_both_intervals_of_the_gap_closed():
 def test_no_share_of_a_gap_that_was_not_measured():
     results = results_of(none=[[10, 10]], guided=[[50, 52]], real=[[5, 5]])
     for runs in (["none", "guided"], ["guided", "real"], ["none", "guided", "real"]):
-        assert {r.closed for r in table._rows_of(results, [0], 1, runs)} == {""}
+        some = {key: one for key, one in results.items() if key[1] in runs}
+        assert {r.closed for r in table._rows_of(some, 1)} == {""}
 
 
 def test_one_seed_has_no_interval_over_seeds(calls, tmp_path):
-    one = table.run_rows(tmp_path / "runs", [1], [1], RUNS, ["--dataset", "custom"], [])
+    one = table.rows_of(table.run_all(tmp_path / "runs", [1], [1], RUNS, ["--dataset", "custom"], []))
     assert {r.seeds_ci95 for r in one} == {r.difference_seeds_ci95 for r in one} == {""}
     assert table.as_text(one).count("± ?") == 3 * 5 - 1  # the floor is compared with nothing
 
@@ -155,3 +160,23 @@ def test_publish_replaces_the_rows_of_a_data_set(calls, tmp_path):
         lines = list(csv.DictReader(file))
     assert [line["dataset"] for line in lines] == ["a, b"] * 10 + ["custom"] * 10
     assert "| 1 | guided + mix | 74.00 ± 1.31 ± 12.71 | +2.00 ± 0.00 ± 0.00 (guided) | 84 ± 0 ± 0 | 7 |" in text
+
+
+def test_seeds_and_rows_are_added_to_what_is_kept(calls, tmp_path):
+    path = tmp_path / "kept" / "custom.jsonl"
+    table.keep(run_all(tmp_path, seeds=[1]), path)
+    kept = table.keep(run_all(tmp_path, seeds=[3], runs=["none", "guided"]), path)
+    found = {(r.shot, r.row): r for r in table.rows_of(kept)}
+    guided, real = found[1, "guided"], found[1, "real reference"]
+    assert (guided.seeds, guided.by_seed, real.seeds) == (2, "71.00 73.00", 1)
+    assert (guided.difference, guided.difference_seeds_ci95) == (10, "")  # paired with the seed that both have
+    assert guided.closed == pytest.approx(80)
+    table.publish(list(found.values()), tmp_path)
+    assert "2 training seeds (real reference: 1, unguided: 1), 5 episodes each" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_what_is_kept_of_other_settings_is_dropped(calls, tmp_path):
+    path = tmp_path / "kept" / "custom.jsonl"
+    table.keep(run_all(tmp_path, seeds=[1]), path)
+    other = {key: one | {"trained_with": ["--lr", "2"]} for key, one in run_all(tmp_path, seeds=[3]).items()}
+    assert {key[0] for key in table.keep(other, path)} == {3}
