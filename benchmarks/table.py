@@ -286,12 +286,12 @@ def publish(rows: list[Row], folder: Path) -> None:
     parts = ["# Results", "", f"Made by `python -m benchmarks.table`. {INTERVALS}", ""]
     for dataset in dict.fromkeys(r.dataset for r in rows):
         own = [r for r in rows if r.dataset == dataset]
-        r = own[0]
+        r, each = own[0], int(own[0].episodes) // int(own[0].seeds)
         commits = ", ".join(dict.fromkeys(one for row in own for one in row.commit.split(" / ")))
         parts += [
             f"## {dataset}, {r.split}, 5-way",
             "",
-            f"{_seeds(own)}, {int(r.episodes) // int(r.seeds)} episodes each. {r.hardware}, torch {r.torch}, commit {commits}.",
+            f"{_seeds(own)}, {each} episodes each. {r.hardware}, torch {r.torch}, commit {commits}.",
             "",
             as_text(own),
             "",
