@@ -9,12 +9,12 @@ import torch
 from config import Settings, check_same, that_affect
 from models.learners import Learners
 from models.saved import PAIR_ENTRIES, WHAT, run_entries
+from report import Report
 from utils import checkpoint, processes
-from utils.machine import note_start
+from utils.environment import note_start
 from utils.pieces import discard
 from utils.plots import curves
 from utils.remote import local
-from utils.report import Report
 from utils.run_log import RunLog, read_json, write_skipped
 
 

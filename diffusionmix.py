@@ -27,17 +27,17 @@ from few_shot import HeadFitter
 from guided_diffusion.costs import free_memory
 from models.episode_head import predict
 from own_images import OwnImages
+from report import Report
 from utils import processes, progress
 from utils.atomic import atomic_file
-from utils.board import Board
 from utils.cli import run
+from utils.environment import note_start
 from utils.images import to_float
 from utils.lock import locked
-from utils.machine import note_start
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import digest_of, discard
-from utils.report import Report
 from utils.run_log import read_json, write_json, write_skipped
+from utils.tensorboard import Board
 
 SAME = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # of two tests on the same episodes
 METHOD = ("model", "mix_steps", "mix_level", "pool_models", "head_steps", "head_init", "head_scale")  # what is tested

@@ -22,7 +22,7 @@ from guided_diffusion.pool import Pool, PoolModel
 from guided_diffusion.script_util import model_and_diffusion_defaults, network_of
 from utils import checkpoint
 from utils.cli import OneLineParser
-from utils.machine import commit, hardware
+from utils.environment import commit, hardware
 from utils.seeding import seed_everything
 
 SEED = 0

@@ -23,7 +23,7 @@ import numpy as np
 from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
 from utils.atomic import atomic_file
 from utils.cli import run as run_command
-from utils.machine import commit, hardware
+from utils.environment import commit, hardware
 from utils.metrics import over_seeds
 from utils.run_log import write_json
 

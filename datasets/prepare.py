@@ -24,8 +24,7 @@ from PIL import Image
 
 from datasets import fontchars as embedded
 from datasets import fonts as drawing
-from datasets import splits as published
-from datasets import unpack
+from datasets import published, unpack
 from datasets.archives import unpacked
 from datasets.glyphs import SPLIT_CLASSES, make_split
 from datasets.unpack import Picture, Pictures

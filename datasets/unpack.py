@@ -1,7 +1,7 @@
 """What people have of CIFAR-100 and miniImageNet, as pictures by class: folders, csv lists, pickled arrays.
 
 A picture is the path of an image file or an array (H, W, 3) uint8, RGB. Every reader checks the classes and the
-number of images against the published ones (datasets.splits) and raises ValueError, one line, where they differ.
+number of images against the published ones (datasets.published) and raises ValueError, one line, where they differ.
 """
 
 import csv
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets import splits as published
+from datasets import published
 from datasets.plain_pickle import read_plain_pickle
 from utils.class_folders import LeftOut, find_images, listing
 from utils.images import Skipped, opens, shown

@@ -19,9 +19,9 @@ import bookkeeping
 import main
 from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from report import Report
 from utils import checkpoint
 from utils.cli import run
-from utils.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ from PIL import Image
 import datasets.prepare as prepare
 import diffusionmix
 import guided_diffusion.image_train as image_train
-from datasets import splits
+from datasets import published
 from datasets.folder import load_split
 from guided_diffusion.image_datasets import class_folders, load_images
 from tests import test_prepare
@@ -143,8 +143,8 @@ def test_one_picture_is_labelled(call, trained, root, tmp_path):
 @pytest.fixture
 def mini(monkeypatch, tmp_path):
     """miniImageNet of four classes of three images, as class folders in tmp_path/from."""
-    monkeypatch.setattr(splits, "PER_CLASS", test_prepare.PER_CLASS)
-    monkeypatch.setattr(splits, "MINIIMAGENET", test_prepare.MINI)
+    monkeypatch.setattr(published, "PER_CLASS", test_prepare.PER_CLASS)
+    monkeypatch.setattr(published, "MINIIMAGENET", test_prepare.MINI)
     return test_prepare.folders(tmp_path / "from", test_prepare.MINI, 84)
 
 

@@ -18,10 +18,10 @@ import datasets.prepare as prepare
 import diffusionmix
 import guided_diffusion.image_train as image_train
 import main
-import utils.report.__main__ as report
+import report.__main__ as report
 from benchmarks import demo, ladder, measure, meta_test, meta_train, pretrain, synthesis, table
 from config import parse
-from datasets import splits
+from datasets import published
 from guided_diffusion.pool import subset_path
 from tests.conftest import ROOT, UNET
 from tests.test_benchmarks import TINY as TINY_BENCHMARKS
@@ -42,7 +42,7 @@ SMALL = {
     "diffusionmix": SMALL_TEST,
     "guided_diffusion.image_train": [*SMALL_NETWORK, *"--steps 1 --lr_anneal_steps 1 --batch_size 2".split()],
     "datasets.prepare": [],
-    "utils.report": [],
+    "report": [],
     "benchmarks.synthesis": ["--repeats", "1"],
     "benchmarks.meta_test": ["--repeats", "1"],
     "benchmarks.meta_train": ["--repeats", "1"],
@@ -52,7 +52,7 @@ SMALL = {
 }
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
-    "datasets.prepare": prepare, "utils.report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
+    "datasets.prepare": prepare, "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
     "benchmarks.table": table, "benchmarks.ladder": ladder,
 }  # fmt: skip
@@ -84,9 +84,9 @@ def module_of(words):
 def place(tmp_path, picture_folder, few_glyphs, monkeypatch):
     """A folder in which the documents' paths are there, with next to nothing in them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(splits, "PER_CLASS", PER_CLASS)
-    monkeypatch.setattr(splits, "CIFARFS", CIFARFS)
-    monkeypatch.setattr(splits, "MINIIMAGENET", MINI)
+    monkeypatch.setattr(published, "PER_CLASS", PER_CLASS)
+    monkeypatch.setattr(published, "CIFARFS", CIFARFS)
+    monkeypatch.setattr(published, "MINIIMAGENET", MINI)
     for split, classes in (("meta_train", 25), ("meta_val", 5), ("meta_test", 5)):
         levels = {f"c{i}": [(9 * i + 3 * j) % 256 for j in range(8)] for i in range(classes)}
         picture_folder(tmp_path / "data" / "mine" / split, levels)

@@ -7,12 +7,14 @@ import pytest
 
 from tests.test_commands import DOCUMENTS, ROOT
 
+PACKAGES = "guided_diffusion|models|datasets|report|utils|benchmarks"
+
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_names_in_documents(path):
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:config|main|guided_diffusion|models|datasets|utils|benchmarks)\.[\w.]+)`", text):
-        if name.endswith((".py", ".json")):
+    for name in re.findall(rf"`((?:config|main|{PACKAGES})\.[\w.]+)`", text):
+        if name.endswith((".py", ".json", ".html")):
             continue
         parts = name.split(".")
         for cut in range(len(parts), 0, -1):
@@ -25,7 +27,7 @@ def test_names_in_documents(path):
             break
         else:
             raise AssertionError(name)
-    for place in re.findall(r"`((?:docs|tests|utils|models|datasets|benchmarks|guided_diffusion)/[\w./]*)`", text):
+    for place in re.findall(rf"`((?:docs|tests|{PACKAGES})/[\w./]*)`", text):
         assert (ROOT / place).exists(), place
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / link).exists(), link

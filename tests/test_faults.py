@@ -23,7 +23,7 @@ import diffusionmix
 import guided_diffusion.image_train as image_train
 import main
 from config import Settings, flag_of
-from datasets import splits
+from datasets import published
 from guided_diffusion.pool import subset_path
 from tests.conftest import TINY, same, slow
 from utils import checkpoint, cli
@@ -65,8 +65,8 @@ def world(tmp_path_factory, make_pool, picture_folder):
 
 def few(patch):
     """Let miniImageNet have three classes of two images."""
-    patch.setattr(splits, "PER_CLASS", 2)
-    patch.setattr(splits, "MINIIMAGENET", {"meta_train": ("n01",), "meta_val": ("n02",), "meta_test": ("n03",)})
+    patch.setattr(published, "PER_CLASS", 2)
+    patch.setattr(published, "MINIIMAGENET", {"meta_train": ("n01",), "meta_val": ("n02",), "meta_test": ("n03",)})
 
 
 @pytest.fixture

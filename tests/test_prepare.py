@@ -12,7 +12,7 @@ from PIL import Image
 
 import datasets.prepare as prepare
 import guided_diffusion.image_train as image_train
-from datasets import splits, unpack
+from datasets import published, unpack
 from datasets.folder import load_split
 from datasets.glyphs import make_split
 from utils.images import read_image
@@ -24,9 +24,9 @@ MINI = {"meta_train": ("n01", "n02"), "meta_val": ("n03",), "meta_test": ("n04",
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(splits, "PER_CLASS", PER_CLASS)
-    monkeypatch.setattr(splits, "CIFARFS", CIFARFS)
-    monkeypatch.setattr(splits, "MINIIMAGENET", MINI)
+    monkeypatch.setattr(published, "PER_CLASS", PER_CLASS)
+    monkeypatch.setattr(published, "CIFARFS", CIFARFS)
+    monkeypatch.setattr(published, "MINIIMAGENET", MINI)
 
 
 def every(classes):

@@ -15,16 +15,16 @@ from PIL import Image
 
 import diffusionmix
 import main
-import utils.report.__main__ as command
+import report
+import report.__main__ as command
 from config import SCENARIOS, parse
 from models.learners import PaperLearners
+from report.folder import Run
+from report.page import element
+from report.pictures import contact_sheet, shown_rounds
 from tests.conftest import TINY
-from utils import report
-from utils.machine import note_start
+from utils.environment import note_start
 from utils.metrics import rate_by_class
-from utils.report.folder import Run
-from utils.report.page import element
-from utils.report.pictures import contact_sheet, shown_rounds
 
 pytestmark = [pytest.mark.usefixtures("few_glyphs"), pytest.mark.pictures]
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from utils import processes
 from utils.atomic import atomic_file, named
-from utils.board import Board
 from utils.images import Skipped
 from utils.progress import is_quiet, progress
+from utils.tensorboard import Board
 
 
 class RunLog:

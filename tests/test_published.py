@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from datasets.splits import CIFARFS, MINIIMAGENET, PER_CLASS
+from datasets.published import CIFARFS, MINIIMAGENET, PER_CLASS
 
 # CIFAR-100's fine classes in the groups of its makers, written down apart from the split.
 CIFAR100 = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
-from utils.report.folder import Round
+from report.folder import Round
 
 CLASSES = 20  # at most, of a contact sheet
 IMAGES = 6  # a class and round, at most

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from report.folder import Run, number
+from report.page import Html, element
 from utils.plots import round_starts
-from utils.report.folder import Run, number
-from utils.report.page import Html, element
 
 COLOURS = [f"var(--c{i})" for i in range(6)]
 # What is drawn in these is drawn in the colours of the page: matplotlib knows of no others than its own.

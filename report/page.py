@@ -48,7 +48,7 @@ def section(title: str, told: Content, *content: Content) -> Html:
 
 def page(title: str, *content: Content) -> Html:
     """The whole document, readable on narrow and wide screens, light and dark."""
-    style = resources.files("utils.report").joinpath("style.css").read_text(encoding="utf-8")
+    style = resources.files("report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
         element("meta", charset="utf-8"),

@@ -1,19 +1,19 @@
 """Make the reports of finished or half-way runs again, and lay several side by side.
 
-python -m utils.report ckpt/runs/glyphs/1-shot          # writes report.html into the folder
-python -m utils.report runs/a runs/b --out both.html    # those of a and b, and one page that compares them
+python -m report ckpt/runs/glyphs/1-shot          # writes report.html into the folder
+python -m report runs/a runs/b --out both.html    # those of a and b, and one page that compares them
 """
 
 from pathlib import Path
 
+from report import NAME, render, render_several, write
+from report.folder import Run
 from utils.cli import OneLineParser, run
-from utils.report import NAME, render, render_several, write
-from utils.report.folder import Run
 
 
 def main() -> None:
     """Parse, read, write."""
-    parser = OneLineParser(prog="python -m utils.report", description="Make the report of a run again, or of several.")
+    parser = OneLineParser(prog="python -m report", description="Make the report of a run again, or of several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, help="of one run: its report (default RUN/report.html); of several: the "
                         "page that lays them side by side (default report.html)")  # fmt: skip

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from utils.report import charts, pictures
-from utils.report.folder import HERE, Run, number, total
-from utils.report.page import Content, Html, element, joined, section, table
+from report import charts, pictures
+from report.folder import HERE, Run, number, total
+from report.page import Content, Html, element, joined, section, table
 
 _SOURCES = {
     "guided": "images guided towards their labels",

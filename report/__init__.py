@@ -1,4 +1,4 @@
-"""report.html: what a run did, in one file that needs no other. `python -m utils.report RUN` makes it again."""
+"""report.html: what a run did, in one file that needs no other. `python -m report RUN` makes it again."""
 
 import os
 import sys
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from report import charts, sections
+from report.folder import Run, total
+from report.page import Content, Html, element, page, section, table
 from utils import processes
 from utils.atomic import atomic_file
-from utils.report import charts, sections
-from utils.report.folder import Run, total
-from utils.report.page import Content, Html, element, page, section, table
 
 NAME = "report.html"
 SHARE = 0.02  # of the time of a run that its reports may take

@@ -11,7 +11,7 @@ import config
 import diffusionmix
 import main
 from tests.conftest import TINY
-from utils.board import FOLDER, Board
+from utils.tensorboard import FOLDER, Board
 
 
 class Writer:
