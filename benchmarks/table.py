@@ -24,7 +24,7 @@ from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, pars
 from utils.atomic import atomic_file
 from utils.cli import run as run_command
 from utils.environment import commit, hardware
-from utils.metrics import over_seeds
+from utils.metrics import gap_closed, over_seeds
 from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,17 +231,12 @@ NOT_CLOSED = dict.fromkeys(("closed", "closed_ci95", "closed_seeds_ci95"), "")
 def _closed(own: np.ndarray, floor: np.ndarray, real: np.ndarray) -> dict[str, float | str]:
     """Return the share of the gap that is closed, in percent, with its half-widths over episodes and over seeds.
 
-    own, floor, real: (seeds, episodes), accuracies on the same episodes. Over episodes the interval is that of a ratio
-    of means: of gained - share * gap, divided by the mean gap. Empty where there is nothing to close.
+    own, floor, real: (seeds, episodes), accuracies on the same episodes. Empty where there is nothing to close.
     """
     gained, gap = own - floor, real - floor
     if gap.mean() <= 0:
         return NOT_CLOSED
-    share = gained.mean() / gap.mean()
-    _, ci95, _ = over_seeds((gained - share * gap) / gap.mean())
-    _, _, seeds_ci95 = over_seeds(gained.mean(1, keepdims=True) / gap.mean(1, keepdims=True))
-    over = "" if seeds_ci95 == "" else 100 * seeds_ci95
-    return {"closed": 100 * share, "closed_ci95": 100 * ci95, "closed_seeds_ci95": over}
+    return dict(zip(NOT_CLOSED, gap_closed(gained, gap), strict=True))
 
 
 def as_text(rows: list[Row]) -> str:

@@ -1,7 +1,7 @@
-"""Make the reports of finished or half-way runs again, and lay several side by side.
+"""Write the reports of runs again, finished or not, and compare several runs.
 
 python -m report ckpt/runs/glyphs/1-shot          # writes report.html into the folder
-python -m report runs/a runs/b --out both.html    # those of a and b, and one page that compares them
+python -m report runs/a runs/b --out both.html    # writes both reports, and one page that compares the runs
 """
 
 from pathlib import Path
@@ -13,17 +13,18 @@ from utils.cli import OneLineParser, run
 
 def main() -> None:
     """Parse, read, write."""
-    parser = OneLineParser(prog="python -m report", description="Make the report of a run again, or of several.")
+    parser = OneLineParser(prog="python -m report", description="Write the reports of runs again, and compare several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, help="of one run: its report (default RUN/report.html); of several: the "
-                        "page that lays them side by side (default report.html)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="for one run its report (default RUN/report.html), for several "
+                        "the page that compares them (default report.html)")  # fmt: skip
     args = parser.parse_args()
     runs = [Run.read(folder) for folder in args.runs]
-    pages = {each.folder / NAME: lambda each=each: render(each) for each in runs}
     if len(runs) == 1:
         pages = {args.out or runs[0].folder / NAME: lambda: render(runs[0])}
     else:
-        pages[args.out or Path(NAME)] = lambda: render_several(runs)
+        out = args.out or Path(NAME)
+        pages = {each.folder / NAME: lambda each=each: render(each, out) for each in runs}
+        pages[out] = lambda: render_several(runs, out.parent)
     for path, make in pages.items():
         write(make(), path)
         print(path)

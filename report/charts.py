@@ -1,120 +1,220 @@
-"""The curves of a report as SVG, sharp at any size and in the colours of the page, light or dark."""
+"""Charts as SVG and HTML, in the colours of the page, light or dark. Every mark tells its numbers on hover."""
 
-import html
-import io
-import itertools
-import re
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from report.folder import Run, number
-from report.page import Html, element
+from report.page import Html, element, joined
 from utils.plots import round_starts
 
 COLOURS = [f"var(--c{i})" for i in range(6)]
-# What is drawn in these is drawn in the colours of the page: matplotlib knows of no others than its own.
-_INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
-_DRAWN = [f"#0400{i:02x}" for i in range(len(COLOURS))]
-_OF_PAGE = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", **dict(zip(_DRAWN, COLOURS, strict=True))}
-_STYLES = ("solid", "dashed", "dotted")  # of lines, when there are no more colours
-_SIZE = (4.6, 2.9)  # inches of 72 points
-_numbers = itertools.count()  # one figure's names must not be another's on a page
+_STYLES = {"solid": None, "dashed": "6 4", "dotted": "2 3"}  # of lines, as dashes
+_WIDTH, _HEIGHT = 400, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 20, 40  # margins
+_SOFT = "var(--soft)"
 
 
 class Chart:
-    """A figure with one axis. `caption` is its text for those who do not see it, too."""
+    """A figure with one pair of axes. The caption is also its text for those who do not see it."""
 
-    def __init__(self, caption: str, xlabel: str, *, counted: bool = True):
-        """counted: whether x counts something, and so has whole numbers alone."""
-        from matplotlib.figure import Figure  # here, as it is slow to import
+    def __init__(self, caption: str, xlabel: str, *, ylim: tuple[float, float] | None = None):
+        """ylim: the ends of the y axis; None fits them to what is drawn."""
+        self.caption, self.xlabel, self.ylim = caption, xlabel, ylim
+        self.names: list[tuple[str, str, str]] = []
+        self.xs: list[float] = []
+        self.ys: list[float] = []
+        self._marks: list[Callable] = []  # each takes x -> pixels and y -> pixels and returns markup
 
-        self.caption, self.names = caption, []
-        self.figure = Figure(figsize=_SIZE, layout="constrained", facecolor="none")
-        self.axis = self.figure.subplots()
-        self.axis.set_facecolor("none")
-        self.axis.set_xlabel(xlabel, color=_SOFT, fontsize=9)
-        self.axis.tick_params(colors=_SOFT, labelsize=9, length=0)
-        self.axis.grid(color=_LINE, linewidth=0.6)
-        self.axis.set_axisbelow(True)
-        self.axis.xaxis.get_major_locator().set_params(integer=counted)
-        for side, spine in self.axis.spines.items():
-            spine.set(visible=side == "bottom", color=_LINE)
-
-    def line(self, name: str, points: Iterable[tuple[float, float]], colour: int, half: Sequence = ()) -> None:
-        """A line through (x, y), and where `half` has a number for each a band of that half-width."""
+    def line(self, name: str, points: Iterable[tuple[float, float]], colour: int, half: Sequence[float] = ()) -> None:
+        """Draw a line through (x, y), and a band where `half` has the half-width of each point."""
         points = list(points)
         if not points:
             return
-        x, y = zip(*points, strict=True)
-        drawn, style = _DRAWN[colour % len(_DRAWN)], _STYLES[colour // len(_DRAWN) % len(_STYLES)]
-        dots = colour < len(_DRAWN) and len(points) < 40 or len(points) == 1
-        self.axis.plot(x, y, linestyle=style, color=drawn, linewidth=1.6, marker="o" if dots else None, markersize=2.6)
-        if len(half) == len(points):
-            low, high = zip(*((b - h, b + h) for b, h in zip(y, half, strict=True)), strict=True)
-            self.axis.fill_between(x, low, high, color=drawn, alpha=0.15, linewidth=0)
-        self.names.append((name, COLOURS[colour % len(COLOURS)], style))
+        ink, style = COLOURS[colour % len(COLOURS)], [*_STYLES][colour // len(COLOURS) % len(_STYLES)]
+        half = list(half) if len(half) == len(points) else []
+        self._reach(points)
+        for (_, y), h in zip(points, half, strict=False):
+            self.ys += [y - h, y + h]
+        self.names.append((name, ink, style))
 
-    def level(self, name: str, y: float) -> None:
-        """A dotted line across, at a height that says something."""
-        self.axis.axhline(y, color=_SOFT, linestyle=":", linewidth=0.9)
-        self.names.append((name, "var(--soft)", "dotted"))
+        def draw(px, py) -> list[Html]:
+            drawn = []
+            if half:
+                ends = [(x, y + h) for (x, y), h in zip(points, half, strict=True)]
+                ends += [(x, y - h) for (x, y), h in reversed([*zip(points, half, strict=True)])]
+                drawn.append(element("polygon", points=_path(ends, px, py), style=f"fill: {ink}; opacity: 0.15"))
+            stroke = f"fill: none; stroke: {ink}; stroke-width: 1.8; stroke-dasharray: {_STYLES[style] or 'none'}"
+            drawn.append(element("polyline", points=_path(points, px, py), style=stroke))
+            for i, (x, y) in enumerate(points):
+                text = f"{self.xlabel} {x:g}: {y:.4g}" + (f" ± {half[i]:.2g}" if half else "")
+                seen = ink if len(points) < 40 else "transparent"
+                drawn.append(_dot(px(x), py(y), 2.4, seen, f"{name}, {text}" if name else text, reach=6))
+            return drawn
+
+        self._marks.append(draw)
+
+    def level(self, name: str, y: float, style: str = "dotted") -> None:
+        """Draw a line across at the height y."""
+        self.ys.append(y)
+        self.names.append((f"{name} {y:.1f}", _SOFT, style))
+        self._marks.append(lambda px, py: [_rule(_LEFT, py(y), _WIDTH - _RIGHT, py(y), _STYLES[style])])
+
+    def ring(self, name: str, x: float, y: float) -> None:
+        """Mark a point."""
+        self.names.append((name, "var(--ink)", "ring"))
+        self._marks.append(
+            lambda px, py: [
+                element("circle", element("title", f"{name}: {y:.4g}"), cx=f"{px(x):.1f}", cy=f"{py(y):.1f}", r=6,
+                        style="fill: none; stroke: var(--ink); stroke-width: 2; pointer-events: all")
+            ]
+        )  # fmt: skip
 
     def rounds(self, epochs: Sequence[Mapping[str, Any]]) -> None:
-        """A dotted line where each round starts, with its number."""
+        """Draw a dotted line where each round starts, with its number."""
         starts = round_starts([each for each in epochs if number(each.get("round")) is not None])
         of = {each["epoch"]: each["round"] for each in epochs}
-        for epoch in starts:
-            self.axis.axvline(epoch, color=_SOFT, linestyle=":", linewidth=0.8)
-            text = f" round {of[epoch]}" if len(starts) <= 4 else f" {of[epoch]}"
-            self.axis.annotate(
-                text, (epoch, 1), xycoords=("data", "axes fraction"), color=_SOFT, fontsize=7.5, va="bottom"
-            )
 
-    def svg(self) -> Html:
-        """The figure with its caption, as markup."""
-        file = io.StringIO()
-        with _settings():
-            self.figure.savefig(file, format="svg", transparent=True)
-        text = file.getvalue()
-        text = text[text.index("<svg") :]  # without the XML declaration and the address of its grammar
-        text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-        text = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", text)  # HTML knows what an svg is
-        prefix = f"f{next(_numbers)}-"
-        text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{prefix}", text)
-        for drawn, colour in _OF_PAGE.items():
-            text = text.replace(drawn, colour)
-        text = re.sub(r'^<svg width="[^"]*" height="[^"]*"|^<svg height="[^"]*"', "<svg", text)
-        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-        return element(
-            "figure",
-            element("figcaption", self.caption),
-            Html(text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)),
-            legend(self.names) if len(self.names) > 1 else None,
+        def draw(px, py) -> list[Html]:
+            drawn = []
+            for epoch in starts:
+                text = f"round {of[epoch]}" if len(starts) <= 4 else of[epoch]
+                drawn.append(_rule(px(epoch), _TOP, px(epoch), _HEIGHT - _BOTTOM, "1 3"))
+                left = min(px(epoch), _WIDTH - 7 * len(str(text)))  # the last one stays within the figure
+                drawn.append(element("text", text, x=f"{left:.1f}", y=_TOP - 6))
+            return drawn
+
+        self._marks.append(draw)
+
+    def dots(self, points: Iterable[tuple[float, float, float, str]]) -> None:
+        """Draw a dot for each (x, y, area in pixels, text)."""
+        points = list(points)
+        self._reach([(x, y) for x, y, *_ in points])
+        self._marks.append(
+            lambda px, py: [_dot(px(x), py(y), math.sqrt(a / math.pi), COLOURS[0], t, 0.5) for x, y, a, t in points]
         )
+
+    def bars(self, values: Iterable[tuple[float, float, str]]) -> None:
+        """Draw an upright bar for each (x, y, text), one unit apart."""
+        values = list(values)
+        self._reach([(x + d, y) for x, y, _ in values for d in (-0.5, 0.5)])
+
+        def draw(px, py) -> list[Html]:
+            wide, drawn = max(1.0, 0.75 * (px(1) - px(0))), []
+            for x, y, text in values:
+                top = min(py(y), _HEIGHT - _BOTTOM - 1)  # a bar of nothing is still a line that can be hovered over
+                drawn.append(element("rect", element("title", text), x=f"{px(x) - wide / 2:.1f}", y=f"{top:.1f}",
+                                     width=f"{wide:.1f}", height=f"{_HEIGHT - _BOTTOM - top:.1f}",
+                                     style=f"fill: {COLOURS[0]}"))  # fmt: skip
+            return drawn
+
+        self._marks.append(draw)
+
+    def diagonal(self) -> None:
+        """Draw the line on which x and y are equal, and give both axes the same ends."""
+        low, high = min(*self.xs, *self.ys) - 3, max(*self.xs, *self.ys) + 3
+        self.xs += [low, high]
+        self.ylim = (low, high)
+        self._marks.append(lambda px, py: [_rule(px(low), py(low), px(high), py(high), "2 3")])
+
+    def svg(self, *, ylabel: str = "") -> Html:
+        """Return the figure with its caption and, of several lines, their names."""
+        (x0, x1), (y0, y1) = _ends(self.xs, 0.02), self.ylim or _ends(self.ys, 0.06)
+
+        def px(x: float) -> float:
+            return _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
+
+        def py(y: float) -> float:
+            return _HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
+
+        foot = _HEIGHT - _BOTTOM
+        grid = [_rule(_LEFT, foot, _WIDTH - _RIGHT, foot)]
+        for tick in ticks(y0, y1):
+            grid.append(_rule(_LEFT, py(tick), _WIDTH - _RIGHT, py(tick), ink="var(--line)"))
+            grid.append(element("text", f"{tick:g}", x=_LEFT - 6, y=f"{py(tick) + 4:.1f}", text_anchor="end"))
+        for tick in ticks(x0, x1, whole=True):
+            grid.append(element("text", f"{tick:g}", x=f"{px(tick):.1f}", y=foot + 16, text_anchor="middle"))
+        middle = (_LEFT + _WIDTH - _RIGHT) / 2
+        grid.append(element("text", self.xlabel, x=middle, y=_HEIGHT - 6, text_anchor="middle"))
+        if ylabel:
+            grid.append(element("text", ylabel, x=_LEFT, y=_TOP - 6))
+        drawn = [mark for make in self._marks for mark in make(px, py)]
+        svg = element("svg", *grid, *drawn, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=self.caption)
+        return element(
+            "figure", element("figcaption", self.caption), svg, legend(self.names) if len(self.names) > 1 else None
+        )
+
+    def _reach(self, points: Sequence[tuple[float, float]]) -> None:
+        self.xs += [x for x, _ in points]
+        self.ys += [y for _, y in points]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """An accuracy in percent with the half-width of its interval, if that is known, and the colour by number."""
+
+    name: str
+    value: float
+    half: float | None = None
+    colour: int = 0
+
+
+def bars(rows: Sequence[Bar], marks: Sequence[tuple[str, float]] = ()) -> Html:
+    """Draw accuracies as bars from 0 to 100 % with their intervals, and a line across for each (name, value)."""
+    lines = [
+        element("i", class_=f"mark m{i}", style=f"left: {value:.2f}%", title=f"{name} {value:.2f} %")
+        for i, (name, value) in enumerate(marks)
+    ]
+    drawn = []
+    for row in rows:
+        text = f"{row.value:.2f}" + (f" ± {row.half:.2f}" if row.half is not None else "")
+        inner = [element("i", class_="bar", style=f"width: {row.value:.2f}%; background: {COLOURS[row.colour % 6]}")]
+        if row.half is not None:
+            low, high = max(0.0, row.value - row.half), min(100.0, row.value + row.half)
+            inner.append(element("i", class_="whisker", style=f"left: {low:.2f}%; width: {high - low:.2f}%"))
+        drawn.append(
+            element("div", element("span", row.name, class_="name"), element("div", *inner, *lines, class_="track"),
+                    element("span", text, class_="value"), class_="row", title=f"{row.name}: {text} %")
+        )  # fmt: skip
+    named = [element("li", element("i", class_=f"mark m{i}"), f"{name} {value:.1f} %")
+             for i, (name, value) in enumerate(marks)]  # fmt: skip
+    return joined([element("div", *drawn, class_="accuracies"), element("ul", *named, class_="legend")])
 
 
 def legend(names: Sequence[tuple[str, str, str]]) -> Html:
-    """Names with the colours and the styles of their lines."""
-    items = [element("li", element("i", style=f"border-top: 3px {style} {c}"), name) for name, c, style in names]
+    """Return names with the colours and the styles of their lines."""
+    items = []
+    for name, ink, style in names:
+        look = element("i", class_="ring") if style == "ring" else element("i", style=f"border-top: 3px {style} {ink}")
+        items.append(element("li", look, name))
     return element("ul", *items, class_="legend")
 
 
-def accuracy(runs: Mapping[str, Run]) -> Html | None:
-    """meta_val by epoch, of one run with its intervals and rounds, or of several by their names."""
+def accuracy(runs: Mapping[str, Run], levels: Mapping[str, float] | None = None) -> Html | None:
+    """Draw accuracy on meta_val by epoch: of one run with intervals, rounds and the epoch that was kept, or of several.
+
+    levels: name -> accuracy in percent of lines across, such as chance.
+    """
     chart = Chart("accuracy on meta_val, in %", "epoch")
     for index, (name, run) in enumerate(runs.items()):
         seen = [each for each in run.epochs if number(each.get("val_accuracy")) is not None]
         half = [number(each.get("val_ci95")) or 0 for each in seen] if len(runs) == 1 else ()
-        chart.line(name, [(each["epoch"], each["val_accuracy"]) for each in seen], index, half)
+        chart.line(name or "meta_val", [(each["epoch"], each["val_accuracy"]) for each in seen], index, half)
         if len(runs) == 1:
             chart.rounds(seen)
-    return chart.svg() if chart.names else None
+            if best := run.best():
+                chart.ring(f"epoch {best['epoch']}, kept as best_model.pt", best["epoch"], best["val_accuracy"])
+    if not chart.names:
+        return None
+    for i, (name, value) in enumerate((levels or {}).items()):
+        chart.level(name, value, ("dotted", "dashed")[i % 2])
+    return chart.svg()
 
 
 def losses(runs: Mapping[str, Run]) -> Html | None:
-    """Training losses by epoch, as `accuracy`; of several runs the meta-model's alone."""
+    """Draw training losses by epoch; of several runs only the meta-model's."""
     alone = len(runs) == 1
     chart = Chart("training loss" if alone else "training loss of the meta-model", "epoch")
     for index, (name, run) in enumerate(runs.items()):
@@ -126,59 +226,79 @@ def losses(runs: Mapping[str, Run]) -> Html | None:
 
 
 def levels(run: Run) -> Html | None:
-    """The class-learner's accuracy by epoch, a line for each quarter of the noise levels."""
-    chart = Chart("accuracy of the class-learner, in %", "epoch")
+    """Draw the class-learner's accuracy by epoch, a line for each quarter of the noise levels."""
+    chart = Chart("accuracy of the class-learner on noised images, in %", "epoch")
     known = [each for each in run.epochs if isinstance(each.get("class_learner_accuracy"), list)]
     for quarter, name in enumerate(("least noise", "second quarter", "third quarter", "most noise")):
         by_epoch = [(each["epoch"], each["class_learner_accuracy"][quarter : quarter + 1]) for each in known]
         chart.line(name, [(e, v[0]) for e, v in by_epoch if v and number(v[0]) is not None], quarter)
+    return _of_classes(chart, run, known)
+
+
+def training_accuracy(run: Run) -> Html | None:
+    """Draw by epoch how often the network names the pseudo class of the images that it trains on."""
+    chart = Chart("accuracy on the images it trains on, in %", "epoch")
+    chart.line("network", _points(run.epochs, "base_accuracy"), 0)
+    return _of_classes(chart, run, run.epochs)
+
+
+def _of_classes(chart: Chart, run: Run, epochs: Sequence[Mapping[str, Any]]) -> Html | None:
     if not chart.names:
         return None
     if classes := number(run.settings.get("num_classes")):
         chart.level("chance", 100 / classes)
-    chart.rounds(known)
+    chart.rounds(epochs)
     return chart.svg()
 
 
-def hit_rates(by_round: Sequence[tuple[int, float | None, Sequence[float | None]]]) -> Html:
-    """(round, overall rate, rate by class), 0 to 1: a dot a class, a line through the overall rates."""
-    chart = Chart("guided hit rate, in %: a dot a class, the line over all", "round")
-    for round_, _, rates in by_round:
-        known = [100 * rate for rate in rates if number(rate) is not None]
-        # spread sideways, class by class, so that equal ones are not one dot
-        x = [round_ + 0.3 * (i / max(1, len(known) - 1) - 0.5) for i in range(len(known))]
-        chart.axis.plot(x, known, "o", color=_DRAWN[0], alpha=0.45, markersize=3.5, markeredgewidth=0)
-    points = [(round_, 100 * rate) for round_, rate, _ in by_round if number(rate) is not None]
-    chart.line("over all", points, 1)
-    chart.axis.set_ylim(-3, 103)
-    chart.axis.set_xlim(by_round[0][0] - 0.5, by_round[-1][0] + 0.5)
-    if len(by_round) <= 10:
-        chart.axis.set_xticks([round_ for round_, *_ in by_round])
+def hit_rates(rates: Sequence[float | None], over_all: float, round_: int) -> Html:
+    """Draw the hit rate of each class in one round, 0 to 1, and the rate over all."""
+    chart = Chart(f"hit rate of each class in round {round_}, in %", "class", ylim=(0, 100))
+    known = [(c, 100 * rate) for c, rate in enumerate(rates) if rate is not None]
+    chart.bars((c, rate, f"class {c}: {rate:.0f} %") for c, rate in known)
+    chart.level("over all", 100 * over_all)
     return chart.svg()
 
 
 def pairs(title: str, without: Sequence[float], with_: Sequence[float]) -> Html:
-    """A dot an episode, or more where it is larger: its accuracy without mixes and with them."""
-    chart = Chart(title, "without mixes, in %", counted=False)
-    counts = Counter(zip(without, with_, strict=True))
-    x, y = zip(*counts, strict=True)
-    low, high = min(*x, *y) - 3, max(*x, *y) + 3
-    chart.axis.plot([low, high], [low, high], ":", color=_SOFT, linewidth=0.9)
-    chart.axis.scatter(x, y, s=[8 * n for n in counts.values()], color=_DRAWN[0], alpha=0.45, linewidths=0)
-    chart.axis.set_xlim(low, high)
-    chart.axis.set_ylim(low, high)
-    chart.axis.set_ylabel("with mixes, in %", color=_SOFT, fontsize=9)
-    return chart.svg()
+    """Draw a dot for each pair of accuracies without and with mixes, larger for several equal ones."""
+    chart = Chart(title, "without mixes, in %")
+    chart.dots((x, y, 12 * n, f"{x:.1f} % without, {y:.1f} % with: {n} episode{'s' * (n > 1)}")
+               for (x, y), n in Counter(zip(without, with_, strict=True)).items())  # fmt: skip
+    chart.diagonal()
+    return chart.svg(ylabel="with mixes, in %")
+
+
+def ticks(low: float, high: float, *, whole: bool = False, most: int = 6) -> list[float]:
+    """Return at most `most` round numbers from low to high, of those that are whole where `whole`."""
+    raw = (high - low) / most
+    step = 10.0 ** math.floor(math.log10(raw))
+    step *= next(factor for factor in (1, 2, 5, 10) if raw <= step * factor * (1 + 1e-9))
+    step = max(1.0, step) if whole else step
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _ends(values: Sequence[float], spare: float) -> tuple[float, float]:
+    """Return the ends of an axis: the values' own, and a share of their range on either side."""
+    low, high = min(values), max(values)
+    room = spare * (high - low) or 0.5
+    return low - room, high + room
 
 
 def _points(epochs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(each["epoch"], each[name]) for each in epochs if number(each.get(name)) is not None]
 
 
-@contextmanager
-def _settings():
-    import matplotlib
+def _path(points: Iterable[tuple[float, float]], px, py) -> str:
+    return " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
 
-    # Text as text takes the page's font; a salt has the same figure get the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        yield
+
+def _rule(x1: float, y1: float, x2: float, y2: float, dashes: str | None = None, ink: str = _SOFT) -> Html:
+    style = f"stroke: {ink}; stroke-width: 1; stroke-dasharray: {dashes or 'none'}"
+    return element("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", style=style)
+
+
+def _dot(x: float, y: float, radius: float, ink: str, text: str, opacity: float = 1, *, reach: float = 0) -> Html:
+    """Return a dot with its text. reach: a ring around it, of so many pixels, that can be hovered over as well."""
+    look = f"fill: {ink}; opacity: {opacity}" + (f"; stroke: transparent; stroke-width: {reach}" if reach else "")
+    return element("circle", element("title", text), cx=f"{x:.1f}", cy=f"{y:.1f}", r=f"{radius:.1f}", style=look)

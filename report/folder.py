@@ -1,18 +1,24 @@
-"""What a run folder holds, read with care: a run may be half-way, old or killed, and its files may be anyone's."""
+"""Read a run folder with care: the run may be unfinished, old or killed, and its files may come from anyone."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from utils.run_log import read_json, read_metrics
 
+DAMAGED = (  # what reading damaged files raises
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, EOFError, RecursionError,
+)  # fmt: skip
 HERE = ""  # the place of results that lie in the run folder itself
+SAME_EPISODES = ("dataset", "split", "way", "shot", "query", "episodes", "seed")  # what draws the episodes of a test
+SAME_NOISE = ("dataset", "seed", "recipe", "num_classes", "samples_per_class", "sample_steps", "renoise", "image_size")
 
 
 @dataclass(frozen=True)
 class Round:
-    """The images of a round: its folder, the file of its labels (of clusters, where it has them), its manifest."""
+    """The images of a round: its folder, the file of its labels (the clusters, if there are any), its manifest."""
 
     number: int
     folder: Path
@@ -21,8 +27,19 @@ class Round:
 
     @property
     def clustered(self) -> bool:
-        """Whether the labels are those of clusters."""
+        """Whether the labels are clusters."""
         return self.labels.stem == "clusters"
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of images, 0 to 1, that the guide takes for the class asked for; None in an unguided round."""
+        return number(self.manifest.get("hit_rate"))
+
+    @property
+    def hit_rates(self) -> list[float | None]:
+        """The hit rate of each class, [] where it was not noted."""
+        rates = self.manifest.get("hit_rate_by_class")
+        return [number(rate) for rate in rates] if isinstance(rates, list) else []
 
 
 @dataclass(frozen=True)
@@ -31,11 +48,11 @@ class Run:
 
     Attributes:
         folder: the folder.
-        settings: config.json, or of a folder of tests the settings of diffusionmix.py; {} where neither is there.
+        settings: config.json, or the settings of diffusionmix.py in a folder of tests; {} without either.
         epochs: the lines of metrics.jsonl, in order.
-        results: results.json of the folder itself (`HERE`) and of the folders in it, by their names.
-        starts: environment.json, the oldest start first, then those of the tests in folders in this one.
-        damaged: names of files that are there and cannot be read.
+        results: results.json of the folder itself (`HERE`) and of the folders in it, by name.
+        starts: environment.json, the oldest start first, then the starts of the tests in the folders in this one.
+        damaged: names of files that cannot be read.
     """
 
     folder: Path
@@ -47,9 +64,9 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read a folder of main.py or diffusionmix.py. Raises ValueError where it is neither."""
-        if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json")):
-            raise ValueError(f"{folder}: is no run folder; expected one that main.py or diffusionmix.py made")
+        """Read a folder that main.py or diffusionmix.py made. Raise ValueError for any other."""
+        if not is_run(folder):
+            raise ValueError(f"{folder}: is not a run folder; give one that main.py or diffusionmix.py made")
         damaged: list[str] = []
         starts = _starts(folder, damaged)
         tested = next((each for each in reversed(starts) if each.get("program") == "diffusionmix.py"), {})
@@ -69,18 +86,18 @@ class Run:
 
     @property
     def start(self) -> dict[str, Any]:
-        """The last start of training, or of testing in a folder of tests alone; {} where it was not noted."""
+        """The last start of training, or of testing in a folder that has only tests; {} where it was not noted."""
         program = "main.py" if (self.folder / "config.json").exists() else "diffusionmix.py"
         return next((each for each in reversed(self.starts) if each.get("program") == program), {})
 
     @property
     def preset(self) -> dict[str, Any]:
-        """The settings of the scenario and the recipe, {} where they were not noted."""
+        """The settings of the scenario and the recipe; {} where they were not noted."""
         preset = self.start.get("preset")
         return preset if isinstance(preset, dict) else {}
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that were given: name -> (value, that of the preset)."""
+        """Return the settings that differ from the preset: name -> (value, the preset's)."""
         given = self.start.get("settings")
         given = given if isinstance(given, dict) else {}
         return {name: (given[name], value) for name, value in self.preset.items() if given.get(name, value) != value}
@@ -91,12 +108,12 @@ class Run:
         return self.epochs[-1] if self.epochs else {}
 
     def best(self) -> dict[str, Any] | None:
-        """The epoch that was best on meta_val, the first of equals; None where none was validated."""
+        """Return the epoch that was best on meta_val, the first of equals; None without a validation."""
         seen = [each for each in self.epochs if number(each.get("val_accuracy")) is not None]
         return max(seen, key=lambda each: each["val_accuracy"], default=None)
 
     def rounds(self) -> list[Round]:
-        """The rounds whose images are there, in order. Of round 0 the labels of its clusters, where it has them."""
+        """Return the rounds whose images are there, in order."""
         found = []
         for path in sorted((self.folder / "pseudo").glob("round*/manifest.json")):
             manifest, number_ = _json(path, dict, self.damaged), path.parent.name.removeprefix("round")
@@ -106,24 +123,85 @@ class Run:
                 found.append(Round(int(number_), path.parent, labels, manifest))
         return sorted(found, key=lambda each: each.number)
 
-    def pool_samples(self) -> list[tuple[str, Path]]:
-        """(name, samples.png) of the pool's models, in order, as far as they lie beside their checkpoints."""
+    @property
+    def finished(self) -> bool:
+        """Whether every epoch is done."""
+        return (number(self.last.get("epoch")) or 0) >= (number(self.settings.get("max_epoch")) or 0)
+
+    @property
+    def training(self) -> "Run":
+        """The run whose model was tested: the folder above a folder of tests, else this one."""
+        above = self.folder.resolve().parent
+        alone = (self.folder / "config.json").is_file() or not (above / "config.json").is_file()
+        return self if alone else Run.read(above)
+
+    def beside(self, source: str, same: tuple[str, ...] = ("dataset", "seed")) -> "Run | None":
+        """Return a run of `source` on the same data in the folder that this run's training is in; None without one.
+
+        same: settings that must be equal.
+        """
+        own = self.training
+        for path in sorted(own.folder.resolve().parent.glob("*/config.json")):
+            other = read_json(path, dict) or {}
+            if other.get("source") == source and all(other.get(name) == own.settings.get(name) for name in same):
+                if _content(other, "meta_val") == _content(own.settings, "meta_val"):
+                    return Run.read(path.parent)
+        return None
+
+    def same_noise(self, other: "Run") -> bool:
+        """Whether image i of a round began with the same noise in both runs."""
+        pools = {_content(each.settings, "pool") for each in (self, other)}
+        same = all(self.settings.get(name) == other.settings.get(name) for name in SAME_NOISE)
+        return same and len(pools) == 1 and None not in pools
+
+    def test_like(self, result: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return this run's result on the same episodes as `result`; None without one."""
+        return next((each for each in self.results.values() if same_episodes(each, result)), None)
+
+    @property
+    def pool_place(self) -> Path | None:
+        """The folder of the pool, None where it is not on this machine."""
         place = self.start.get("pool") or self.settings.get("pool")
-        if not isinstance(place, str) or not place or not Path(place).is_dir():
-            return []
-        paths = [path for path in Path(place).glob("subset*/ckpt/samples.png") if path.is_file()]
-        names = [(path.parent.parent.name, path) for path in paths]
+        return Path(place) if isinstance(place, str) and place and Path(place).is_dir() else None
+
+    def pool_samples(self) -> list[tuple[str, Path]]:
+        """Return (name, samples.png) of each pool model that has them beside its checkpoint, in order."""
+        paths = self.pool_place.glob("subset*/ckpt/samples.png") if self.pool_place else ()
+        names = [(path.parent.parent.name, path) for path in paths if path.is_file()]
         return sorted(names, key=lambda each: (len(each[0]), each[0]))  # subset10 after subset9
+
+    def memorisation(self) -> dict[str, dict[str, Any]]:
+        """Return what the pool's training noted about copying, by model; {} where nothing was noted."""
+        index = read_json(self.pool_place / "pool.json", dict) if self.pool_place else None
+        figures = (index or {}).get("memorisation")
+        return {k: v for k, v in figures.items() if isinstance(v, dict)} if isinstance(figures, dict) else {}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether main.py or diffusionmix.py made this folder."""
+    return any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json"))
+
+
+def same_episodes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two results were scored on the same episodes, one by one."""
+    return all(a.get(name) == b.get(name) for name in SAME_EPISODES)
+
+
+def scores(result: Mapping[str, Any], mixed: bool) -> list[float] | None:
+    """Return the accuracy of each episode in percent, with mixes or without; None where it was not noted."""
+    values = result.get("by_episode" if mixed else "by_episode_without_mix")
+    good = isinstance(values, list) and len(values) > 1 and None not in map(number, values)
+    return values if good else None
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
+    """Return `value` if it is a finite number, else None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if good else None
 
 
 def total(epochs: list[dict[str, Any]], name: str) -> float:
-    """The sum of an entry over epochs."""
+    """Return the sum of an entry over epochs."""
     return sum(number(each.get(name)) or 0 for each in epochs)
 
 
@@ -136,6 +214,12 @@ def _json(path: Path, kind: type, damaged: list[str]) -> Any:
 
 def _starts(folder: Path, damaged: list[str]) -> list[dict[str, Any]]:
     return [each for each in _json(folder / "environment.json", list, damaged) if isinstance(each, dict)]
+
+
+def _content(settings: Mapping[str, Any], name: str) -> Any:
+    """Return the digest of the pool or of a split, None where it was not noted."""
+    contents = settings.get("contents")
+    return contents.get(name) if isinstance(contents, dict) else None
 
 
 def _place(path: Path, folder: Path) -> str:

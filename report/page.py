@@ -42,8 +42,8 @@ def table(head: Sequence[Content], rows: Iterable[Sequence[Content]], *, class_:
 
 
 def section(title: str, told: Content, *content: Content) -> Html:
-    """A part of the page, with a sentence that says what it tells."""
-    return element("section", element("h2", title), element("p", told, class_="told"), *content)
+    """Return a part of the page. told: a sentence that says how to read it, or None."""
+    return element("section", element("h2", title), element("p", told, class_="told") if told else None, *content)
 
 
 def page(title: str, *content: Content) -> Html:

@@ -1,12 +1,20 @@
 """The parts of a run's report. Each is None where the run has nothing for it."""
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from report import charts, pictures
-from report.folder import HERE, Run, number, total
+from config import Settings, flag_of
+from report import charts, pictures, verdict
+from report.folder import DAMAGED, HERE, Run, is_run, number, scores, total
 from report.page import Content, Html, element, joined, section, table
+from utils.metrics import paired_difference
 
+NAME = "report.html"
 _SOURCES = {
     "guided": "images guided towards their labels",
     "unguided": "unguided images",
@@ -17,20 +25,21 @@ _SOURCES = {
 _HARD = "\N{NO-BREAK SPACE}"
 _PLUS_MINUS = f"{_HARD}±{_HARD}"
 _MAIN = ("dataset", "source", "recipe", "seed", "backbone", "num_classes", "samples_per_class", "data_root", "pool")
+_MODELS = 30  # whose samples are shown
 
 
 def title(run: Run) -> str:
-    """What the run is, in a few words."""
+    """Return what the run is, in a few words."""
     words = [run.settings.get(name) for name in ("source", "dataset", "seed")]
     if all(word is None for word in words):
         return f"Run {run.folder.resolve().name}"
     return f"{words[0]} on {words[1]}, seed {words[2]}"
 
 
-def heading(run: Run, written: str) -> Html:
-    """Title, folder, how far it is."""
+def heading(run: Run, written: str, comparison: Path | None = None) -> Html:
+    """Return title, folder, progress and links. comparison: the page that compares this run with others."""
     done, most = (number(value) or 0 for value in (run.last.get("epoch"), run.settings.get("max_epoch")))
-    far = f"epoch {done} of {most}, {'finished' if done >= most else 'not finished yet'}"
+    far = f"epoch {done} of {most}, {'finished' if run.finished else 'not finished yet'}"
     if run.settings.get("source") == "none":
         far = "random weights, nothing to train"
     elif not (run.folder / "config.json").exists():
@@ -41,170 +50,190 @@ def heading(run: Run, written: str) -> Html:
         element("h1", title(run)),
         element("p", str(run.folder.resolve()), class_="path soft"),
         element("p", f"{far}. This page was written {written}.", class_="soft"),
+        _links(run, comparison),
         damaged if run.damaged else None,
     )
 
 
-def tiles(run: Run) -> Html | None:
-    """The few numbers that one looks for first."""
-    found = []
-    if best := run.best():
-        found.append((plus_minus(best, "val_accuracy", "val_ci95"), f"% best on meta_val, in epoch {best['epoch']}"))
-    for result in run.results.values():
-        mixed, what = _mixed(result), f"% {result.get('shot')}-shot on {result.get('split')}"
-        without = f"; {_accuracy(result, False)} without" if mixed else ""
-        found.append((_accuracy(result, mixed), f"{what}, {'with' if mixed else 'without'} mixes{without}"))
-    for each in run.rounds()[-1:]:
-        if (rate := number(each.manifest.get("hit_rate"))) is not None:
-            found.append((f"{100 * rate:.1f}", f"% guided hit rate, in round {each.number}"))
-    boxes = []
-    for value, what in found:
-        middle, sign, half = value.partition(_PLUS_MINUS)
-        first = element("b", middle, element("small", sign, half) if half else None)
-        boxes.append(element("div", first, element("span", what), class_="tile"))
-    return element("div", *boxes, class_="tiles") if boxes else None
+def _links(run: Run, comparison: Path | None) -> Html | None:
+    """Return links from training to its tests and back, to the runs beside it, and to the comparison."""
+    trained = run.training
+    pages = [] if trained is run else [("training", trained.folder / NAME)]
+    pages += [(f"test {place}", trained.folder / place / NAME) for place in trained.results if place != HERE]
+    beside = {source: trained.beside(source) for source in _SOURCES if source != trained.settings.get("source")}
+    pages += [(f"{source} run", other.folder / NAME) for source, other in beside.items() if other]
+    above = [each / NAME for each in [*trained.folder.resolve().parents][:2] if not is_run(each)]
+    pages += [("comparison", path) for path in ([comparison] if comparison else above)]
+    links = [link(name, path, run.folder) for name, path in pages
+             if path == comparison or path.is_file() and path.parent.resolve() != run.folder.resolve()]  # fmt: skip
+    return element("nav", *links) if links else None
 
 
-def what_was_run(run: Run) -> Html | None:
-    """Scenario and settings, those that are not the preset's marked."""
-    if not run.settings:
+def link(name: str, path: Path, folder: Path) -> Html:
+    """Return a link to the page `path` from a page in `folder`."""
+    return element("a", name, href=quote(os.path.relpath(path.resolve(), folder.resolve())))
+
+
+def result(run: Run) -> Html | None:
+    """Return the verdict: what the tests came to, beside chance and the floor, and what is wrong."""
+    parts: list[Content] = [_test_result(run, place, each) for place, each in run.results.items()]
+    best = run.best()
+    if best:
+        known = verdict.levels(run)
+        against = ", ".join(f"{name} {value:.1f} %" for name, value in known.items())
+        text = f"Best on meta_val: {plus_minus(best, 'val_accuracy', 'val_ci95')} %, in epoch {best['epoch']}"
+        parts.append(element("p", _words(f"{text}; {against}." if against else f"{text}.")))
+        if not run.results:
+            parts.append(element("p", "Not tested yet: run diffusionmix.py.", class_="soft"))
+    outcomes = verdict.findings(run)
+    items = [element("li", element("b", _words(each.what)), " ", _words(each.do))
+             for found in outcomes.values() for each in found]  # fmt: skip
+    if items:
+        parts.append(element("ul", *items, class_="findings"))
+    if fine := [name for name, found in outcomes.items() if not found]:
+        parts.append(element("p", f"Nothing wrong with {_listed(fine)}.", class_="soft"))
+    return section("Verdict", None, *parts) if parts else None
+
+
+def _test_result(run: Run, place: str, each: Mapping[str, Any]) -> Html | None:
+    """Return one test in a sentence and as bars, beside chance, random weights and the real reference."""
+    mixed = _mixed(each)
+    value, half = (number(each.get(name)) for name in ("accuracy", "ci95"))
+    way = number(each.get("way"))
+    if value is None:
         return None
-    s, changed = run.settings, run.changed()
-    rows = [(name, s[name]) for name in _MAIN if s.get(name) not in (None, "")]
-    facts = [(name, f"{value}: {_SOURCES[value]}" if name == "source" and value in _SOURCES else value)
-             for name, value in rows]  # fmt: skip
-    parts: list[Content] = [
-        element("dl", *(element("div", element("dt", a), element("dd", b)) for a, b in facts), class_="facts")
-    ]
-    if changed:
-        parts += [
-            element("h3", f"Given in place of the preset of {s.get('dataset')} with the recipe {s.get('recipe')}"),
-            table(
-                ("setting", "here", "preset"),
-                [(name, element("span", shown(a), class_="changed"), shown(b)) for name, (a, b) in changed.items()],
-                class_="pairs",
-            ),
-        ]
-    elif run.preset:
-        parts.append(element("p", "Every setting is that of the preset.", class_="soft"))
-    else:
-        parts.append(element("p", "What the preset was is not noted in this folder.", class_="soft"))
-    every = [
-        element("div", element("dt", name), element("dd", shown(value), class_="changed" if name in changed else None))
-        for name, value in s.items()
-    ]
-    parts.append(
-        element("details", element("summary", f"All {len(s)} settings"), element("dl", *every, class_="columns"))
+    marks = [("chance", 100 / way)] if way else []
+    told = []
+    rows = [charts.Bar("with mixes" if mixed else "this run", value, half)]
+    if mixed and (plain := number(each.get("accuracy_without_mix"))) is not None:
+        rows.append(charts.Bar("without mixes", plain, number(each.get("ci95_without_mix"))))
+    for source, name in (("none", "random weights"), ("real", "real images")):
+        other = run.beside(source) if source != run.training.settings.get("source") else None
+        score = other.test_like(each) if other else None
+        level = number((score or {}).get("accuracy_without_mix"))
+        if level is None:
+            continue
+        rows.append(charts.Bar(name, level, number(score.get("ci95_without_mix")), 2))
+        mine, theirs = scores(each, mixed), scores(score, False)
+        known = mine and theirs and len(mine) == len(theirs)
+        gain, width = paired_difference(mine, theirs) if known else (value - level, None)
+        far = f"{abs(gain):.2f}" + (f"{_PLUS_MINUS}{width:.2f}" if width is not None else "")
+        told.append(f"{far} points {'above' if gain >= 0 else 'below'} {name}")
+    if mixed:
+        told.append(f"mixes change it by {plus_minus(each, 'paired_difference', 'paired_ci95', sign=True)} points")
+    text = element("b", f"{value:.2f}", element("small", f"{_PLUS_MINUS}{half:.2f} %") if half is not None else " %")
+    name = f"{each.get('way')}-way {each.get('shot')}-shot on {each.get('split')}"
+    where = f", {place}" if place not in (HERE, f"{each.get('shot')}-shot") else ""
+    above = marks and half is not None and value - half <= marks[0][1]
+    return element(
+        "div",
+        element("p", text, element("span", f"{name}{where}, {'with' if mixed else 'without'} mixes"), class_="big"),
+        element("p", "; ".join(told).capitalize() + ".", class_="told") if told else None,
+        element("p", "This is not above chance.", class_="warn") if above else None,
+        charts.bars(rows, marks),
+        class_="test",
     )
-    return section("What was run", "The scenario, and what was asked for other than its preset.", *parts)
 
 
-def results(run: Run) -> Html | None:
-    """The tests of this run in a table."""
-    rows = []
-    for place, result in run.results.items():
-        rows += result_rows(place, result)
-    if not rows:
-        return None
-    told = "Accuracy in percent on real images of unseen classes, with 95 % intervals over episodes."
-    return section("Results", told, table(RESULT_HEAD, rows, class_="numbers"))
-
-
-RESULT_HEAD = ("test", "way, shot", "split", "with mixes", "without mixes", "difference", "episodes", "pool models",
-               "mix steps", "seconds")  # fmt: skip
-
-
-def result_rows(place: str, result: Mapping[str, Any]) -> list[tuple[Content, ...]]:
-    """A row of RESULT_HEAD for a test, and one for each of its domains."""
-    mixed = _mixed(result)
-    end = (result.get("pool_models"), result.get("mix_steps"), _number(result.get("seconds"), 0))
-    first = (
-        "this folder" if place == HERE else place,
-        f"{result.get('way')}-way {result.get('shot')}-shot",
-        str(result.get("split")),
-        *_figures(result, mixed),
-        str(result.get("episodes")),
-        *end,
-    )
-    domains = result.get("domains")
-    rows = [first]
-    for name, part in domains.items() if isinstance(domains, dict) else ():
-        if isinstance(part, dict):
-            rows.append((f"– {name}", "", "", *_figures(part, mixed), "", "", "", ""))
-    return rows
-
-
-def curves(run: Run) -> Html | None:
-    """Accuracy and loss by epoch, and the class-learner by noise level."""
-    drawn = [chart for chart in (charts.accuracy({"": run}), charts.losses({"": run}), charts.levels(run)) if chart]
-    if not drawn:
-        return None
-    told = (
-        "Dotted lines are rounds: from there on the images are new. The band is the 95 % interval over the episodes of "
-        "a validation. The class-learner can know little where there is most noise; it steers well when it knows much "
-        "where there is least."
-    )
-    if run.settings.get("recipe") == "clusters" and run.settings.get("source") in ("guided", "unguided", "by_model"):
-        told += " Each round trains a network from new weights (the first round two), so its curves start anew there."
-    return section("Learning", told, element("div", *drawn, class_="charts"))
-
-
-def hit_rates(run: Run) -> Html | None:
-    """The share of guided images that the class-learner takes for what they were asked for."""
-    known = [each for each in run.rounds() if number(each.manifest.get("hit_rate")) is not None]
-    if not known:
-        return None
-    points = [(each.number, number(each.manifest.get("hit_rate")), _by_class(each)) for each in known]
-    detailed = any(rates for *_, rates in points)  # older runs noted the rate over all classes alone
-    rounds = [(f"round {n}", _percent(rate), *(_least(rates) if detailed else ())) for n, rate, rates in points]
-    head = ("", "over all", *(("classes below 50 %", "lowest: class (rate)") if detailed else ()))
-    told = "The share of a round's images to which the network that guided them gives the class asked for."
-    chart = element("div", charts.hit_rates(points), class_="charts") if detailed else None
-    return section("Did guidance hit?", told, table(head, rounds, class_="numbers"), chart)
-
-
-def contact_sheets(run: Run) -> Html | None:
-    """The same classes, round by round."""
-    rounds = pictures.shown_rounds(run.rounds())
+def images(run: Run) -> Html | None:
+    """Return the images: guided and unguided of the same noise, and the same classes round by round."""
+    rounds = run.rounds()
     if not rounds:
         return None
+    parts: list[Content] = []
+    other = run.beside("unguided") if rounds[-1].hit_rate is not None else None
+    twins = {each.number: each for each in other.rounds()} if other and run.same_noise(other) else {}
+    if rounds[-1].number in twins:
+        parts += _pairs(rounds[-1], twins[rounds[-1].number])
+    parts += _sheet(pictures.shown_rounds(rounds))
+    return section("Images", "A row is a class. Its images should show one thing, in many ways.", *parts)
+
+
+def _pairs(guided, unguided) -> list[Content]:
+    told = (
+        f"Round {guided.number}, unguided (above) and guided (below) from the same noise, each row a class that was "
+        "asked for. The unguided images are those of the run beside this one."
+    )
+    rates, rows = guided.hit_rates, []
+    for c, both in pictures.pairs(guided, unguided):
+        rate = f", hit rate {_percent(rates[c])}" if c < len(rates) else ""
+        figures = [
+            element(
+                "div", image_tag(a, f"class {c}, unguided"), image_tag(b, f"class {c}, guided{rate}"), class_="pair"
+            )
+            for a, b in both
+        ]
+        rows.append(element("div", element("span", f"{c}", class_="soft"), *figures, class_="row"))
+    return [element("h3", "What guidance changed"), element("p", told, class_="told"),
+            element("div", *rows, class_="twins")]  # fmt: skip
+
+
+def _sheet(rounds: Sequence) -> list[Content]:
     classes, strips = pictures.contact_sheet(rounds)
-    rates = [_by_class(each) for each in rounds]
     rows = []
     for c, row in zip(classes, strips, strict=True):
         cells = []
-        for each, picture, known in zip(rounds, row, rates, strict=True):
-            rate = known[c] if c < len(known) else None
-            image = _image(picture, f"class {c}, round {each.number}") if picture else "–"
+        for each, picture in zip(rounds, row, strict=True):
+            rate = each.hit_rates[c] if c < len(each.hit_rates) else None
+            image = image_tag(picture, f"class {c}, round {each.number}") if picture else "–"
             cells.append(element("div", image, _percent(rate) if rate is not None else None, class_="strip"))
         rows.append((c, *cells))
     names = [f"round {each.number}" + (", by clusters" if each.clustered else "") for each in rounds]
-    told = (
-        f"The first images of {len(classes)} classes, a row a class, with the hit rate where it is known. From left "
-        "to right a class should become one thing, and stay another than its neighbours."
-    )
-    return section("The images of each round", told, table(("", *names), rows, class_="sheet"))
+    told = f"The first images of {len(classes)} classes, with the hit rate where it is known."
+    return [element("h3", "Round by round"), element("p", told, class_="told"),
+            table(("", *names), rows, class_="sheet")]  # fmt: skip
+
+
+def curves(run: Run) -> Html | None:
+    """Return accuracy and loss by epoch, and how well the guide knows the classes."""
+    own = charts.levels(run) or charts.training_accuracy(run)
+    drawn = [charts.accuracy({"": run}, verdict.levels(run)), charts.losses({"": run}), own]
+    if not any(drawn):
+        return None
+    told = ["Dotted uprights are rounds: from there on the images are new.",
+            "The band is the 95 % interval over the episodes of a validation."]  # fmt: skip
+    source, clusters = run.settings.get("source"), run.settings.get("recipe") == "clusters"
+    if clusters and source in ("guided", "unguided", "by_model"):
+        told.append("Each round trains a network from new weights (the first round two), so its curves start anew.")
+    if source == "guided" and clusters:
+        told.append("No class-learner is trained: the network of one round guides the images of the next, so it must "
+                    "know the classes well.")  # fmt: skip
+    elif source == "guided":
+        told.append("The class-learner guides. It must know the classes where there is least noise; where there is "
+                    "most, it cannot know much.")  # fmt: skip
+    return section("Learning", " ".join(told), element("div", *drawn, class_="charts"))
+
+
+def hit_rates(run: Run) -> Html | None:
+    """Return the share of guided images that the guide takes for the class they were asked for."""
+    known = [each for each in run.rounds() if each.hit_rate is not None]
+    if not known:
+        return None
+    last = known[-1]
+    rounds = [(f"round {each.number}", _percent(each.hit_rate), *_least(each.hit_rates)) for each in known]
+    head = ("", "over all", "classes below 50 %", "lowest: class (rate)")
+    told = "The share of a round's images to which the network that guided them gives the class asked for."
+    chart = charts.hit_rates(last.hit_rates, last.hit_rate, last.number) if any(last.hit_rates) else None
+    return section("Did guidance hit?", told, table(head, rounds, class_="numbers"),
+                   element("div", chart, class_="charts") if chart else None)  # fmt: skip
 
 
 def pool(run: Run) -> Html | None:
-    """What the pool's models draw by themselves."""
+    """Return what the pool's models draw by themselves."""
     found = run.pool_samples()
     if not found:
         return None
     figures = [
-        element("figure", _image(pictures.samples(path), f"samples of {name}"), element("figcaption", name))
+        element("figure", image_tag(pictures.samples(path), f"samples of {name}"), element("figcaption", name))
         for name, path in found[:_MODELS]
     ]
     more = f" Shown are the first {_MODELS} of {len(found)}." if len(found) > _MODELS else ""
-    told = "Unguided samples of each model, from the end of its training: what is wrong in these, guidance cannot mend."
+    told = "Unguided samples of each model, from the end of its training. What is wrong here, guidance cannot mend."
     return section("The pool", told + more, element("div", *figures, class_="grids"))
 
 
-_MODELS = 30  # whose samples are shown
-
-
 def mixes(run: Run) -> Html | None:
-    """Some diffusion mixes of the first test that kept them, and each test's accuracy with mixes against without."""
+    """Return some diffusion mixes, and the accuracy of each episode with mixes against without."""
     parts: list[Content] = []
     for place in run.results:
         path = run.folder / place / "mixes.npz"
@@ -212,20 +241,18 @@ def mixes(run: Run) -> Html | None:
             parts.append(_gallery(place, pictures.mixes(path)))
             break
     drawn = []
-    for place, result in run.results.items():
-        by_episode = [result.get("by_episode_without_mix"), result.get("by_episode")]
-        if _mixed(result) and all(isinstance(values, list) for values in by_episode):
-            both = [pair for pair in zip(*by_episode, strict=False) if None not in map(number, pair)]
-            change = plus_minus(result, "paired_difference", "paired_ci95", sign=True)
-            name = f"{_test(place, result)}: {change} with mixes"
-            drawn += [charts.pairs(name, *zip(*both, strict=True))] if both else []
+    for place, each in run.results.items():
+        without, with_ = scores(each, False), scores(each, True)
+        if _mixed(each) and without and with_ and len(without) == len(with_):
+            change = plus_minus(each, "paired_difference", "paired_ci95", sign=True)
+            drawn.append(charts.pairs(f"{_test(place, each)}: {change} with mixes", without, with_))
     if drawn:
         parts.append(element("div", *drawn, class_="charts"))
     if not parts:
         return None
     told = (
-        "A mix blends two real images under noise and has a pool model denoise the blend. Each point of a chart is an "
-        "episode, a larger one several: above the line the mixes helped."
+        "A mix blends two real images under noise, and a pool model denoises the blend. A dot is an episode, a larger "
+        "one several: above the line the mixes helped."
     )
     return section("Mixes", told, *parts)
 
@@ -235,7 +262,7 @@ def _gallery(place: str, models: Sequence[Sequence[tuple]]) -> Html:
     for m, triples in enumerate(models):
         shown_ = [
             element(
-                "div", _image(a, "first image"), "+", _image(b, "second image"), "→", _image(mix, "their mix"),
+                "div", image_tag(a, "first image"), "+", image_tag(b, "second image"), "→", image_tag(mix, "their mix"),
                 f"λ{_HARD}{share:.2f}", class_="mix",
             )
             for a, b, mix, share in triples
@@ -245,13 +272,38 @@ def _gallery(place: str, models: Sequence[Sequence[tuple]]) -> Html:
     return joined([*parts, element("p", told, class_="told")])
 
 
+def all_results(run: Run) -> Html | None:
+    """Return all numbers of the tests in a table."""
+    rows = [row for place, each in run.results.items() for row in _result_rows(place, each)]
+    if not rows:
+        return None
+    head = ("test", "way, shot", "split", "with mixes", "without mixes", "difference", "episodes", "pool models",
+            "mix steps", "seconds")  # fmt: skip
+    told = "Accuracy in percent on real images of unseen classes, with 95 % intervals over episodes."
+    return section("Results", told, table(head, rows, class_="numbers"))
+
+
+def _result_rows(place: str, each: Mapping[str, Any]) -> list[tuple[Content, ...]]:
+    """Return a row for a test, and one for each of its domains."""
+    mixed, domains = _mixed(each), each.get("domains")
+    rows = [(
+        "this folder" if place == HERE else place, f"{each.get('way')}-way {each.get('shot')}-shot",
+        str(each.get("split")), *_figures(each, mixed), str(each.get("episodes")), each.get("pool_models"),
+        each.get("mix_steps"), _number(each.get("seconds"), 0),
+    )]  # fmt: skip
+    for name, part in domains.items() if isinstance(domains, dict) else ():
+        if isinstance(part, dict):
+            rows.append((f"– {name}", "", "", *_figures(part, mixed), "", "", "", ""))
+    return rows
+
+
 def time_by_phase(run: Run) -> Html | None:
-    """Where the seconds went."""
+    """Return where the seconds went."""
     phases = [("drawing images", total(run.epochs, "synthesis_seconds")), ("training", total(run.epochs, "seconds"))]
     phases = [each for each in phases if each[1]]
-    for place, result in run.results.items():
-        name = f"test, {_test(place, result)}"
-        phases += [(name, seconds)] if (seconds := number(result.get("seconds"))) else []
+    for place, each in run.results.items():
+        name = f"test, {_test(place, each)}"
+        phases += [(name, seconds)] if (seconds := number(each.get("seconds"))) else []
     if not phases:
         return None
     most = max(seconds for _, seconds in phases)
@@ -264,12 +316,12 @@ def time_by_phase(run: Run) -> Html | None:
             element("span", duration(seconds)),
         )
     ]
-    told = "Drawing images is that of all rounds; training is of both learners, without validation and saving."
+    told = "Over all rounds. Training leaves out validation and saving."
     return section("Time", told, element("div", *cells, class_="bars"))
 
 
 def environment(run: Run) -> Html | None:
-    """What it ran on, of each start that differs."""
+    """Return what it ran on, for each start that differs."""
     names = ("command", "started", "commit", "hardware", "processes", "python", "torch", "system")
     rows = [tuple(shown(each.get(name, "")) for name in names) for each in run.starts]
     if not rows:
@@ -283,55 +335,82 @@ def environment(run: Run) -> Html | None:
             for a, b in facts.items()
         )
         tables.append(element("dl", *items, class_="facts"))
-    told = "A start is noted when it differs from those before it; one that goes on after a stop is not."
+    told = "A start is noted when it differs from the ones before. Resuming with the same command is not."
     return section("Environment", told, *tables)
 
 
+def settings(run: Run) -> Html | None:
+    """Return the scenario, and the settings that differ from its preset, in words."""
+    if not run.settings:
+        return None
+    s, changed = run.settings, run.changed()
+    rows = [(name, s[name]) for name in _MAIN if s.get(name) not in (None, "")]
+    facts = [(name, f"{value}: {_SOURCES[value]}" if name == "source" and value in _SOURCES else value)
+             for name, value in rows]  # fmt: skip
+    parts: list[Content] = [
+        element("dl", *(element("div", element("dt", a), element("dd", b)) for a, b in facts), class_="facts")
+    ]
+    preset = f"the preset of {s.get('dataset')} with the recipe {s.get('recipe')}"
+    if changed:
+        parts.append(element("h3", f"What differs from {preset}"))
+        parts.append(element("ul", *(_difference(name, a, b) for name, (a, b) in changed.items()), class_="differs"))
+    elif run.preset:
+        parts.append(element("p", f"Every setting is that of {preset}.", class_="soft"))
+    else:
+        parts.append(element("p", "What the preset was is not noted in this folder.", class_="soft"))
+    every = [
+        element("div", element("dt", name), element("dd", shown(value), class_="changed" if name in changed else None))
+        for name, value in s.items()
+    ]
+    parts.append(
+        element("details", element("summary", f"All {len(s)} settings"), element("dl", *every, class_="columns"))
+    )
+    return section("Settings", None, *parts)
+
+
+_FIELDS = {f.name: f for f in fields(Settings)}
+
+
+def _difference(name: str, here: Any, preset: Any) -> Html:
+    """Return one setting in words: what it is, its value, the preset's."""
+    known = _FIELDS.get(name)
+    flag = element("code", flag_of(known) if known else name)
+    what = element("span", f" ({known.metadata['help']})", class_="soft") if known else None
+    return element(
+        "li", flag, " is ", element("b", shown(here), class_="changed"), f" instead of {shown(preset)}", what
+    )
+
+
 SECTIONS: list[Callable[[Run], Html | None]] = [
-    what_was_run, results, curves, hit_rates, contact_sheets, mixes, pool, time_by_phase, environment,
+    result, images, curves, hit_rates, mixes, pool, all_results, time_by_phase, environment, settings,
 ]  # fmt: skip
 
 
+def careful(make: Callable[[Any], Html | None], given: Any) -> Html | None:
+    """Return a part of a page, or where its files are damaged a line that says so."""
+    try:
+        return make(given)
+    except DAMAGED as error:
+        what = make.__name__.replace("_", " ")
+        return element("p", f"The part “{what}” cannot be shown: {type(error).__name__}: {error}", class_="warn")
+
+
 def shown(value: Any) -> str:
-    """A setting as text."""
+    """Return a setting as text."""
     if value is None or value == "":
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text."""
+    """Return seconds as text."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _test(place: str, result: Mapping[str, Any]) -> str:
-    name = f"{result.get('shot')}-shot"
-    return name if place in (HERE, name) else f"{name} ({place})"
-
-
-def _image(image, alt: str) -> Html:
-    return element("img", src=pictures.data_uri(image), alt=alt, width=image.width, height=image.height)
-
-
-def _mixed(result: Mapping[str, Any]) -> bool:
-    return bool(result.get("pool_models"))  # --mix False has none
-
-
-def _accuracy(result: Mapping[str, Any], mixed: bool) -> str:
-    end = "" if mixed else "_without_mix"
-    return plus_minus(result, f"accuracy{end}", f"ci95{end}")
-
-
-def _figures(result: Mapping[str, Any], mixed: bool) -> tuple[str, str, str]:
-    with_ = _accuracy(result, True) if mixed else "–"
-    change = plus_minus(result, "paired_difference", "paired_ci95", sign=True) if mixed else "–"
-    return with_, _accuracy(result, False), change
-
-
 def plus_minus(entries: Mapping[str, Any], name: str, half: str, *, sign: bool = False) -> str:
-    """Two entries as a value and the half-width of its interval."""
+    """Return two entries as a value and the half-width of its interval."""
     value, width = number(entries.get(name)), number(entries.get(half))
     if value is None:
         return "–"
@@ -339,21 +418,46 @@ def plus_minus(entries: Mapping[str, Any], name: str, half: str, *, sign: bool =
     return text if width is None else f"{text}{_PLUS_MINUS}{width:.2f}"
 
 
+def _words(text: str) -> Html:
+    """Return a text whose flags and units are not broken across lines."""
+    parts = re.split(r"(--[a-z][\w-]*)", text.replace(" %", f"{_HARD}%"))
+    return joined(element("code", part) if part.startswith("--") else part for part in parts)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _test(place: str, each: Mapping[str, Any]) -> str:
+    name = f"{each.get('shot')}-shot"
+    return name if place in (HERE, name) else f"{name} ({place})"
+
+
+def image_tag(image, alt: str) -> Html:
+    """Return an image in the page, with its text on hover."""
+    return element("img", src=pictures.data_uri(image), alt=alt, title=alt, width=image.width, height=image.height)
+
+
+def _mixed(each: Mapping[str, Any]) -> bool:
+    return bool(each.get("pool_models"))  # --mix False has none
+
+
+def _figures(each: Mapping[str, Any], mixed: bool) -> tuple[str, str, str]:
+    with_ = plus_minus(each, "accuracy", "ci95") if mixed else "–"
+    change = plus_minus(each, "paired_difference", "paired_ci95", sign=True) if mixed else "–"
+    return with_, plus_minus(each, "accuracy_without_mix", "ci95_without_mix"), change
+
+
 def _number(value: Any, digits: int) -> str:
     return "–" if number(value) is None else f"{value:.{digits}f}"
 
 
 def _percent(rate: float | None) -> str:
-    return "–" if rate is None else f"{100 * rate:.0f} %"
-
-
-def _by_class(each) -> list[float | None]:
-    rates = each.manifest.get("hit_rate_by_class")
-    return [number(rate) for rate in rates] if isinstance(rates, list) else []
+    return "–" if rate is None else f"{100 * rate:.0f}{_HARD}%"
 
 
 def _least(rates: Sequence[float | None]) -> tuple[str, str]:
-    """How many classes are below a half, and the five lowest."""
+    """Return how many classes are below a half, and the five lowest."""
     known = sorted((rate, c) for c, rate in enumerate(rates) if rate is not None)
     if not known:
         return "not noted", "–"

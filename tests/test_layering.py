@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "guided_diffusion": {"guided_diffusion", "utils"},
     "models": {"config", "datasets", "models", "utils"},
     "datasets": {"datasets", "utils"},
-    "report": {"report", "utils"},
+    "report": {"report", "config", "utils"},
 }
 PROJECT = {*MAY_IMPORT} | set(
     "main diffusionmix few_shot own_images dry_run schedule bookkeeping benchmarks tests".split()
