@@ -210,8 +210,10 @@ def hit_rates(run: Run) -> Html | None:
     if not known:
         return None
     last = known[-1]
-    rounds = [(f"round {each.number}", _percent(each.hit_rate), *_least(each.hit_rates)) for each in known]
-    head = ("", "over all", "classes below 50 %", "lowest: class (rate)")
+    by_class = any(each.hit_rates for each in known)  # older runs noted only the rate over all classes
+    rounds = [(f"round {each.number}", _percent(each.hit_rate), *(_least(each.hit_rates) if by_class else ()))
+              for each in known]  # fmt: skip
+    head = ("", "over all", *(("classes below 50 %", "lowest: class (rate)") if by_class else ()))
     told = "The share of a round's images to which the network that guided them gives the class asked for."
     chart = charts.hit_rates(last.hit_rates, last.hit_rate, last.number) if any(last.hit_rates) else None
     return section("Did guidance hit?", told, table(head, rounds, class_="numbers"),
