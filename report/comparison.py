@@ -13,8 +13,9 @@ from config import PLACES
 from report import charts, pictures
 from report.folder import SAME_EPISODES, Run, number, scores, total
 from report.page import Content, Html, element, page, section, table
-from report.sections import NAME, careful, duration, image_tag, link, shown
+from report.sections import NAME, careful, image_tag, link, shown
 from utils.metrics import gap_closed, over_seeds
+from utils.progress import duration
 
 _MOST_COLUMNS = 8  # of the table of differences
 _ROWS, _IMAGES = 8, 6  # of the images side by side

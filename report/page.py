@@ -1,4 +1,4 @@
-"""HTML by hand: text is escaped unless it is markup already, and a page needs nothing but itself."""
+"""Write HTML: text is escaped unless it is markup already, and a page needs no other file."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,13 @@ class Html(str):
     __slots__ = ()
 
 
-Content = object  # Html, or anything whose text is escaped; None is nothing
+Content = object  # Html, or anything whose text is escaped, or None for nothing
 _VOID = {"img", "meta", "br"}
 _NOTHING_FROM_OUTSIDE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def element(name: str, /, *children: Content, **attributes: object) -> Html:
-    """<name attributes>children</name>. An attribute may end in _ where Python has its name; None leaves it out."""
+    """Return <name attributes>children</name>. An attribute may end in _ if Python has the word; None is left out."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
@@ -27,12 +27,12 @@ def element(name: str, /, *children: Content, **attributes: object) -> Html:
 
 
 def joined(children: Iterable[Content]) -> Html:
-    """Contents one after the other."""
+    """Return contents one after the other."""
     return Html("".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children if c is not None))
 
 
 def table(head: Sequence[Content], rows: Iterable[Sequence[Content]], *, class_: str | None = None) -> Html:
-    """A table in a box of its own, in which it can be scrolled sideways; the first cell of a row is its heading."""
+    """Return a table in a box that scrolls sideways. The first cell of a row is its heading."""
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
     ]
@@ -47,7 +47,7 @@ def section(title: str, told: Content, *content: Content) -> Html:
 
 
 def page(title: str, *content: Content) -> Html:
-    """The whole document, readable on narrow and wide screens, light and dark."""
+    """Return the whole document, for narrow and wide screens, light and dark."""
     style = resources.files("report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",

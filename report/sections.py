@@ -13,6 +13,7 @@ from report import charts, pictures, verdict
 from report.folder import DAMAGED, HERE, Run, is_run, number, scores, total
 from report.page import Content, Html, element, joined, section, table
 from utils.metrics import paired_difference
+from utils.progress import duration
 
 NAME = "report.html"
 _SOURCES = {
@@ -402,13 +403,6 @@ def shown(value: Any) -> str:
     if value is None or value == "":
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as text."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plus_minus(entries: Mapping[str, Any], name: str, half: str, *, sign: bool = False) -> str:

@@ -53,7 +53,7 @@ def test_accuracy_is_percent_an_episode():
     labels = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]])
     assert accuracy(logits, labels).tolist() == [100.0, 75.0]
     assert accuracy(logits[0], labels[1]).item() == 75.0
-    with pytest.raises(ValueError, match="one label a query"):
+    with pytest.raises(ValueError, match="labels"):
         accuracy(logits, labels[0])
 
 

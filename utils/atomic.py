@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write beside the target, then rename."""
+"""Write files so that they are whole or absent: write beside the target, then rename."""
 
 import errno
 import hashlib
@@ -12,29 +12,29 @@ from typing import BinaryIO
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR}
-_LITTLE = 4096  # bytes free: a disk with less is full
-_LONG = 200  # bytes of a name; the system takes 255, of which the temporary name needs some
+_LITTLE = 4096  # bytes; a disk with less free is full
+_LONG = 200  # bytes of a name; the system takes 255, and the temporary name needs some of them
 
 
 class DiskFull(ValueError):
-    """A file could not be written for want of room. The older one is as it was."""
+    """There was no room to write a file. The older one is unchanged."""
 
 
 def previous(path: Path) -> Path:
-    """Where the file before `path` is kept: last.pt -> last.previous.pt."""
+    """Return where the file before `path` is kept: last.pt -> last.previous.pt."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 @contextmanager
 def named(path: str | os.PathLike, size: int = 0, temporary: Path | None = None) -> Iterator[None]:
-    """Within, an error of writing `path` names it, as those of the system often do not.
+    """Make errors in this block name `path`; the system's own often do not.
 
-    size: bytes that are to be written, where that is known; temporary: where they go first.
-    Raises DiskFull where the disk, or one's share of it, does not suffice, and OSError of `path` for other errors.
+    size: bytes to be written, if known; temporary: the file they go to first.
+    Raises DiskFull where the disk or the quota is full, and OSError of `path` for other errors.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # the latter is how torch's writer passes some of the former on
+    except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
         number = next((n for each in (error, error.__context__) if (n := getattr(each, "errno", None))), None)
         place, written = getattr(error, "filename", None), _size(temporary)
         free, needed = _free(Path(path)), max(size, written)
@@ -60,7 +60,7 @@ def _size(path: Path | None) -> int:
 
 
 def _free(path: Path) -> int:
-    """Bytes that are free on the disk of `path`, which need not be there."""
+    """Return the free bytes on the disk of `path`, which need not exist."""
     for folder in path.absolute().parents:
         try:
             return shutil.disk_usage(folder).free
@@ -70,7 +70,7 @@ def _free(path: Path) -> int:
 
 
 def _beside(path: Path) -> Path:
-    """The temporary name for `path`, in the same folder."""
+    """Return the temporary name for `path`, in the same folder."""
     raw = os.fsencode(path.name)
     name = path.name if len(raw) <= _LONG else hashlib.sha256(raw).hexdigest()
     return path.with_name(f".{name}.{os.getpid()}.tmp")
@@ -80,12 +80,12 @@ def _beside(path: Path) -> Path:
 def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = False) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` only when the block ends without an error.
 
-    The bytes go to a temporary name in the same folder (made with its parents where missing), are
-    flushed to the disk and renamed over `path`. A killed or failing block leaves an older file as it was.
+    Missing folders are made. The bytes go to a temporary name in the same folder, are flushed to the disk and renamed
+    over `path`. A block that fails or is killed leaves an older file unchanged.
 
-    size: bytes that will be written, where that is known, for the message of a full disk.
-    keep_old: rename the file that was there to `previous(path)`.
-    Raises DiskFull where the disk, or one's share of it, does not suffice, and OSError of `path` for other errors.
+    size: bytes to be written, if known, for the message of a full disk.
+    keep_old: rename the older file to `previous(path)`.
+    Raises DiskFull where the disk or the quota is full, and OSError of `path` for other errors.
     """
     path = Path(path)
     temporary = _beside(path)
@@ -101,13 +101,13 @@ def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = Fals
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # gone already where the rename went through
+            temporary.unlink(missing_ok=True)  # the rename took it away already
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed runs left in `folder`, but in no folder in it that has a lock of its own.
+    """Delete the temporary files that killed runs left in `folder`, except in folders inside it that have a lock.
 
-    For who holds the lock of `folder`: else they may be of a run at work.
+    Call this only while holding the lock of `folder`: else the files may belong to a run at work.
     """
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not Path(place, name, ".lock").exists()]

@@ -1,4 +1,4 @@
-"""The one place that saves and loads checkpoints. It refuses what it does not know."""
+"""Save and load checkpoints: the only place that does. What it does not know it refuses."""
 
 import os
 import pickletools
@@ -16,32 +16,32 @@ from torch import nn
 
 from utils.atomic import atomic_file, previous
 
-_SHOWN = 3  # names an error lists before it only counts
-_ZIP = b"PK\x03\x04"  # how a zip begins, which is what torch goes by
+_SHOWN = 3  # names that an error lists; the rest are counted
+_ZIP = b"PK\x03\x04"  # the start of a zip, by which torch knows one
 _CODE = re.compile(r"GLOBAL (\S+)|reduce for unrecognized function|Can only (?:create|build)|Unsupported operand 149")
 _GROWS = re.compile(r"(builtins|__builtin__) bytearray|_codecs encode|torch(\.\w+)* (\w*Tensor|TypedStorage)")
-_PICKLES = 5  # at the start of a file of older torch
-_DEEPEST, _MOST = 50, 10_000_000  # levels of containers in containers, and values in all, of a checkpoint
+_PICKLES = 5  # at the start of a file by an older torch
+_DEEPEST, _MOST = 50, 10_000_000  # most nested containers, and most values, of a checkpoint
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message is one line: the file, the cause and the mend."""
+    """A checkpoint cannot be used. The message is one line: the file, the cause and what to do."""
 
 
 def save(path: str | os.PathLike, payload: Any, *, keep_old: bool = False) -> None:
     """Save `payload` (tensors, numbers, strings and containers of them) at `path`, whole or not at all.
 
-    Parent folders are made where missing. A save that is killed leaves an older file as it was.
-    keep_old: keep that older one beside it, for `load_newest`.
+    Missing folders are made. A save that is killed leaves an older file unchanged.
+    keep_old: keep the older file beside the new one, for `load_newest`.
     """
     with atomic_file(path, size=_bytes(payload), keep_old=keep_old) as file:
         torch.save(payload, file)
 
 
 def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any | None:
-    """Load `path`, or, where it is damaged, which is said on stderr, or missing, the one kept before it.
+    """Load `path`, or the file kept before it if `path` is missing or damaged; damage is said on stderr.
 
-    None where neither is there. Raises CheckpointError, of `path`, where none can be used.
+    Returns None where there is neither. Raises CheckpointError where none can be used.
     """
     files = [each for each in (Path(path), previous(Path(path))) if each.exists()]
     for number, file in enumerate(files, 1):
@@ -57,12 +57,12 @@ def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
     """Load what `save` wrote, or any checkpoint of plain tensors and containers, onto `device`.
 
-    Torch's zips, its older pickles, and safetensors, which give a bare state dict; the content tells them apart, not
-    the name. The file is data, never code: a pickle that would build anything else is refused, without a fallback.
+    It reads torch's zips, torch's older pickles and safetensors (a bare state dict), and tells them apart by content,
+    not by name. The file is data, never code: a pickle that would build anything else is refused. There is no fallback.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, cut short, no checkpoint, would run code, or claims more
-            than it has.
+        CheckpointError: the file is missing, unreadable, cut short, not a checkpoint, would run code, or claims more
+            bytes than it has.
     """
     path = Path(path)
     if not path.exists():
@@ -72,7 +72,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-            if start[8:] == b"{":  # after eight bytes of its length, the header of safetensors
+            if start[8:] == b"{":  # safetensors: eight bytes of length, then a JSON header
                 return load_file(path, device=str(device))
             if start.startswith(_ZIP):
                 _check_claims(path)
@@ -81,26 +81,26 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
                 for _ in range(_PICKLES):
                     _check_names(file, path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of pickles by other programs, refused just below
+            warnings.simplefilter("ignore", UserWarning)  # about pickles by other programs, which are refused below
             payload = torch.load(path, map_location=device, weights_only=True)
         _count(payload, path, {})
         return payload
     except PermissionError as error:
         raise CheckpointError(f"{path}: may not be read; change its permissions (chmod u+r)") from error
     except (CheckpointError, torch.OutOfMemoryError):
-        raise  # of the latter the file is sound
+        raise  # without memory the file may still be sound
     except OSError as error:
         why = error.strerror or "the file ends too soon"
         raise CheckpointError(f"{path}: cannot be read ({why}); look after the disk, or copy the file again") from error
-    except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
+    except Exception as error:  # the unpickler can raise nearly anything on a damaged file
         raise CheckpointError(f"{path}: {_cause(str(error), device)}") from error
 
 
 def _check_claims(path: Path) -> None:
-    """Refuse a zip whose records claim more bytes than the file has, which torch would unpack into memory.
+    """Refuse a zip whose records claim more bytes than the file has: torch would unpack them into memory.
 
-    Torch compresses nothing, so that its own records always fit. Then each is held against its checksum, which torch
-    writes but does not read.
+    Torch compresses nothing, so its own records always fit. Then check each record's checksum, which torch writes
+    but does not read.
     """
     with zipfile.ZipFile(path) as archive:
         claimed = sum(record.file_size for record in archive.infolist())
@@ -120,9 +120,9 @@ def _check_claims(path: Path) -> None:
 
 
 def _check_names(file: BinaryIO, path: Path) -> None:
-    """Refuse a pickle, read up to its end, that names what makes bytes from a number: it could fill the memory.
+    """Read a pickle to its end, and refuse one that names a type made from a size: it could fill the memory.
 
-    What else it must not name torch refuses.
+    Torch refuses everything else that a pickle must not name.
     """
     try:
         for operation, argument, _ in pickletools.genops(file):
@@ -133,14 +133,14 @@ def _check_names(file: BinaryIO, path: Path) -> None:
                 )
     except CheckpointError:
         raise
-    except ValueError:  # no pickle, which torch says
+    except ValueError:  # not a pickle, as torch will say
         file.read()
 
 
 def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int:
-    """Count the values in a nest of containers, those in a container that is there twice twice, as to print them would.
+    """Count the values in nested containers. A container that is there twice counts twice, as when it is printed.
 
-    Raises CheckpointError where they are so many, or so deep, that to compare or print them would take for ever.
+    Raises CheckpointError for so many values, or so deep, that comparing or printing them would take for ever.
     """
     if not isinstance(value, Mapping | list | tuple | set):
         return 1
@@ -157,8 +157,10 @@ def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int
 
 
 def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callable[[Any], bool]], what: str) -> None:
-    """Refuse a checkpoint that lacks an entry, or has one that `expected`, name -> whether a value is sound, does not
-    take: CheckpointError. An entry may be missing where None is sound. what: the file that it should be.
+    """Refuse a checkpoint with a missing or unsound entry: CheckpointError.
+
+    expected: entry -> function that says whether a value is sound; an entry may be missing where None is sound.
+    what: the file that it should be.
     """
     if not isinstance(payload, dict) or len(set(expected) - set(payload)) > len(expected) / 2:
         raise CheckpointError(f"{path}: is no {what}")
@@ -171,9 +173,9 @@ def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callab
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str | os.PathLike) -> None:
-    """Put back what `optimizer.state_dict()` gave, but not its rates and the like, which come from the settings.
+    """Restore what `optimizer.state_dict()` gave, except rates and the like, which come from the settings.
 
-    Raises CheckpointError where it is of other parameters, damaged, or not finite. `source`: as of `check_state`.
+    Raises CheckpointError where it belongs to other parameters, is damaged or not finite. source: as in `check_state`.
     """
     try:
         optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
@@ -191,7 +193,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str | o
 
 def _cause(message: str, device: str | torch.device) -> str:
     refused = _CODE.search(message)
-    if refused:  # operand 149 opens a frame: a pickle that torch did not write
+    if refused:  # operand 149 opens a frame, which torch never writes
         what = f"the object {refused[1]}" if refused[1] else "pickled objects"
         return (
             f"holds {what}, and loading that could run code; "
@@ -211,9 +213,9 @@ def _cause(message: str, device: str | torch.device) -> str:
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
-    """Check that `state_dict` fits `module`, strictly: every name, every shape, plain tensors only.
+    """Check that `state_dict` fits `module`: every name, every shape, only plain tensors.
 
-    Nothing is copied, and `module` may be on the meta device, where it takes no memory yet.
+    Nothing is copied, so `module` may be on the meta device, where it takes no memory.
 
     Args:
         module: the module to fill later.
@@ -221,13 +223,13 @@ def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sourc
         source: what an error names as the origin, usually the file.
 
     Raises:
-        CheckpointError: up to three missing, unexpected and wrong-shape names each.
+        CheckpointError: names up to three missing, unexpected and wrongly shaped entries each.
     """
     check_tensors(module.state_dict(), state_dict, source, type(module).__name__)
 
 
 def check_tensors(expected: Mapping[str, torch.Tensor], state_dict: Any, source: str | os.PathLike, what: str) -> None:
-    """Check names, shapes and kinds of tensors as `check_state` does, against `expected`, those of `what`."""
+    """Check names, shapes and kinds of tensors as `check_state` does. expected: the tensors of `what`."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise CheckpointError(f"{source}: got {kind}, expected a state dict (names with tensors); check the file")
@@ -260,7 +262,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], state_dict: Any, source:
 def check_size(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
     """Refuse weights of more bytes than their file has: CheckpointError.
 
-    Tensors may share or repeat what is in the file, so that a small one could name a network of any size.
+    Tensors may share or repeat bytes of the file, so a small file could name a network of any size.
     """
     claimed, held = sum(weight.nbytes for weight in state_dict.values()), path.stat().st_size
     if claimed > held:
@@ -271,13 +273,12 @@ def check_size(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
-    """Copy `state_dict` into `module`, strictly: as `check_state` has it, and finite numbers only.
+    """Copy `state_dict` into `module` if it passes `check_state` and has only finite numbers.
 
-    Nothing is copied where anything is wrong. The module keeps its dtype, whatever that of the tensors.
-    Arguments as of `check_state`.
+    If anything is wrong, nothing is copied. The module keeps its dtype. Arguments as in `check_state`.
 
     Raises:
-        CheckpointError: as of `check_state`, or up to three names of weights that are not finite in the module's dtype.
+        CheckpointError: as in `check_state`; or names up to three weights that are not finite in the module's dtype.
     """
     check_state(module, state_dict, source)
     not_finite = [
@@ -294,7 +295,7 @@ def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source
 
 
 def _bytes(payload: Any) -> int:
-    """Of all tensors in a nest of containers; what else there is takes little."""
+    """Return the bytes of all tensors in nested containers; everything else takes little."""
     if isinstance(payload, torch.Tensor):
         return payload.nbytes
     if isinstance(payload, Mapping):
@@ -305,7 +306,7 @@ def _bytes(payload: Any) -> int:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value` is a dense tensor with numbers in it, real ones, as a file of strangers need not have."""
+    """Whether `value` is a dense tensor of real numbers; a stranger's file may hold others."""
     if not isinstance(value, torch.Tensor) or value.is_nested or value.layout != torch.strided:
         return False
     return not (value.is_meta or value.is_quantized or value.is_complex())

@@ -1,4 +1,4 @@
-"""Folders of images, one a class: which there are, which files are in them, and what is left out of them and why."""
+"""Find class folders and the images in them, and note what is left out and why."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from utils import processes
 from utils.images import NO_IMAGE, extensions, is_named_like_a_picture, opens, shown, why
 
-# What systems, archives and notebooks leave in folders, in small letters; so is all that is hidden, such as .DS_Store.
+# What systems, archives and notebooks leave in folders, in small letters. Hidden files are leftovers, too.
 LEFTOVERS = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "@recycle", "$recycle.bin",
     "system volume information", "lost+found", "found.000", "__pycache__",
@@ -19,12 +19,12 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", "
 
 @dataclass
 class LeftOut:
-    """What was not read, to be said in one line and listed in skipped_images.csv.
+    """What was not read. It is said in one line and listed in skipped_images.csv.
 
     Attributes:
         images: (path, reason) of images, folders and links.
-        others: files that are no images and are not named like images either.
-        leftovers: what `is_leftover` says of.
+        others: files that are not images, nor named like images.
+        leftovers: files and folders that `is_leftover`.
         empty: class folders without a readable image.
     """
 
@@ -34,17 +34,17 @@ class LeftOut:
     empty: list[Path] = field(default_factory=list)
 
     def add(self, more: "LeftOut") -> None:
-        """Take over what `more` has."""
+        """Add everything in `more`."""
         for name, paths in vars(more).items():
             getattr(self, name).extend(paths)
 
     def add_unread(self, unread: Sequence[tuple[Path, str]]) -> None:
-        """Take over what `read_images` could not read."""
+        """Add what `read_images` could not read."""
         self.images += [(path, reason) for path, reason in unread if reason != NO_IMAGE]
         self.others += [path for path, reason in unread if reason == NO_IMAGE]
 
     def rows(self) -> list[tuple[str, str]]:
-        """(path, reason) for skipped_images.csv: one row an image, one a folder for its other files. No leftovers."""
+        """Return (path, reason) for skipped_images.csv: a row per image, and one per folder for its other files."""
         rows = sorted(self.images)
         for folder in dict.fromkeys(path.parent for path in self.others):
             names = [path.name for path in self.others if path.parent == folder]
@@ -53,7 +53,7 @@ class LeftOut:
         return [(shown(path), reason) for path, reason in rows]
 
     def line(self, root: Path) -> str:
-        """What was left out, how much of each kind and the first, as paths in `root`; "" for nothing."""
+        """Return what was left out in one line: the count and the first of each kind; "" for nothing."""
 
         def first(path: Path) -> str:
             return shown(path.relative_to(root) if path != root else path.name)
@@ -71,18 +71,18 @@ class LeftOut:
         return f"left out {' and '.join(parts)}" if parts else ""
 
     def say(self, root: Path) -> None:
-        """Print the line to stderr, where there is anything to say and this is the process that speaks for all."""
+        """Print the line on stderr, if there is one and this is the first process."""
         if (line := self.line(root)) and processes.is_first():
             print(f"{shown(root)}: {line}", file=sys.stderr)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or is what a system, an archive or an editor leaves behind."""
+    """Whether a file or folder of this name is hidden, or left behind by a system, an archive or an editor."""
     return name.startswith(".") or name.endswith("~") or name.lower() in LEFTOVERS
 
 
 def require_folder(folder: str | os.PathLike, holds: str) -> Path:
-    """The folder as a Path. Raises ValueError, which says what it `holds`, where it is missing or a file."""
+    """Return the folder as a Path. Raise ValueError, which says what it `holds`, where it is missing or a file."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
@@ -93,14 +93,16 @@ def require_folder(folder: str | os.PathLike, holds: str) -> Path:
 
 
 def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[Path], LeftOut]:
-    """List the files in `folder` (`deep`: and in the folders in it) that may be images, and what is none of them.
+    """List the files in `folder` that may be images, and what is left out.
 
-    Links to folders in `folder` are not followed, and neither is `folder` where it is a link back to a folder that it
-    lies in, so no circle of links is walked for ever. A file given as `folder` is itself what is found.
+    Links to folders in `folder` are not followed. Nor is `folder` itself if it links back to a folder that it lies in.
+    So no circle of links is walked for ever. Of a file given as `folder`, the file is returned.
+
+    deep: look into the folders in it as well.
 
     Returns:
-        The paths, sorted; nothing says yet that they can be read, or are images. And what is left out: leftovers,
-        empty folders that are named like pictures, and without `deep` all folders.
+        The sorted paths, which may turn out unreadable or no images. And what is left out: leftovers, empty folders
+        named like images, and without `deep` all folders.
 
     Raises:
         ValueError: `folder` is missing.
@@ -134,7 +136,7 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
 
 
 def listing(root: Path) -> tuple[list[Path], list[Path], LeftOut]:
-    """The folders and the files directly in `root`, each sorted, and the leftovers there."""
+    """Return the folders and the files directly in `root`, each sorted, and the leftovers there."""
     entries = sorted(root.iterdir())
     kept = [path for path in entries if not is_leftover(path.name)]
     leftovers = LeftOut(leftovers=[path for path in entries if is_leftover(path.name)])
@@ -144,14 +146,14 @@ def listing(root: Path) -> tuple[list[Path], list[Path], LeftOut]:
 def class_folders(
     root: str | os.PathLike, holds: str, cure: Callable[[Path, list[Path]], str]
 ) -> tuple[dict[Path, tuple[list[Path], LeftOut]], LeftOut]:
-    """The class folders in `root`, sorted, each with what `find_images` finds directly in it.
+    """Return the class folders in `root`, sorted, each with what `find_images` finds directly in it.
 
-    Leftovers are none of them. Second comes what is left out of `root` itself: leftovers, and images beside folders.
+    Leftovers do not count. Also returns what is left out of `root` itself: leftovers, and images beside the folders.
 
     Args:
-        root: the folder that holds one folder a class.
-        holds: what `root` should hold, for the error where it is missing.
-        cure: what to do about the first of the class folders that hold folders of images, given it and all of them.
+        root: the folder that holds a folder per class.
+        holds: what `root` should hold, for the error if it is missing.
+        cure: returns what to do about class folders that hold folders of images, given the first and all of them.
 
     Raises:
         ValueError: `root` is missing; a class folder is empty, or holds a folder with images.
@@ -174,13 +176,13 @@ def class_folders(
 
 
 def place_with(root: Path, name: str) -> Path | None:
-    """A folder one level above or below `root` that holds a folder `name`, where `root` lacks it."""
+    """Return a folder one level above or below `root` that holds a folder `name`; None without one."""
     near = [root.parent, *(listing(root)[0] if root.is_dir() else ())]
     return next((folder for folder in near if root.is_dir() and (folder / name).is_dir()), None)
 
 
 def _folders_of(folder: Path, left_out: LeftOut) -> list[Path]:
-    """The folders in `folder` among what `find_images` left out of it."""
+    """Return the folders in `folder` among what `find_images` left out."""
     return [path for path, _ in left_out.images if path != folder and path.is_dir()]
 
 

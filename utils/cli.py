@@ -1,4 +1,4 @@
-"""What a command shows its user when something is wrong or it is stopped: one line, not a traceback."""
+"""Run a command so that an error or a stop shows its user one line, not a traceback."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ import torch
 from utils import processes, stopping
 
 _TOLD = (ValueError, OSError, MemoryError, KeyboardInterrupt)
-_CURES = {  # of what the system says
+_CURES = {  # for errors of the system
     errno.EIO: "the disk fails; what was saved before is whole: look after the disk, or choose a folder on another",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "change its permissions (chmod), or choose another",
@@ -33,19 +33,19 @@ _CURES = {  # of what the system says
 def run(main: Callable[[], object]) -> None:
     """Call `main()` and turn an error that its user can mend into one line on stderr.
 
-    ValueError, what the system says of files (OSError) and a lack of memory become `error: ...` and exit status 2; so
-    does an output that nobody reads any more. Ctrl-C and SIGTERM end the run after the step that it is at, with exit
-    status 130 and 143. Any other error is a fault of the program and keeps its traceback. With TRACEBACK=1 in the
-    environment every error keeps it. Processes that torchrun started are joined meanwhile.
+    ValueError, OSError (also of a closed pipe) and a lack of memory become `error: ...` and exit status 2. Ctrl-C and
+    SIGTERM end the run after its current step, with exit status 130 and 143. Any other error is a fault of the program
+    and keeps its traceback. With TRACEBACK=1 in the environment every error keeps it. Processes that torchrun started
+    are joined while `main()` runs.
     """
     try:
         with stopping.heeded(), processes.together():
             try:
                 main()
-            except SystemExit:  # of --help
+            except SystemExit:  # from --help
                 sys.stdout.flush()
                 raise
-        sys.stdout.flush()  # here, where a closed pipe can still be told
+        sys.stdout.flush()  # here a closed pipe can still be reported
     except stopping.Stopped as stopped:
         _end(f"stopped by {stopped}; give the same command again to resume", 128 + stopped.number)
     except (*_TOLD, RuntimeError) as error:
@@ -57,15 +57,15 @@ def run(main: Callable[[], object]) -> None:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    bare = isinstance(error, MemoryError) and not str(error)  # of Python itself, without a word
-    return bare or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # of a CPU
+    bare = isinstance(error, MemoryError) and not str(error)  # raised by Python itself
+    return bare or isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # on a CPU
 
 
 def _end(line: str, status: int) -> NoReturn:
-    """Print `line` on stderr and exit. What cannot be written there any more is dropped."""
+    """Print `line` on stderr, if that is still open, and exit."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
-    for stream in (sys.stdout, sys.stderr):  # which Python flushes once more at the end
+    for stream in (sys.stdout, sys.stderr):  # Python flushes them once more at exit
         try:
             stream.flush()
         except OSError:
@@ -75,16 +75,16 @@ def _end(line: str, status: int) -> NoReturn:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint about a command line is one ValueError, without the list of all flags.
+    """A parser that reports a wrong command line as a ValueError of one line, without the list of all flags.
 
-    A flag is taken with dashes as with underscores, but not cut short, which hides misspelt ones.
+    Flags may have dashes or underscores. They may not be shortened, as that hides misspelt flags.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, of flags spelt either way."""
+        """Parse as argparse does, with dashes or underscores in flags."""
         known = {_plain(flag): flag for flag in self._option_string_actions}
         words = []
         for word in sys.argv[1:] if args is None else args:
@@ -93,7 +93,7 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ValueError with `message`, and where a flag is unknown the one that it is most like."""
+        """Raise ValueError with `message`, and for an unknown flag the most similar known one."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         alike = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         meant = f", did you mean {alike[0]}?" if alike else ""

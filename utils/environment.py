@@ -1,4 +1,4 @@
-"""What a run or a measurement was made with."""
+"""Note what a run or a measurement was made with: hardware, versions, commit."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from utils.run_log import plain, read_json, write_json
 
 
 def hardware(device: str) -> str:
-    """The GPU's name, or the CPU's and its number of cores."""
+    """Return the GPU's name, or the CPU's with its number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -28,7 +28,7 @@ def hardware(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a + where it was changed since; "unknown" outside of git."""
+    """Return the commit of the working tree, with a + if files changed since; "unknown" outside git."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
@@ -40,10 +40,12 @@ def commit() -> str:
 
 
 def note_start(folder: str | os.PathLike, program: str, device: torch.device, notes: Mapping[str, Any]) -> None:
-    """Add what `program` is started with to environment.json of a run folder, a list with the oldest start first.
+    """Add this start of `program` to environment.json in a run folder, a list with the oldest start first.
 
-    notes: entries of the caller's, such as its settings. A start that differs from an earlier one in its time alone,
-    as one that goes on after a stop, is not added. Where it cannot be written that is said, and the run goes on.
+    A start that differs from an earlier one only in its time, such as a resumed run, is not added. If the file cannot
+    be written, that is said on stderr and the run goes on.
+
+    notes: further entries, such as settings.
     """
     if not processes.is_first():
         return
@@ -61,11 +63,11 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
             **notes,
         }
     )
-    known = read_json(path, list, "it is begun anew") or []  # nothing that a run depends on
+    known = read_json(path, list, "it is begun anew") or []  # no run depends on it
     known = [each for each in known if isinstance(each, dict)]
     if any({**each, "started": None} == {**start, "started": None} for each in known):
         return
     try:
         write_json(path, [*known, {**start, "started": datetime.now(UTC).isoformat(timespec="seconds")}])
-    except (OSError, DiskFull) as error:  # what a run needs is still to be written, and says more
+    except (OSError, DiskFull) as error:  # files that the run needs will fail with a fuller message
         print(f"no note of this start ({' '.join(str(error).split())})", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Image files to pixels, and the one pixel convention: float in [-1, 1] and uint8 in 0..255, RGB."""
+"""Read image files as pixels, RGB: uint8 in 0..255, or float in [-1, 1], the convention everywhere."""
 
 import errno
 import os
@@ -15,19 +15,19 @@ from PIL import Image, UnidentifiedImageError
 from utils.pixels import ImageError, square
 from utils.progress import progress
 
-# What the content may be, whatever the ending says: all that Pillow decodes by itself, but what runs a program (EPS),
-# what holds a file of another format and size (ICO, ICNS, BLP, IPTC), and what text can be taken for (IM).
+# What the content may be, whatever the ending: all that Pillow decodes itself. Left out: what runs a program (EPS),
+# what contains a file of another format and size (ICO, ICNS, BLP, IPTC), and what text can be mistaken for (IM).
 FORMATS = (
     "PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "PCX", "SGI", "SUN",
     "QOI", "DDS", "PSD", "MSP", "XBM", "XPM", "SPIDER", "FITS",
 )  # fmt: skip
-UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}  # pictures
-NO_IMAGE = "is no image"  # the reason for a file that is none and is not named like one
+UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+NO_IMAGE = "is no image"  # the reason for a file that is not an image and not named like one
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard does not tell the size; `square` has MAX_PIXELS instead
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF and the like, several lines each
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not tell the size; `square` has MAX_PIXELS instead
+warnings.filterwarnings("ignore", module=r"PIL\.")  # several lines for each damaged EXIF
 
-Skipped = dict[str, list[tuple[str, str]]]  # folder that was scanned: (path, reason) of what was left out of it
+Skipped = dict[str, list[tuple[str, str]]]  # scanned folder: (path, reason) of what was left out
 
 
 class _NotAnImage(ImageError):
@@ -35,22 +35,29 @@ class _NotAnImage(ImageError):
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Map uint8 pixels 0..255 to float32 in [-1, 1], in any shape; `to_uint8` takes them back exactly."""
+    """Map uint8 pixels 0..255 of any shape to float32 in [-1, 1]; `to_uint8` inverts this exactly."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Map floats in [-1, 1] (others are clipped) to the nearest of the uint8 pixels 0..255, in any shape."""
+    """Map floats in [-1, 1] of any shape to the nearest uint8 pixels 0..255; other values are clipped."""
     return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def read_images(
     paths: Sequence[Path], size: int, most: int | None = None, workers: int | None = None
 ) -> tuple[list[np.ndarray], list[tuple[Path, str]]]:
-    """Read images as `read_image` does, until there are `most` (None: all), by `workers` threads (None: a few a core).
+    """Read images as `read_image` does, until there are `most`. Each path is tried once.
 
-    Returns those that can be read, in order, and (path, reason) of the others; the reason is NO_IMAGE where neither the
-    content nor the name of a file says that it is an image. Each path is tried once.
+    Args:
+        paths: files, in order.
+        size: side in pixels.
+        most: None reads all.
+        workers: threads; None takes a few per core.
+
+    Returns:
+        The readable images, (3, size, size) uint8 each, in order. And (path, reason) of the others; the reason is
+        NO_IMAGE where neither content nor name says that the file is an image.
     """
     images: list[np.ndarray] = []
     left_out: list[tuple[Path, str]] = []
@@ -70,16 +77,16 @@ def read_images(
 
 
 def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
-    """Read one image as (3, size, size) uint8 RGB: its central square, resized by Lanczos.
+    """Read the central square of one image as (3, size, size) uint8 RGB, as `square` does.
 
-    `square` says how; of an animation it is the first frame. The content decides what it is, not the ending.
+    The content decides the format, not the ending. Of an animation the first frame is read.
 
     Raises:
-        ImageError: as of `square`, or the file is no image, damaged, or may not be read.
+        ImageError: as in `square`; or the file is not an image, is damaged, or may not be read.
     """
     try:
         _check_file(path)
-        with Image.open(path, formats=FORMATS) as file:  # reads the header alone
+        with Image.open(path, formats=FORMATS) as file:  # reads only the header
             return square(file, size, own=True)
     except (ImageError, MemoryError):
         raise
@@ -89,14 +96,14 @@ def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
 
 
 def pixels_of(image: object, size: int) -> np.ndarray:
-    """One image as `read_image` gives it, (3, size, size) uint8 RGB, from wherever it is.
+    """Return the central square of one image as (3, size, size) uint8 RGB.
 
     Args:
         image: a path; a PIL image; or a NumPy array or tensor, (H, W, 3) uint8 or (3, H, W) float in [-1, 1].
         size: side in pixels.
 
     Raises:
-        ImageError: as for `read_image`, or anything else is given. Its message has no path and no number.
+        ImageError: as in `read_image`, or for any other `image`. Its message names no path.
     """
     if isinstance(image, str | os.PathLike):
         if not os.path.lexists(image):
@@ -107,20 +114,20 @@ def pixels_of(image: object, size: int) -> np.ndarray:
             return square(image, size)
         except (ImageError, MemoryError):
             raise
-        except Exception as error:  # its file is read only now
+        except Exception as error:  # Pillow reads the file only now
             raise ImageError(why(error)) from error
     return square(Image.fromarray(_as_uint8(image).numpy()), size)
 
 
 def _as_uint8(array: object) -> torch.Tensor:
-    """(H, W, 3) uint8 of an array or tensor."""
+    """Return an array or tensor as (H, W, 3) uint8."""
     expected = "expected a path, a PIL image, or an array (H, W, 3) uint8 or (3, H, W) float in [-1, 1]"
     if not isinstance(array, np.ndarray | torch.Tensor):
         raise ImageError(f"is of type {type(array).__name__}, {expected}")
     kind = f"{tuple(array.shape)} {str(array.dtype).removeprefix('torch.')}"
     try:
         found = torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array).detach().cpu()
-    except TypeError:  # of types that torch lacks
+    except TypeError:  # a type that torch lacks
         raise ImageError(f"is {kind}, {expected}") from None
     whole = found.ndim == 3 and found.numel()
     if whole and found.dtype == torch.uint8 and found.shape[2] == 3:
@@ -134,7 +141,7 @@ def _as_uint8(array: object) -> torch.Tensor:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as text that any UTF-8 file or terminal takes, in one line: other bytes as \\xe9, a line break as \\n."""
+    """Return a path as one line of UTF-8: other bytes as \\xe9, a line break as \\n."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -155,13 +162,13 @@ def _check_file(path: str | os.PathLike) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise ImageError("is a folder, not an image")
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError("is no regular file")  # to open a pipe is to wait for ever
+        raise ImageError("is no regular file")  # opening a pipe would wait for ever
     if not status.st_size:
         raise _NotAnImage("is empty (0 bytes)")
 
 
 def why(error: Exception) -> str:
-    """Why a file or folder could not be read, in one line without its path."""
+    """Return why a file or folder could not be read, in one line without its path."""
     if isinstance(error, PermissionError):
         return "may not be read; change its permissions (chmod u+r)"
     if isinstance(error, UnidentifiedImageError):
@@ -177,13 +184,13 @@ def why(error: Exception) -> str:
 
 
 def is_named_like_a_picture(path: Path) -> bool:
-    """Whether a path has the ending of a picture, of a kind that is read or not, or no ending."""
+    """Whether a path has the ending of an image, whether such images are read or not, or no ending."""
     ending = path.suffix.lower()
     return not ending or ending in UNREAD or ending in Image.registered_extensions()
 
 
 def opens(path: str | os.PathLike) -> bool:
-    """Whether the start of a file is that of an image. The rest of it is not read."""
+    """Whether the start of a file is that of an image. The rest is not read."""
     try:
         _check_file(path)
         with Image.open(path, formats=FORMATS):
@@ -193,5 +200,5 @@ def opens(path: str | os.PathLike) -> bool:
 
 
 def extensions() -> str:
-    """The usual endings of what is read, for messages."""
+    """Return the usual endings of images, for messages."""
     return "png, jpg, jpeg, gif, webp and others"

@@ -1,4 +1,4 @@
-"""Labels as people give them: a list, an array, a column or a table of one value an image, made plain and checked."""
+"""Turn labels, one per image, from a list, array, column or table into plain values, and check them."""
 
 import numbers
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
@@ -9,16 +9,16 @@ import torch
 
 
 def plain_labels(labels: Iterable[Hashable]) -> list:
-    """The labels as plain values, one an image, which hash and compare as such.
+    """Return labels as plain Python values, one per image.
 
-    labels: a list, array, tensor, series or the like, or a column (N, 1) of such, of hashable values.
+    labels: a list, array, tensor, series or the like of N hashable values, or a column (N, 1) of them.
 
     Raises ValueError for labels without an order (a set, a dictionary), rows of several values (one-hot), values that
     do not hash, and NaN or another missing value.
     """
     if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
         raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one an image")
-    if hasattr(labels, "to_numpy"):  # a table, which by itself would give the names of its columns
+    if hasattr(labels, "to_numpy"):  # iterating over a table would give the names of its columns
         labels = labels.to_numpy()
     given = _plain(labels)
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
@@ -32,16 +32,17 @@ def plain_labels(labels: Iterable[Hashable]) -> list:
                 f"got a label of type {type(label).__name__}, expected one hashable value an image; of one-hot rows "
                 "give labels.argmax(1)"
             )
-        if type(label).__name__ in ("NAType", "NaTType") or label != label:  # the former has no truth value
+        if type(label).__name__ in ("NAType", "NaTType") or label != label:  # NAType has no truth value
             raise ValueError("got NaN or a missing value among the labels, expected one value of its class an image")
     return found
 
 
 def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
-    """The classes in order, and the number of each label's among them, (N,) int64.
+    """Return the classes in order, and the class number of each label, (N,) int64.
 
-    labels: as `plain_labels` gives them. Raises ValueError for fewer than 2 classes, and for measurements: fractions
-    of which no two are the same.
+    labels: as `plain_labels` returns them.
+
+    Raises ValueError for fewer than 2 classes, and for measurements: fractions of which no two are equal.
     """
     found = set(labels)
     if len(found) < 2:
@@ -53,20 +54,20 @@ def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
         )
     try:
         ordered = sorted(found)
-    except TypeError:  # of types that do not compare
+    except TypeError:  # types that do not compare
         ordered = sorted(found, key=lambda label: (type(label).__name__, repr(label)))
     alike = len({type(label) for label in ordered}) == 1 and isinstance(ordered[0], str | int | float)
     classes = np.array(ordered) if alike else None
-    if classes is None or classes.tolist() != ordered:  # NumPy rounds large integers, and cuts zero bytes off texts
+    if classes is None or classes.tolist() != ordered:  # NumPy rounds large integers and cuts trailing zero bytes
         classes = np.empty(len(ordered), object)
-        for number, label in enumerate(ordered):  # one by one, as tuples would be taken for axes
+        for number, label in enumerate(ordered):  # one by one, as NumPy takes tuples for axes
             classes[number] = label
     numbers_ = {label: number for number, label in enumerate(ordered)}
     return classes, torch.tensor([numbers_[label] for label in labels])
 
 
 def check_kinds(labels: Sequence[Hashable], classes: Sequence[Hashable]) -> None:
-    """Refuse labels of a kind that no class is of, such as texts where the classes are numbers: ValueError."""
+    """Refuse labels of a kind that no class has, such as texts where the classes are numbers: ValueError."""
     known = {_kind(label) for label in classes}
     if strange := sorted({_kind(label) for label in labels} - known):
         raise ValueError(
@@ -76,20 +77,20 @@ def check_kinds(labels: Sequence[Hashable], classes: Sequence[Hashable]) -> None
 
 
 def _kind(label: Hashable) -> str:
-    """The kind of a label: labels of two kinds are never equal."""
+    """Return the kind of a label. Labels of two kinds are never equal."""
     if isinstance(label, str):
         return "text"
     return "number" if isinstance(label, numbers.Number) else type(label).__name__
 
 
 def _plain(value: Any) -> Any:
-    """A value of NumPy or torch as one of Python, or nested lists of such; any other value as it is."""
+    """Return a value of NumPy or torch as a Python value or nested lists; any other value unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _hashes(value: Any) -> bool:
     try:
         hash(value)
-    except TypeError:  # of what is in a tuple, too
+    except TypeError:  # also of a value inside a tuple
         return False
     return True

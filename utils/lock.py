@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Allow one run at a time in a folder."""
 
 import os
 from collections.abc import Iterator
@@ -10,17 +10,19 @@ from utils.atomic import named, sweep
 
 try:
     import fcntl
-except ImportError:  # not a Unix: there is nothing then that a crash would not leave behind
+except ImportError:  # not Unix, where every other lock would outlive a crash
     fcntl = None
 
 
 @contextmanager
 def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder` (made where missing) for this process: ValueError where another one holds it, or it is a file.
+    """Hold `folder` for this process, and make it if it is missing.
 
-    Temporary files that killed runs left in it are deleted. wait: for the other one to let go, in place of ValueError.
-    Of several processes of one run the first holds it for all. The lock is the system's, on the file .lock in it: it
-    ends with the process, however that ends.
+    Temporary files that killed runs left in it are deleted. Of several processes of one run, the first holds the lock.
+    It is a lock of the system on the file .lock, so it ends with the process, however that ends.
+
+    wait: wait for another run to let go.
+    Raises ValueError where the folder is a file, or without `wait` where another run holds it.
     """
     if not processes.is_first():
         yield
@@ -39,6 +41,6 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
                 raise ValueError(
                     f"{folder}: another run is at work in this folder; wait for it, or give another --save-dir"
                 ) from None
-        if processes.count() == 1:  # others of this run may be writing already
+        if processes.count() == 1:  # other processes of this run may be writing already
             sweep(folder)
         yield

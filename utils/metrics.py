@@ -1,4 +1,4 @@
-"""Accuracies and their 95 % intervals."""
+"""Compute accuracies and their 95 % intervals."""
 
 import math
 from collections.abc import Sequence
@@ -8,28 +8,28 @@ import torch
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Share of queries whose highest score is that of their label.
+    """Return the share of queries whose highest score is that of their label.
 
     Args:
         logits: (..., queries, way) scores; the leading axes, if any, are episodes.
         labels: (..., queries) integers from 0 to way - 1.
 
     Returns:
-        (...) float64 accuracies in percent, one an episode.
+        (...) float64 accuracies in percent, one per episode.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not fit.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"got logits {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
-            "expected (..., queries, way) and (..., queries): give one label a query"
+            "expected (..., queries, way) and (..., queries): give one label per query"
         )
     return 100.0 * (logits.argmax(-1) == labels).double().mean(-1)
 
 
 def mean_confidence_interval(values: Sequence[float] | np.ndarray | torch.Tensor) -> tuple[float, float]:
-    """Mean of `values` and half the width of its 95 % Student-t interval.
+    """Return the mean of `values` and half the width of its 95 % Student-t interval.
 
     The half-width is t(0.975; n - 1) * s / sqrt(n), with s the sample standard deviation.
 
@@ -52,7 +52,7 @@ def mean_confidence_interval(values: Sequence[float] | np.ndarray | torch.Tensor
 def paired_difference(
     a: Sequence[float] | np.ndarray | torch.Tensor, b: Sequence[float] | np.ndarray | torch.Tensor
 ) -> tuple[float, float]:
-    """Mean of a - b over the same episodes and half the width of its 95 % interval.
+    """Return the mean of a - b over the same episodes and half the width of its 95 % interval.
 
     Args:
         a, b: n >= 2 numbers each; a[i] and b[i] come from the same episode.
@@ -70,13 +70,13 @@ def paired_difference(
 
 
 def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, float, float | str]:
-    """Mean of results of several training seeds, with its 95 % intervals over episodes and over seeds.
+    """Return the mean over training seeds, with its 95 % intervals over episodes and over seeds.
 
-    The first takes the trained models as they are. The second is what a claim about a method needs: seeds differ by
-    more than episodes tell.
+    The interval over episodes takes the trained networks as they are. A claim about a method needs the one over seeds,
+    which differ by more than episodes tell.
 
     Args:
-        values: (seeds, episodes), of the same number of episodes a seed.
+        values: (seeds, episodes).
 
     Returns:
         (mean, half_width over all episodes, half_width over the means of the seeds). The last is "" with one seed; the
@@ -89,9 +89,9 @@ def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, f
 
 
 def gap_closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float | str]:
-    """Share of the gap between two methods that a third one closes, in percent, with its 95 % intervals.
+    """Return how much of the gap between two methods a third one closes, in percent, with 95 % intervals.
 
-    Over episodes the interval is that of a ratio of means: of gained - share * gap, divided by the mean gap.
+    The interval over episodes is that of a ratio of means: of gained - share * gap, divided by the mean gap.
 
     Args:
         gained: (seeds, episodes), accuracy above the lower method on the same episodes.
@@ -107,16 +107,16 @@ def gap_closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float
 
 
 def rate_by_class(hits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> list[float | None]:
-    """Share of `hits` (N,) bool among the items of each of `num_classes` classes, labels (N,); None of one without."""
+    """Return the share of `hits` (N,) bool in each class of `labels` (N,) int64; None for a class without items."""
     right = torch.bincount(labels, weights=hits.double(), minlength=num_classes).tolist()
     count = torch.bincount(labels, minlength=num_classes).tolist()
     return [r / n if n else None for r, n in zip(right, count, strict=True)]
 
 
 def student_t_quantile(df: int, level: float = 0.95) -> float:
-    """Two-sided Student-t quantile: the t with P(-t < T < t) = level, for `df` >= 1 degrees of freedom.
+    """Return the two-sided Student-t quantile: the t with P(-t < T < t) = level, for `df` >= 1 degrees of freedom.
 
-    Bisection on the exact finite series of Abramowitz & Stegun 26.7.3 and 26.7.4 in theta = atan(t / sqrt(df)).
+    It bisects the exact finite series of Abramowitz & Stegun 26.7.3 and 26.7.4 in theta = atan(t / sqrt(df)).
     """
     odd = df % 2
     steps = np.arange(1 + odd, df - 1, 2, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The pieces of a long job, kept until all are there: a stopped job goes on, and processes share it."""
+"""Keep the pieces of a long job until all are made: a stopped job resumes, and processes share the work."""
 
 import hashlib
 import os
@@ -13,10 +13,9 @@ from utils import checkpoint, processes
 
 
 class Pieces:
-    """What each piece of a job gave, in a file of its own; without a folder in memory, each process making all.
+    """The results of a job's pieces, each in its own file; without a folder in memory, where each process makes all.
 
-    A file is whole or not there. Who makes a piece does not matter: the folder, shared by all processes, is how they
-    hand one another what they made.
+    A file is whole or absent. Any process may make a piece, as all processes share the folder.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
@@ -24,21 +23,21 @@ class Pieces:
         self._held: dict[str, Any] = {}
 
     def mine(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are not made yet and are this process's to make, in order."""
+        """Return the names of the pieces that this process has still to make, in order."""
         if not self.folder:
             return list(names)
         missing = processes.first_says([name for name in names if not self._path(name).exists()])
         return list(processes.own_share(missing))
 
     def keep(self, name: str, value: Any) -> None:
-        """Keep what a piece gave: tensors, numbers, strings and containers of them."""
+        """Keep the result of a piece: tensors, numbers, strings and containers of them."""
         if self.folder:
             checkpoint.save(self._path(name), value)
         else:
             self._held[name] = value
 
     def collect(self, names: Sequence[str]) -> list[Any]:
-        """What all pieces gave, in the order of `names`, once every process has made its own."""
+        """Wait for every process, and return the results of all pieces in the order of `names`."""
         if self.folder:
             processes.meet()
         return [checkpoint.load(self._path(name)) if self.folder else self._held[name] for name in names]
@@ -48,7 +47,7 @@ class Pieces:
 
 
 def digest_of(*tensors: torch.Tensor) -> str:
-    """SHA-256 of the shapes, types and values of tensors on any device, as hex digits."""
+    """Return the SHA-256 of the shapes, types and values of tensors on any device, as hex digits."""
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -57,7 +56,7 @@ def digest_of(*tensors: torch.Tensor) -> str:
 
 
 def discard(folder: str | os.PathLike) -> None:
-    """Delete a folder of pieces, once every process has read what it needs."""
+    """Delete a folder of pieces once every process has come here."""
     processes.meet()
     if processes.is_first():
         shutil.rmtree(folder, ignore_errors=True)

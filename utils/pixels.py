@@ -1,4 +1,4 @@
-"""Any Pillow image as a square of 8-bit RGB: of more bits, of floats, with transparency, and large ones sparingly."""
+"""Turn any Pillow image into a square of 8-bit RGB, with little memory for large images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ from threading import Condition
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 100_000_000  # of one image: 400 MB as Pillow holds it
-LARGE = 16_000_000  # pixels; an image of more is made smaller while it is made RGB, in bands
+MAX_PIXELS = 100_000_000  # of one image, which takes 400 MB in Pillow
+LARGE = 16_000_000  # pixels; a larger image is shrunk in bands while it becomes RGB
 BAND = 1_000_000  # pixels
-IN_FLIGHT = 50_000_000  # pixels of all images that are decoded at once; a larger image is decoded alone
+IN_FLIGHT = 50_000_000  # pixels that are decoded at once; a larger image is decoded alone
 
-MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # that Pillow makes RGB
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # Pillow makes these RGB
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -20,19 +20,19 @@ TURNS = {
 }  # fmt: skip
 ORIENTATION = 0x0112  # in EXIF
 
-# The C library gives blocks of this size back to the system at once. Smaller ones stay with the thread that decoded the
-# image, so that four threads keep four large images.
+# The C library returns blocks of this size to the system at once. Smaller ones stay with the thread that decoded the
+# image, so four threads would keep four large images.
 Image.core.set_block_size(64 * 2**20)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class ImageError(ValueError):
-    """An image that cannot be read. The message is the reason, without the path, in one line."""
+    """An image cannot be read. The message is the reason in one line, without the path."""
 
 
 class _Room:
-    """So many pixels may be decoded at once; who wants more than are free waits."""
+    """Room for so many pixels to be decoded at once. Who needs more than are free waits."""
 
     def __init__(self, pixels: int):
         self.all = self.free = pixels
@@ -56,13 +56,13 @@ _ROOM = _Room(IN_FLIGHT)
 
 
 def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
-    """The central square of an image as (3, size, size) uint8 RGB, resized by Lanczos.
+    """Return the central square of an image as (3, size, size) uint8 RGB, resized by Lanczos.
 
-    It is turned upright as its EXIF says. Transparent pixels are white. Files of 16 bits are scaled to 8. Grey integers
-    of 32 bits (mode I) up to 255 are taken as such, and up to 65535 as of 16 bits; grey floats (mode F) are taken as of
-    [0, 1], or where one is greater of [0, 255]. Of more than LARGE pixels, blocks are averaged before the resizing.
+    EXIF turns it upright. Transparent pixels become white. 16 bits are scaled to 8. Grey integers of 32 bits (mode I)
+    count as 8 bits if all are at most 255, else as 16. Grey floats (mode F) lie in [0, 1], or if any is above 1 in
+    [0, 255]. In images of more than LARGE pixels blocks are averaged before resizing.
 
-    own: nobody needs `image` after this; it is closed, and a large JPEG is decoded at a smaller scale.
+    own: `image` is not needed any more. It is closed, and a large JPEG is decoded at a smaller scale.
 
     Raises:
         ImageError: it has more than MAX_PIXELS pixels, values of no such range, or a mode that Pillow cannot make RGB.
@@ -72,13 +72,13 @@ def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
         raise ImageError(f"is {image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,} in all")
     with _ROOM.of(pixels):
         if own and pixels > LARGE:
-            image.draft(None, (4 * size, 4 * size))  # has a JPEG decoded at a half, a quarter or an eighth
+            image.draft(None, (4 * size, 4 * size))  # decodes a JPEG at a half, a quarter or an eighth
         part = _rgb_parts(image)
         whole = (0, 0, *image.size)
         upright = part(whole) if image.width * image.height <= LARGE else _smaller(part, image.size, 4 * size)
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         if own:
-            image.close()  # gives its memory back before another one is decoded
+            image.close()  # frees its memory before the next image is decoded
     if turn is not None:
         upright = upright.transpose(turn)
     side = min(upright.size)
@@ -89,7 +89,7 @@ def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
 
 
 def _smaller(part: Callable[[Box], Image.Image], size: tuple[int, int], least: int) -> Image.Image:
-    """The central square, of `least` pixels a side or more where it has as many, by the mean of blocks; in bands."""
+    """Return the central square shrunk by the mean of blocks, in bands; `least` pixels a side remain if there are."""
     factor = max(1, min(size) // least)
     side = min(size) // factor
     left, top = ((length - side * factor) // 2 for length in size)
@@ -103,17 +103,17 @@ def _smaller(part: Callable[[Box], Image.Image], size: tuple[int, int], least: i
 
 
 def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
-    """Load an image; what gives a box of it as RGB."""
+    """Load an image, and return a function that cuts a box out of it as RGB."""
     coded = _coded(image)
     image.load()
-    key = image.info.get("transparency")  # the value that is transparent, or the alpha of each in a palette
+    key = image.info.get("transparency")  # the transparent value, or the alphas of a palette
     if image.mode[0] in "IF":
         return _grey_parts(image, key)
     if image.mode not in MODES:
         raise ImageError(f"is of mode {image.mode}, which is not read; save it as a png in RGB")
     if coded == "RGB;16B" and isinstance(key, tuple):
         return _keyed_parts(image, key)
-    if coded in ("L;2", "L;4") and isinstance(key, int):  # whose values Pillow spreads over 0..255, but not this one
+    if coded in ("L;2", "L;4") and isinstance(key, int):  # Pillow spreads the values over 0..255, but not this one
         bits = int(coded[-1])
         key = (key & (2**bits - 1)) * 255 // (2**bits - 1)
 
@@ -130,13 +130,13 @@ def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
 
 
 def _coded(image: Image.Image) -> str:
-    """How the pixels of a PNG are coded, such as L;2 for grey of 2 bits; "" where that is no longer known."""
+    """Return how the pixels of a PNG are coded, such as L;2 for grey of 2 bits; "" where that is unknown."""
     tiles = getattr(image, "tile", ())
     return tiles[0].args if image.format == "PNG" and tiles and isinstance(tiles[0].args, str) else ""
 
 
 def _grey_parts(image: Image.Image, key: int | None) -> Callable[[Box], Image.Image]:
-    """`_rgb_parts` of grey images of 16 or 32 bits, or floats."""
+    """Do as `_rgb_parts` for grey images of 16 or 32 bits, or floats."""
     scaled = _scale(image)
 
     def part(box: Box) -> Image.Image:
@@ -150,9 +150,9 @@ def _grey_parts(image: Image.Image, key: int | None) -> Callable[[Box], Image.Im
 
 
 def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
-    """What makes the values of a grey image 0 to 255. Raises ImageError where they are of no range that is known."""
-    if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I":  # 16 bits, says the file
-        return lambda values: values >> 8  # as Pillow does with 16-bit colours
+    """Return a function that maps the values of a grey image to 0..255. Raise ImageError for an unknown range."""
+    if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I":  # the file says 16 bits
+        return lambda values: values >> 8  # as Pillow does for 16-bit colours
     step = max(1, BAND // image.width)
     bands = [(0, top, image.width, min(top + step, image.height)) for top in range(0, image.height, step)]
     ends = [(values.min(), values.max()) for values in (np.asarray(image.crop(box)) for box in bands)]
@@ -166,9 +166,9 @@ def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _keyed_parts(image: Image.Image, key: tuple[int, ...]) -> Callable[[Box], Image.Image]:
-    """`_rgb_parts` of a PNG of 16-bit colours of which one, `key`, is transparent."""
+    """Do as `_rgb_parts` for a PNG of 16-bit colours in which the colour `key` is transparent."""
     bytes_of = [(image, np.array(key) >> 8)]
-    if filename := getattr(image, "filename", ""):  # Pillow gives the upper bytes, and as of little-endian the lower
+    if filename := getattr(image, "filename", ""):  # Pillow reads the upper bytes; read as little-endian, the lower
         lower = Image.open(filename, formats=["PNG"])
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         bytes_of.append((lower, np.array(key) & 255))

@@ -1,4 +1,4 @@
-"""Pictures of a run: contact sheets of images, curves of training."""
+"""Draw contact sheets of images and curves of training as PNG."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ from PIL.PngImagePlugin import PngInfo
 from utils.atomic import atomic_file
 from utils.run_log import read_metrics
 
-MADE_BY = "diffusion-meta-learning"  # what a sheet says of itself, so that it is known as one
+MADE_BY = "diffusion-meta-learning"  # noted in a sheet, which marks it as one
 _GAP = 2  # pixels between images
-_TEXT = 12  # pixels of height for a label
+_TEXT = 12  # pixels of height per label
 
 
 def contact_sheet(
@@ -25,12 +25,12 @@ def contact_sheet(
 
     Args:
         images: (N, 3, H, W) uint8, RGB, filled in row by row.
-        columns: images a row.
+        columns: images per row.
         path: the PNG to write.
-        labels: N texts or numbers to write below the images; "" writes nothing.
+        labels: N texts or numbers to write below the images.
 
     Raises:
-        ValueError: images of another shape or type, no columns, or labels of another number.
+        ValueError: other shapes or types, no columns, or another number of labels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"got {images.dtype} images {tuple(images.shape)}, expected uint8 (N, 3, H, W)")
@@ -38,7 +38,7 @@ def contact_sheet(
         raise ValueError(f"got {columns} columns, expected at least 1")
     count, _, height, width = images.shape
     if labels is not None and len(labels) != count:
-        raise ValueError(f"got {len(labels)} labels for {count} images; give one an image, or none")
+        raise ValueError(f"got {len(labels)} labels for {count} images; give one per image, or none")
     cell_height = height + _GAP + (_TEXT if labels is not None else 0)
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, max(rows, 1) * cell_height + _GAP), "white")
@@ -55,31 +55,28 @@ def contact_sheet(
         sheet.save(file, format="PNG", pnginfo=made_by)
 
 
-def curves(
-    metrics_path: str | os.PathLike, path: str | os.PathLike, *, loss: str = "loss", accuracy: str = "val_accuracy"
-) -> None:
-    """Plot training loss and validation accuracy by epoch as a PNG, with a line where a round starts.
+def curves(metrics_path: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Plot training loss and validation accuracy by epoch as a PNG, with a line where each round starts.
 
-    Where that fails it is said on stderr: a picture of a run is not worth the run.
+    A failure is said on stderr: a plot is not worth the run.
 
     Args:
-        metrics_path: a metrics.jsonl whose lines have "epoch" and any of "round", `loss` and `accuracy`, read as by
-            `read_metrics`.
+        metrics_path: a metrics.jsonl, whose lines have "epoch" and any of "round", "loss" and "val_accuracy" (percent).
         path: the PNG to write.
-        loss, accuracy: the names of the two entries; accuracies in percent.
     """
     try:
-        _draw(read_metrics(metrics_path), path, loss, accuracy)
+        _draw(read_metrics(metrics_path), path)
     except Exception as error:
         print(f"{path}: is not drawn ({type(error).__name__}: {' '.join(str(error).split())})", file=sys.stderr)
 
 
-def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike, loss: str, accuracy: str) -> None:
-    from matplotlib.figure import Figure  # here, as it is slow to import; Figure draws by Agg, without a display
+def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    from matplotlib.figure import Figure  # here, as it is slow to import; Figure needs no display
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, name, title in zip(axes, (loss, accuracy), ("training loss", "validation accuracy (%)"), strict=True):
+    shown = {"loss": "training loss", "val_accuracy": "validation accuracy (%)"}
+    for axis, (name, title) in zip(axes, shown.items(), strict=True):
         points = [(entry["epoch"], entry[name]) for entry in entries if isinstance(entry.get(name), int | float)]
         axis.plot([epoch for epoch, _ in points], [value for _, value in points], marker=".")
         for epoch in round_starts(entries):
@@ -90,7 +87,7 @@ def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike, loss: s
 
 
 def round_starts(entries: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The first epoch of each round, of entries in the order of their epochs."""
+    """Return the first epoch of each round, from entries in order of their epochs."""
     known = [entry for entry in entries if entry.get("round") is not None]
     return [
         entry["epoch"] for index, entry in enumerate(known) if index == 0 or entry["round"] != known[index - 1]["round"]

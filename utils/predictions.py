@@ -1,4 +1,4 @@
-"""predictions.csv, what own pictures are, and the sheet beside it: where they may be, and what is in them."""
+"""Write predictions.csv, the labels of a user's own images, and the sheet beside it."""
 
 import csv
 import io
@@ -17,14 +17,14 @@ from utils.plots import MADE_BY, contact_sheet
 from utils.run_log import cell
 
 _AGAIN = "give another --out"
-_LONGEST = 1 << 20  # bytes of a first line that is looked at
+_LONGEST = 1 << 20  # bytes of a first line that are read
 
 
 def check_place(path: Path, *pictures: str | os.PathLike) -> None:
-    """Refuse, before any work, a place where predictions cannot be written or would take that of other files.
+    """Refuse, before any work, a place where predictions cannot be written or would replace other files.
 
-    Neither `path`, nor its sheet, nor the skipped_images.csv beside it, takes the place of a file that this program
-    did not write, and none lies in the folders `pictures`, where the sheet would be one of the pictures.
+    `path`, its sheet and the skipped_images.csv beside it never replace a file that this program did not write. None
+    lies in the folders `pictures`, where the sheet would be one of the images.
 
     Raises ValueError that names the file and --out.
     """
@@ -43,7 +43,7 @@ def check_place(path: Path, *pictures: str | os.PathLike) -> None:
                     f"{shown(file)}: is there, and this program did not write it; move it away, or {_AGAIN}"
                 )
             _check_writable(file)
-    except (OSError, RuntimeError) as error:  # the latter of links that lead in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{shown(path)}: cannot be written ({reason}); {_AGAIN}") from error
 
@@ -52,21 +52,27 @@ def write_predictions(
     path: Path, pictures: Sequence[Path], images: np.ndarray, classes: Sequence[str], probabilities: np.ndarray,
     most: int,
 ) -> int:  # fmt: skip
-    """Write the table at `path`, and as PNG beside it a sheet of the surest; returns how many are on that.
+    """Write the table at `path`, and beside it a PNG sheet of the surest. Return how many are on the sheet.
 
-    pictures: N paths; images: (N, H, W, 3) uint8, RGB; classes: C names; probabilities: (N, C); most: on the sheet.
+    Args:
+        path: the CSV to write.
+        pictures: N paths.
+        images: (N, H, W, 3) uint8, RGB.
+        classes: C names.
+        probabilities: (N, C), each row summing to 1.
+        most: images on the sheet.
     """
     names = [shown(name) for name in classes]
     labels = [names[number] for number in probabilities.argmax(1)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["path", "label", *(f"p_{name}" for name in names)])  # no class has a column's name
+    table.writerow(["path", "label", *(f"p_{name}" for name in names)])  # no class name equals another column
     for picture, label, row in zip(pictures, labels, probabilities, strict=True):
         table.writerow([cell(shown(picture)), cell(label), *(f"{value:.6f}" for value in row)])
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
     surest = probabilities.max(1).argsort(kind="stable")[::-1][:most]
-    surest = sorted(surest, key=lambda i: labels[i])  # of a label together, the surest first
+    surest = sorted(surest, key=lambda i: labels[i])  # label by label, the surest first
     chosen = torch.from_numpy(images[surest]).permute(0, 3, 1, 2)
     larger = to_uint8(torch.nn.functional.interpolate(to_float(chosen), (96, 96)))  # room for the text
     below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
@@ -87,12 +93,12 @@ def _is_sheet(path: Path) -> bool:
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             return picture.info.get("Software") == MADE_BY
-    except Exception:  # a file of anybody's can raise nearly anything out of Pillow
+    except Exception:  # Pillow can raise nearly anything on a strange file
         return False
 
 
 def _head(path: Path) -> list[str]:
-    """The first row of a table, [] where it is none."""
+    """Return the first row of a table; [] for any other file."""
     with open(path, "rb") as file:
         line = file.readline(_LONGEST)
     try:
@@ -102,7 +108,7 @@ def _head(path: Path) -> list[str]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise OSError where a file of that name cannot be made, in the folder or the nearest that is there."""
+    """Raise OSError if no file of that name can be made in its folder, or in the nearest folder that exists."""
     folder = path.parent
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The processes of one run: one, or those that torchrun started. How they share work and meet."""
+"""Let the processes of a run, one or those that torchrun started, share work and meet."""
 
 import os
 import time
@@ -13,13 +13,13 @@ from torch import nn
 
 from utils import stopping
 
-_PATIENCE = timedelta(days=1)  # for the slowest; of one that died torchrun hears at once and ends the others
+_PATIENCE = timedelta(days=1)  # for the slowest process; if one dies, torchrun ends the others at once
 _T = TypeVar("_T")
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within, the processes that torchrun started are joined: by gloo, and on GPUs by nccl too. One needs nothing."""
+    """Join the processes that torchrun started, by gloo, and on GPUs by nccl too. A single process needs nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
@@ -29,14 +29,14 @@ def together() -> Iterator[None]:
         rank=number, world_size=size, timeout=_PATIENCE,
     )  # fmt: skip
     yield
-    dist.destroy_process_group()  # not after an error: the others may wait for what will not come
+    dist.destroy_process_group()  # not after an error: the others may wait for ever
 
 
 def _of_this_attempt(store: dist.Store, number: int, size: int) -> dist.Store:
-    """A part of the job's store that no attempt before a restart (--max-restarts) has written to.
+    """Return a part of the job's store that no attempt before a restart (--max-restarts) has written to.
 
-    Of those the store still has the addresses, which torch would call. So the first process numbers the attempts, and
-    all begin once each has taken a number that it did not have before.
+    The store still holds the addresses of earlier attempts, which torch would call. So the first process numbers the
+    attempts, and all begin once each has a number that is new to it.
     """
     if number == 0:
         attempt = store.add("attempt", 1)
@@ -63,28 +63,28 @@ def _pause() -> None:
 
 
 def count() -> int:
-    """How many processes this run has."""
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Whether this one writes the files of the run and speaks for it."""
+    """Whether this process writes the files of the run and prints for all."""
     return rank() == 0
 
 
 def meet() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have come here."""
     if count() > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU, so by gloo: nothing waits on a GPU
+        dist.all_reduce(torch.zeros(1))  # on the CPU by gloo, so that nothing waits for a GPU
 
 
 def first_says(value: _T) -> _T:
-    """What the first process gives here, in all: for what files say, which may change between two looks."""
+    """Return the first process's value in all: files may change between two looks."""
     box: list[Any] = [value]
     if count() > 1:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
@@ -92,13 +92,13 @@ def first_says(value: _T) -> _T:
 
 
 def own_share(items: Sequence[_T]) -> Sequence[_T]:
-    """This process's part of `items`: neighbours, so that few processes need the same pool model."""
+    """Return this process's part of `items`: neighbours, so that few processes need the same pool model."""
     total, parts, here = len(items), count(), rank()
     return items[total * here // parts : total * (here + 1) // parts]
 
 
 def all_of(share: torch.Tensor) -> torch.Tensor:
-    """The tensors (N, ...) of all processes, of one shape, in their order, as one on the CPU."""
+    """Return the tensors (N, ...) of all processes, of one shape, joined in order on the CPU."""
     if count() == 1:
         return share
     parts = [torch.empty_like(share, device="cpu") for _ in range(count())]
@@ -107,7 +107,7 @@ def all_of(share: torch.Tensor) -> torch.Tensor:
 
 
 def same_weights(*modules: nn.Module) -> None:
-    """Give the first process's parameters and buffers to all. On GPUs equal training may differ in the last bits."""
+    """Copy the first process's parameters and buffers to all: on GPUs equal training may differ in the last bits."""
     if count() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):

@@ -1,4 +1,4 @@
-"""Progress of what takes long: a bar on a terminal, a plain line now and then elsewhere, nothing with --quiet."""
+"""Show progress: a bar on a terminal, elsewhere a plain line now and then, nothing with --quiet."""
 
 import re
 import sys
@@ -8,26 +8,26 @@ from tqdm import tqdm
 
 from utils import processes
 
-_SOON = 5.0  # seconds; what is done by then shows nothing
+_SOON = 5.0  # seconds; shorter work shows nothing
 _SELDOM = 30.0  # seconds between plain lines
 _quiet = False
 
 
 def hush(quiet: bool) -> None:
-    """Whether bars are to show nothing from here on, and log lines to go to their file alone."""
+    """Set whether from here on bars show nothing, and log lines go only to their file."""
     global _quiet
     _quiet = quiet
 
 
 def is_quiet() -> bool:
-    """What `hush` was last told."""
+    """Return what `hush` last set."""
     return _quiet
 
 
 def progress(*items, total: int | None = None, desc: str, unit: str, **options) -> tqdm:
-    """A tqdm bar (of `items`, if they are given) that only the first of several processes shows.
+    """Return a tqdm bar (over `items`, if given), which only the first process shows.
 
-    It comes after 5 seconds. Where stderr is no terminal it is a line every 30.
+    It appears after 5 seconds. Where stderr is not a terminal, it is a line every 30 seconds.
     """
     if not sys.stderr.isatty():
         options |= dict(file=_Lines(sys.stderr), mininterval=_SELDOM, maxinterval=_SELDOM)
@@ -36,20 +36,20 @@ def progress(*items, total: int | None = None, desc: str, unit: str, **options) 
 
 
 def duration(seconds: float) -> str:
-    """90 s, 12 min or 3.4 h."""
+    """Return seconds as text: 90 s, 12 min or 3.4 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 class _Lines:
-    """A stream on which tqdm's lines stand one below the other."""
+    """A stream that puts tqdm's lines one below the other."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        if line := re.sub(r"\x1b\[[0-9;]*[A-Z]", "", text).replace("\r", "").strip():  # nor do they move the cursor
+        if line := re.sub(r"\x1b\[[0-9;]*[A-Z]", "", text).replace("\r", "").strip():  # no codes that move the cursor
             self.stream.write(line + "\n")
 
     def flush(self) -> None:

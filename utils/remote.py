@@ -1,4 +1,4 @@
-"""Pools and checkpoints at addresses: read once into a local cache, and held against their checksums from then on."""
+"""Read pools and checkpoints from addresses into a local cache once, and check their checksums from then on."""
 
 import hashlib
 import sys
@@ -20,21 +20,21 @@ from utils.progress import progress
 CACHE = Path("ckpt/cache")
 _SCHEMES = ("gs", "az", "https", "http")
 _ONE_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-_NAMES = ("model.pt", "model.safetensors")  # of a pool's model
-_PATIENCE = 30  # seconds without an answer
-_TRIES = 4  # of blobfile, which else goes on for ever
+_NAMES = ("model.pt", "model.safetensors")  # of a pool model
+_PATIENCE = 30  # seconds to wait for an answer
+_TRIES = 4  # of blobfile, which would otherwise try for ever
 _PIECE = 1 << 20  # bytes
 
 
 def local(place: str) -> Path:
-    """Where `place` is on this machine: a path as it is, an address (gs://, az://, https://) in the cache.
+    """Return where `place` is on this machine: a path unchanged, an address (gs://, az://, https://) in the cache.
 
-    What is not in the cache yet is read into it. An address that ends like a checkpoint is one file; any other is a
-    pool's folder, with subset1/ckpt/model.pt and so on. The cache, `CACHE`, mirrors the addresses without what follows
-    a question mark; beside each file is its SHA-256, beside a folder's files their list. What no longer matches
-    its checksum is read again, which is said on stderr. Of several processes the first one reads.
+    What is not in the cache is read into it. An address that ends like a checkpoint is one file. Any other is the
+    folder of a pool, with subset1/ckpt/model.pt and so on. The cache, `CACHE`, mirrors addresses up to a question mark,
+    with a SHA-256 beside each file and a list beside a pool's files. A file that does not match its checksum is read
+    again, which is said on stderr. Only the first process reads.
 
-    Raises ValueError where nothing is at the address, or it cannot be read.
+    Raises ValueError if nothing is at the address, or it cannot be read.
     """
     if place.partition("://")[0] not in _SCHEMES or "://" not in place:
         return Path(place)
@@ -54,7 +54,7 @@ def local(place: str) -> Path:
 
 
 def _listed(place: str, target: Path) -> list[str]:
-    """Names of a pool's files, from the list in the cache, which is made where it is not there."""
+    """Return the names of a pool's files from the list in the cache, which is made if it is missing."""
     kept = target / "files.txt"
     if kept.exists():
         return kept.read_text().split("\n")
@@ -74,7 +74,7 @@ def _listed(place: str, target: Path) -> list[str]:
 
 
 def _next_name(place: str, m: int, target: Path) -> str:
-    """The file of model m, "" where there is none. A plain web server lists nothing, so it is asked for."""
+    """Read model m and return its name, or "": a plain web server lists nothing, so each name is tried."""
     for name in _NAMES:
         try:
             _fetch(f"{place}/subset{m}/ckpt/{name}", target / f"subset{m}" / "ckpt" / name)
@@ -85,7 +85,7 @@ def _next_name(place: str, m: int, target: Path) -> str:
 
 
 def _fetch(place: str, target: Path) -> None:
-    """Read `place` to `target`, unless what is there matches the checksum beside it."""
+    """Read `place` to `target`, unless `target` matches the checksum beside it."""
     checksum = target.with_name(f"{target.name}.sha256")  # as sha256sum -c reads it
     if target.exists() and checksum.exists():
         with open(target, "rb") as file:
@@ -108,7 +108,7 @@ def _fetch(place: str, target: Path) -> None:
 
 @contextmanager
 def _opened(place: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """The stream of a file and its length in bytes, None where the server does not tell."""
+    """Open a file: its stream, and its length in bytes or None where the server does not tell."""
     if _is_blob(place):
         context = _blobs()
         size = context.stat(place).size
@@ -121,7 +121,7 @@ def _opened(place: str) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 class _Nothing(ValueError):
-    """No file is at an address."""
+    """There is no file at an address."""
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _in_one_line(place: str) -> Iterator[None]:
             raise _Nothing(f"{place}: nothing is there; check the address") from error
         raise ValueError(_unread(place, error)) from error
     except (blobfile.Error, HTTPException, OSError) as error:
-        if getattr(error, "filename", None):  # of the cache: a full disk, a folder that may not be written
+        if getattr(error, "filename", None):  # an error of the cache, such as a full disk
             raise
         raise ValueError(_unread(place, error)) from error
 
@@ -146,7 +146,7 @@ def _unread(place: str, error: Exception) -> str:
 
 
 def _is_blob(place: str) -> bool:
-    """Whether blobfile reads it: Google's and Azure's stores, with their credentials. Other addresses are plain."""
+    """Whether blobfile reads it, with credentials: Google's and Azure's stores. Other addresses are plain."""
     return place.startswith(("gs://", "az://")) or urlsplit(place).netloc.endswith(".blob.core.windows.net")
 
 

@@ -1,7 +1,4 @@
-"""What a run writes about itself: log_train.txt, metrics.jsonl, config.json and skipped_images.csv in its folder.
-
-Of several processes the first one writes.
-"""
+"""Write a run's log_train.txt, metrics.jsonl, config.json and skipped_images.csv. Only the first process writes."""
 
 import csv
 import io
@@ -25,7 +22,7 @@ from utils.tensorboard import Board
 
 
 class RunLog:
-    """The log of one run folder, which is made where missing. Opening it again appends."""
+    """The log of a run folder, which is made if it is missing. Opening it again appends."""
 
     def __init__(
         self,
@@ -37,8 +34,9 @@ class RunLog:
     ) -> None:
         """Open the log of `folder`.
 
-        tensorboard: write what is recorded, and sheets, for it too; done: epochs that a run has behind it when it goes
-        on; epochs: how many it will have in all, for a bar of them.
+        tensorboard: write for TensorBoard too.
+        done: epochs that a resumed run has done already.
+        epochs: epochs in all, for a bar.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +46,11 @@ class RunLog:
 
     @property
     def metrics_path(self) -> Path:
-        """The file of `record`: one JSON object a line."""
+        """The file of `record`: one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     def forget_after(self, epoch: int) -> None:
-        """Drop what was recorded of later epochs, which a run that goes on from `epoch` does again."""
+        """Drop the records of epochs after `epoch`, which a resumed run does again."""
         if self.metrics_path.exists() and processes.is_first():
             lines = _lines(self.metrics_path)
             if odd := [number for number, line in enumerate(lines[:-1], 1) if _epoch_of(line) == sys.maxsize]:
@@ -63,7 +61,7 @@ class RunLog:
                     file.write("".join(kept).encode())
 
     def line(self, text: str, *, closing: bool = False) -> None:
-        """Print `text`, above any progress bar, and append it to log_train.txt; a closing line is always printed."""
+        """Print `text` above any progress bar and append it to log_train.txt; print a closing line always."""
         if closing and self.bar is not None:
             self.bar.close()
         if processes.is_first() and (closing or not is_quiet()):
@@ -71,7 +69,7 @@ class RunLog:
         self._append("log_train.txt", text)
 
     def record(self, entries: Mapping[str, Any]) -> None:
-        """Append `entries` as one line to metrics.jsonl; it is on its way to the disk when this returns."""
+        """Append `entries` as one line to metrics.jsonl, and pass them to the system before returning."""
         entries = plain(entries)
         if self.bar is not None:
             seen = entries.get("val_accuracy")
@@ -94,9 +92,9 @@ class RunLog:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl by epoch; none where it is missing.
+    """Return the lines of a metrics.jsonl in order of epochs; [] if it is missing.
 
-    Of an epoch that is there twice, as after a resume, the later line counts; half a line of a killed run does not.
+    If an epoch is there twice, as after a resume, the later line counts. Half a line of a killed run does not count.
     """
     path, by_epoch = Path(path), {}
     for line in _lines(path) if path.exists() else ():
@@ -107,9 +105,9 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_json(path: str | os.PathLike, kind: type, instead: str = "") -> Any | None:
-    """The value of a JSON file, None where there is none that can be read, or it is not of that kind: dict or list.
+    """Return the value of a JSON file; None if it is missing, damaged or not of `kind`, dict or list.
 
-    instead: what is done without a file that is damaged, to be said on stderr; "" says nothing.
+    instead: what the run does without a damaged file, which is then said on stderr; "" says nothing.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -127,13 +125,13 @@ def read_json(path: str | os.PathLike, kind: type, instead: str = "") -> Any | N
 
 
 def say_damaged(path: str | os.PathLike, text: str) -> None:
-    """Say on stderr that a file which a run can do without is damaged, and what is done without it."""
+    """Say on stderr that a file is damaged, and what the run does without it."""
     if processes.is_first():
         print(f"{path}: {text}", file=sys.stderr)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON at `path`, whole or not at all; values as for `plain`."""
+    """Write `value` as indented JSON at `path`, whole or not at all. Values as in `plain`."""
     with atomic_file(path) as file:
         file.write((json.dumps(plain(value), indent=2) + "\n").encode())
 
@@ -141,8 +139,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
     """Write the images that a run left out as skipped_images.csv in `folder`, whole or not at all.
 
-    Its columns are path and reason. Rows of an older file stay, unless they are of a folder that one of `scans` looked
-    at again. Without a row there is no file. Should two processes write in the same instant, rows are lost at worst.
+    Its columns are path and reason. Rows of an older file stay, unless `scans` looked at their folder again. Without
+    rows there is no file. If two programs write at the same time, rows may be lost, no more.
     """
     if not processes.is_first():
         return
@@ -172,15 +170,15 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
 
 
 def cell(text: str) -> str:
-    """A text for a CSV: a quote is put before one that a spreadsheet would take for a formula."""
+    """Return a text for a CSV, with a quote before one that a spreadsheet would take for a formula."""
     return f"'{text}" if text.strip()[:1] in {*"=+-@＝＋－＠"} or text[:1] in {*"\t\r\n"} else text
 
 
 def plain(value: Any) -> Any:
-    """Turn `value` into what JSON knows.
+    """Turn `value` into types that JSON has.
 
-    Tensors and arrays become numbers or lists, paths become strings, and numbers that are not finite
-    become None, as JSON has no NaN. Raises TypeError for anything else.
+    Tensors and arrays become numbers or lists, paths become strings, and numbers that are not finite become None, as
+    JSON has no NaN. Raises TypeError for anything else.
     """
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.tolist()
@@ -202,7 +200,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _epoch_of(line: str) -> int:
-    """The epoch of a line of metrics.jsonl; of half a line, which a kill leaves, one that is never kept."""
+    """Return the epoch of a line of metrics.jsonl; sys.maxsize, which is never kept, for half a line."""
     try:
         epoch = json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
@@ -211,7 +209,7 @@ def _epoch_of(line: str) -> int:
 
 
 def _end_last_line(path: Path) -> None:
-    # A run killed while it wrote leaves half a line, which must not swallow the next one.
+    # A run that was killed while writing leaves half a line, which must not swallow the next one.
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with named(path), open(path, "ab") as file:
             file.write(b"\n")

@@ -1,7 +1,7 @@
-"""Randomness from (seed, stream, index), never from global state or from the order of work.
+"""Draw random numbers from (seed, stream, index), never from global state or the order of work.
 
-A stream is any sequence of integers and strings that names what the numbers are for, such as
-`generator(seed, "episodes", epoch)`. Two streams that differ anywhere are independent.
+A stream is a sequence of integers and strings that says what the numbers are for, as in
+`generator(seed, "episodes", epoch)`. Streams that differ anywhere are independent.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def _digest(seed: int, stream: Sequence[int | str]) -> int:
 
 
 def generator(seed: int, *stream: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """Make the torch generator of (seed, *stream) on `device`.
+    """Return the torch generator of (seed, *stream) on `device`.
 
     Raises TypeError for a stream item that is neither an integer nor a string.
     """
@@ -29,26 +29,26 @@ def generator(seed: int, *stream: int | str, device: str | torch.device = "cpu")
 
 
 def numpy_generator(seed: int, *stream: int | str) -> np.random.Generator:
-    """Make the NumPy generator of (seed, *stream); errors as for `generator`."""
+    """Return the NumPy generator of (seed, *stream); errors as in `generator`."""
     return np.random.Generator(np.random.PCG64(_digest(seed, stream)))
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch: for the initial weights of modules only."""
+    """Seed the global generators of Python, NumPy and torch, which only the initial weights of modules use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def noise(shape_per_item: Sequence[int], indices: Iterable[int], seed: int, *stream: int | str) -> torch.Tensor:
-    """Standard normal noise, each item of which depends on (seed, *stream, its index) alone.
+    """Return standard normal noise. Each item depends only on (seed, *stream, its index).
 
-    So an item is the same whatever batch, order or machine it is made in.
+    So an item is the same in any batch and order, and on any machine.
 
     Args:
         shape_per_item: shape of one item, such as (3, H, W).
-        indices: N integers, one an item.
-        seed, stream: as for `generator`.
+        indices: N integers, one per item.
+        seed, stream: as in `generator`.
 
     Returns:
         (N, *shape_per_item) float32 on the CPU.
@@ -57,9 +57,9 @@ def noise(shape_per_item: Sequence[int], indices: Iterable[int], seed: int, *str
 
 
 def uniform(shape_per_item: Sequence[int], indices: Iterable[int], seed: int, *stream: int | str) -> torch.Tensor:
-    """Uniform numbers in [0, 1), each item of which depends on (seed, *stream, its index) alone.
+    """Return uniform numbers in [0, 1). Each item depends only on (seed, *stream, its index).
 
-    Arguments as for `noise`. Returns (N, *shape_per_item) float64 on the CPU.
+    Arguments as in `noise`. Returns (N, *shape_per_item) float64 on the CPU.
     """
     return _per_item(lambda rng: rng.random(tuple(shape_per_item)), indices, seed, stream)
 
@@ -67,7 +67,7 @@ def uniform(shape_per_item: Sequence[int], indices: Iterable[int], seed: int, *s
 def _per_item(
     draw: Callable[[np.random.Generator], np.ndarray], indices: Iterable[int], seed: int, stream: Sequence[int | str]
 ) -> torch.Tensor:
-    # NumPy generators, as torch's on the CPU keep only 32 bits of a seed: two images in 100,000 would share theirs.
+    # NumPy's generators: torch's on the CPU keep only 32 bits of a seed, and some of 100,000 images would share one.
     items = [draw(numpy_generator(seed, *stream, int(index))) for index in indices]
     if not items:
         return torch.from_numpy(draw(numpy_generator(seed, *stream))[None][:0].copy())

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends between two steps, with all of its files whole."""
+"""Let Ctrl-C and SIGTERM end a run between two steps, with all of its files whole."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _HEEDED = (signal.SIGINT, signal.SIGTERM)
-_asked: list[int] = []  # the signal that came, once one has
+_asked: list[int] = []  # the signal, once one came
 
 
 class Stopped(Exception):
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM is kept for `check`; a second one acts as if this were not here.
+    """Keep the first SIGINT or SIGTERM in this block for `check`. A second one has its usual effect.
 
     Does nothing outside the main thread, to which the system delivers signals.
     """
@@ -51,6 +51,6 @@ def asked() -> bool:
 
 
 def check() -> None:
-    """Between two steps: raise Stopped where the run was asked to stop."""
+    """Raise Stopped if the run was asked to stop. Call this between two steps."""
     if _asked:
         raise Stopped(_asked[0])

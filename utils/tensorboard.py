@@ -1,4 +1,4 @@
-"""--tensorboard: what a run writes about itself, for TensorBoard too. Of several processes the first one writes."""
+"""Write what a run logs for TensorBoard too, with --tensorboard. Only the first process writes."""
 
 import os
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from PIL import Image
 
 from utils import processes
 
-FOLDER = "tensorboard"  # in the run folder: tensorboard --logdir RUN
+FOLDER = "tensorboard"  # in the run folder; read it with tensorboard --logdir RUN
 
 
 class Board:
-    """Event files in <folder>/tensorboard, or nothing where they are not wanted."""
+    """Event files in <folder>/tensorboard, if they are wanted."""
 
     def __init__(self, folder: str | os.PathLike, *, wanted: bool = True, done: int | None = None) -> None:
-        """done: epochs that count; what an earlier, killed process wrote of later ones is hidden. None hides nothing.
+        """Open the files if they are `wanted`. `config.Settings` checks that the package tensorboard is there.
 
-        The package tensorboard must be installed if they are wanted, which `config.Settings` sees to.
+        done: epochs that count; what a killed process wrote about later ones is hidden. None hides nothing.
         """
         self._writer, self._pictures = None, set()
         if wanted and processes.is_first():
@@ -28,7 +28,7 @@ class Board:
             self._writer = SummaryWriter(Path(folder) / FOLDER, purge_step=None if done is None else done + 1)
 
     def scalars(self, entries: Mapping[str, Any], step: int) -> None:
-        """Write the numbers among `entries`, those of lists as name/0, name/1, ...; other values are left out."""
+        """Write the numbers in `entries`, of lists as name/0, name/1, ...; leave out other values."""
         if self._writer is None:
             return
         for name, value in entries.items():
@@ -41,7 +41,7 @@ class Board:
         self._writer.flush()
 
     def picture(self, name: str, path: str | os.PathLike, step: int) -> None:
-        """Write the picture at `path`, such as a contact sheet, once of each name and step."""
+        """Write the image at `path`, such as a contact sheet, once per name and step."""
         if self._writer is None or (name, step) in self._pictures:
             return
         self._pictures.add((name, step))
