@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from config import Settings, flag_of
 from report import charts, pictures, verdict
-from report.folder import DAMAGED, HERE, Run, is_run, number, scores, total
+from report.folder import DAMAGED, HERE, SAME_NOISE, Run, is_run, number, scores, total
 from report.page import Content, Html, element, joined, section, table
 from utils.metrics import paired_difference
 from utils.progress import duration
@@ -125,12 +125,12 @@ def _test_result(run: Run, place: str, each: Mapping[str, Any]) -> Html | None:
     text = element("b", f"{value:.2f}", element("small", f"{_PLUS_MINUS}{half:.2f} %") if half is not None else " %")
     name = f"{each.get('way')}-way {each.get('shot')}-shot on {each.get('split')}"
     where = f", {place}" if place not in (HERE, f"{each.get('shot')}-shot") else ""
-    above = marks and half is not None and value - half <= marks[0][1]
+    at_chance = marks and half is not None and value - half <= marks[0][1]
     return element(
         "div",
         element("p", text, element("span", f"{name}{where}, {'with' if mixed else 'without'} mixes"), class_="big"),
         element("p", "; ".join(told).capitalize() + ".", class_="told") if told else None,
-        element("p", "This is not above chance.", class_="warn") if above else None,
+        element("p", "This is not above chance.", class_="warn") if at_chance else None,
         charts.bars(rows, marks),
         class_="test",
     )
@@ -142,7 +142,7 @@ def images(run: Run) -> Html | None:
     if not rounds:
         return None
     parts: list[Content] = []
-    other = run.beside("unguided") if rounds[-1].hit_rate is not None else None
+    other = run.beside("unguided", SAME_NOISE) if rounds[-1].hit_rate is not None else None
     twins = {each.number: each for each in other.rounds()} if other and run.same_noise(other) else {}
     if rounds[-1].number in twins:
         parts += _pairs(rounds[-1], twins[rounds[-1].number])

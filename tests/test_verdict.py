@@ -1,11 +1,15 @@
 """What the report finds wrong with a run, from folders written by hand."""
 
 import json
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import report
+from config import Settings
 from report import verdict
 from report.folder import Run
 from tests.test_report import Reader
@@ -144,6 +148,11 @@ def test_images_of_a_class_all_alike(write):
     images[3:6] = images[3]  # class 1
     wrong = verdict.findings(Run.read(write(images=images)))["variety within a class"]
     assert len(wrong) == 1 and "1 of 4 classes" in wrong[0].what and wrong[0].what.endswith(": 1.")
+
+
+def test_advice_names_flags_that_exist():
+    named = set(re.findall(r"--[a-z][\w-]*", Path(verdict.__file__).read_text(encoding="utf-8")))
+    assert named and {flag.replace("-", "_") for flag in named} <= {f"__{f.name}" for f in fields(Settings)}
 
 
 def test_mixes_that_harm(write):
