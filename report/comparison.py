@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from config import PLACES
+from config import that_affect
 from report import charts, pictures
 from report.folder import SAME_EPISODES, Run, number, scores, total
 from report.page import Content, Html, element, page, section, table
@@ -17,6 +17,7 @@ from report.sections import NAME, careful, image_tag, link, shown
 from utils.metrics import gap_closed, over_seeds
 from utils.progress import duration
 
+_ASIDE = that_affect("nothing", "testing") | {"seed", "contents"}  # settings that make no other method
 _MOST_COLUMNS = 8  # of the table of differences
 _ROWS, _IMAGES = 8, 6  # of the images side by side
 
@@ -228,7 +229,7 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
     """Return the methods that were tested so, in the order of the runs, each without mixes and then with them."""
     found: dict[tuple, Method] = {}
     for name, run in named.items():
-        key = json.dumps({k: v for k, v in run.settings.items() if k not in PLACES | {"seed", "contents"}}, default=str)
+        key = json.dumps({k: v for k, v in run.settings.items() if k not in _ASIDE}, default=str)
         for place, result in run.results.items():
             if _kind(result) != kind:
                 continue
