@@ -18,6 +18,7 @@ from utils.metrics import gap_closed, over_seeds
 from utils.progress import duration
 
 _ASIDE = that_affect("nothing", "testing") | {"seed", "contents"}  # settings that make no other method
+_HEAD, _MIXES = ("head_steps", "head_init", "head_scale"), ("mix_steps", "mix_level", "pool_models")  # of a test
 _MOST_COLUMNS = 8  # of the table of differences
 _ROWS, _IMAGES = 8, 6  # of the images side by side
 
@@ -222,7 +223,12 @@ def settings(named: Mapping[str, Run]) -> Html:
 
 
 def _kind(result: Mapping[str, Any]) -> tuple:
-    return tuple(result.get(name) for name in ("dataset", "split", "way", "shot"))
+    return tuple(_plain(result.get(name)) for name in ("dataset", "split", "way", "shot"))
+
+
+def _plain(value: Any) -> str | int | None:
+    """Return a value that hashes, also where a file is damaged."""
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
@@ -230,20 +236,22 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
     found: dict[tuple, Method] = {}
     for name, run in named.items():
         key = json.dumps({k: v for k, v in run.settings.items() if k not in _ASIDE}, default=str)
-        for place, result in run.results.items():
-            if _kind(result) != kind:
-                continue
+        tests = {test: result for test, result in run.results.items() if _kind(result) == kind}
+        for test, result in tests.items():
             for mixed in (False, True)[: 1 + bool(result.get("pool_models"))]:
                 end = "" if mixed else "_without_mix"
                 mean, half = number(result.get(f"accuracy{end}")), number(result.get(f"ci95{end}"))
                 if mean is None:
                     continue
-                settings_ = json.dumps([result.get("mix_steps"), result.get("episodes"), place if key == "{}" else ""])
-                source = str(run.settings.get("source", ""))
-                method = found.setdefault((key, settings_, mixed), Method("", source))
-                seed = run.settings.get("seed")
+                tested = tuple(_plain(result.get(n)) for n in (*_HEAD, *(_MIXES if mixed else ()), "episodes"))
+                method = found.setdefault((key, tested, mixed), Method("", str(run.settings.get("source", ""))))
+                seed, label = _plain(run.settings.get("seed")), name + (" + mixes" if mixed else "")
+                if mixed and len(tests) > 1:
+                    label += f" ({' '.join(filter(None, test))})"
+                if method.runs.get(seed) == label:
+                    continue  # without mixes it is the same test again
                 seed = (seed, name) if seed in method.results else seed
-                method.runs[seed] = name + (" + mixes" if mixed else "")
+                method.runs[seed] = label
                 method.results[seed] = (mean, half)
                 method.keys[seed] = tuple(result.get(n) for n in SAME_EPISODES)
                 if values := scores(result, mixed):

@@ -12,7 +12,7 @@ DAMAGED = (  # what reading damaged files raises
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, EOFError, RecursionError,
 )  # fmt: skip
 HERE = ""  # the place of results that lie in the run folder itself
-SAME_EPISODES = ("dataset", "split", "way", "shot", "query", "episodes", "seed")  # what draws the episodes of a test
+SAME_EPISODES = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # alike: the same
 SAME_NOISE = ("dataset", "seed", "recipe", "num_classes", "samples_per_class", "sample_steps", "renoise", "image_size")
 
 
@@ -50,7 +50,8 @@ class Run:
         folder: the folder.
         settings: config.json, or the settings of diffusionmix.py in a folder of tests; {} without either.
         epochs: the lines of metrics.jsonl, in order.
-        results: results.json of the folder itself (`HERE`) and of the folders in it, by name.
+        results: of the tests here and in the folders in this one: (`HERE` or the folder's name, name in results/) ->
+            result. The second name is "" where the folder has one test.
         starts: environment.json, the oldest start first, then the starts of the tests in the folders in this one.
         damaged: names of files that cannot be read.
     """
@@ -58,7 +59,7 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     epochs: list[dict[str, Any]]
-    results: dict[str, dict[str, Any]]
+    results: dict[tuple[str, str], dict[str, Any]]
     starts: list[dict[str, Any]]
     damaged: list[str] = field(default_factory=list)
 
@@ -71,10 +72,10 @@ class Run:
         starts = _starts(folder, damaged)
         tested = next((each for each in reversed(starts) if each.get("program") == "diffusionmix.py"), {})
         settings = _json(folder / "config.json", dict, damaged) or tested.get("settings")
-        paths = [folder / "results.json", *sorted(folder.glob("*/results.json"))]
-        for path in paths[1:]:
+        results = _results(folder, HERE, damaged)
+        for path in sorted(folder.glob("*/results.json")):
             starts += [each for each in _starts(path.parent, damaged) if each.get("program") == "diffusionmix.py"]
-        results = {_place(path, folder): _json(path, dict, damaged) for path in paths}
+            results |= _results(path.parent, path.parent.name, damaged)
         return cls(
             folder=folder,
             settings=settings if isinstance(settings, dict) else {},
@@ -222,9 +223,11 @@ def _content(settings: Mapping[str, Any], name: str) -> Any:
     return contents.get(name) if isinstance(contents, dict) else None
 
 
-def _place(path: Path, folder: Path) -> str:
-    return HERE if path.parent == folder else path.parent.name
+def _results(folder: Path, place: str, damaged: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the results in results/, or of an older test results.json."""
+    paths = sorted((folder / "results").glob("*.json")) or [folder / "results.json"]
+    return {(place, path.stem if len(paths) > 1 else ""): _json(path, dict, damaged) for path in paths}
 
 
-def _by_shot(item: tuple[str, dict]) -> tuple:
+def _by_shot(item: tuple[tuple[str, str], dict]) -> tuple:
     return number(item[1].get("shot")) or 0, item[0]

@@ -60,7 +60,8 @@ def _links(run: Run, comparison: Path | None) -> Html | None:
     """Return links from training to its tests and back, to the runs beside it, and to the comparison."""
     trained = run.training
     pages = [] if trained is run else [("training", trained.folder / NAME)]
-    pages += [(f"test {place}", trained.folder / place / NAME) for place in trained.results if place != HERE]
+    places = dict.fromkeys(place for place, _ in trained.results if place != HERE)
+    pages += [(f"test {place}", trained.folder / place / NAME) for place in places]
     beside = {source: trained.beside(source) for source in _SOURCES if source != trained.settings.get("source")}
     pages += [(f"{source} run", other.folder / NAME) for source, other in beside.items() if other]
     above = [each / NAME for each in [*trained.folder.resolve().parents][:2] if not is_run(each)]
@@ -77,7 +78,7 @@ def link(name: str, path: Path, folder: Path) -> Html:
 
 def result(run: Run) -> Html | None:
     """Return the verdict: what the tests came to, beside chance and the floor, and what is wrong."""
-    parts: list[Content] = [_test_result(run, place, each) for place, each in run.results.items()]
+    parts: list[Content] = [_test_result(run, test, each) for test, each in run.results.items()]
     best = run.best()
     if best:
         known = verdict.levels(run)
@@ -96,7 +97,7 @@ def result(run: Run) -> Html | None:
     return section("Verdict", None, *parts) if parts else None
 
 
-def _test_result(run: Run, place: str, each: Mapping[str, Any]) -> Html | None:
+def _test_result(run: Run, test: tuple[str, str], each: Mapping[str, Any]) -> Html | None:
     """Return one test in a sentence and as bars, beside chance, random weights and the real reference."""
     mixed = _mixed(each)
     value, half = (number(each.get(name)) for name in ("accuracy", "ci95"))
@@ -124,11 +125,11 @@ def _test_result(run: Run, place: str, each: Mapping[str, Any]) -> Html | None:
         told.append(f"mixes change it by {plus_minus(each, 'paired_difference', 'paired_ci95', sign=True)} points")
     text = element("b", f"{value:.2f}", element("small", f"{_PLUS_MINUS}{half:.2f} %") if half is not None else " %")
     name = f"{each.get('way')}-way {each.get('shot')}-shot on {each.get('split')}"
-    where = f", {place}" if place not in (HERE, f"{each.get('shot')}-shot") else ""
+    where = ", ".join(filter(None, (name, *(part for part in test if part != f"{each.get('shot')}-shot"))))
     at_chance = marks and half is not None and value - half <= marks[0][1]
     return element(
         "div",
-        element("p", text, element("span", f"{name}{where}, {'with' if mixed else 'without'} mixes"), class_="big"),
+        element("p", text, element("span", f"{where}, {'with' if mixed else 'without'} mixes"), class_="big"),
         element("p", "; ".join(told).capitalize() + ".", class_="told") if told else None,
         element("p", "This is not above chance.", class_="warn") if at_chance else None,
         charts.bars(rows, marks),
@@ -238,17 +239,17 @@ def pool(run: Run) -> Html | None:
 def mixes(run: Run) -> Html | None:
     """Return some diffusion mixes, and the accuracy of each episode with mixes against without."""
     parts: list[Content] = []
-    for place in run.results:
+    for place, _ in run.results:
         path = run.folder / place / "mixes.npz"
         if path.is_file():
             parts.append(_gallery(place, pictures.mixes(path)))
             break
     drawn = []
-    for place, each in run.results.items():
+    for test, each in run.results.items():
         without, with_ = scores(each, False), scores(each, True)
         if _mixed(each) and without and with_ and len(without) == len(with_):
             change = plus_minus(each, "paired_difference", "paired_ci95", sign=True)
-            drawn.append(charts.pairs(f"{_test(place, each)}: {change} with mixes", without, with_))
+            drawn.append(charts.pairs(f"{_test(test, each)}: {change} with mixes", without, with_))
     if drawn:
         parts.append(element("div", *drawn, class_="charts"))
     if not parts:
@@ -277,7 +278,7 @@ def _gallery(place: str, models: Sequence[Sequence[tuple]]) -> Html:
 
 def all_results(run: Run) -> Html | None:
     """Return all numbers of the tests in a table."""
-    rows = [row for place, each in run.results.items() for row in _result_rows(place, each)]
+    rows = [row for test, each in run.results.items() for row in _result_rows(test, each)]
     if not rows:
         return None
     head = ("test", "way, shot", "split", "with mixes", "without mixes", "difference", "episodes", "pool models",
@@ -286,11 +287,11 @@ def all_results(run: Run) -> Html | None:
     return section("Results", told, table(head, rows, class_="numbers"))
 
 
-def _result_rows(place: str, each: Mapping[str, Any]) -> list[tuple[Content, ...]]:
+def _result_rows(test: tuple[str, str], each: Mapping[str, Any]) -> list[tuple[Content, ...]]:
     """Return a row for a test, and one for each of its domains."""
     mixed, domains = _mixed(each), each.get("domains")
     rows = [(
-        "this folder" if place == HERE else place, f"{each.get('way')}-way {each.get('shot')}-shot",
+        " ".join(filter(None, test)) or "this folder", f"{each.get('way')}-way {each.get('shot')}-shot",
         str(each.get("split")), *_figures(each, mixed), str(each.get("episodes")), each.get("pool_models"),
         each.get("mix_steps"), _number(each.get("seconds"), 0),
     )]  # fmt: skip
@@ -304,8 +305,8 @@ def time_by_phase(run: Run) -> Html | None:
     """Return where the seconds went."""
     phases = [("drawing images", total(run.epochs, "synthesis_seconds")), ("training", total(run.epochs, "seconds"))]
     phases = [each for each in phases if each[1]]
-    for place, each in run.results.items():
-        name = f"test, {_test(place, each)}"
+    for test, each in run.results.items():
+        name = f"test, {_test(test, each)}"
         phases += [(name, seconds)] if (seconds := number(each.get("seconds"))) else []
     if not phases:
         return None
@@ -424,9 +425,10 @@ def _listed(words: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _test(place: str, each: Mapping[str, Any]) -> str:
+def _test(test: tuple[str, str], each: Mapping[str, Any]) -> str:
     name = f"{each.get('shot')}-shot"
-    return name if place in (HERE, name) else f"{name} ({place})"
+    other = " ".join(part for part in test if part not in ("", name))
+    return f"{name} ({other})" if other else name
 
 
 def image_tag(image, alt: str) -> Html:

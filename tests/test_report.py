@@ -165,7 +165,7 @@ def test_the_preset_is_told_apart(copied):
 def test_text_is_no_markup(copied):
     evil = "<script>alert('1')</script><img src=x onerror=y>\"&"
     edit(copied / "config.json", dataset=evil, backbone=evil, source=evil)
-    edit(copied / "1-shot" / "results.json", split=evil, shot=evil, domains={evil: {"accuracy": evil}})
+    edit(next((copied / "1-shot" / "results").iterdir()), split=evil, shot=evil, domains={evil: {"accuracy": evil}})
     (copied / "1-shot").rename(copied / "<u>'")
     starts = json.loads((copied / "environment.json").read_text())
     starts[0] |= {"command": evil, "commit": [evil]}
@@ -258,7 +258,7 @@ def test_the_command(call, copied, made, tmp_path, monkeypatch):
     assert call(command, copied, "--out", tmp_path / "one.html")[0] == 0 and (tmp_path / "one.html").exists()
     other = shutil.copytree(copied, tmp_path / "other")
     edit(other / "config.json", lr=0.25)
-    edit(other / "1-shot" / "results.json", accuracy=12.34, by_episode=[12.34] * 4)
+    edit(next((other / "1-shot" / "results").iterdir()), accuracy=12.34, by_episode=[12.34] * 4)
     monkeypatch.chdir(tmp_path)
     status, out, _ = call(command, copied, other)
     assert status == 0 and out.splitlines() == [str(copied / "report.html"), str(other / "report.html"), "report.html"]

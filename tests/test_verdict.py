@@ -155,6 +155,20 @@ def test_advice_names_flags_that_exist():
     assert named and {flag.replace("-", "_") for flag in named} <= {f"__{f.name}" for f in fields(Settings)}
 
 
+def test_every_kept_test_is_shown(write):
+    folder = write()
+    test_folder(folder, [50.0, 60.0, 70.0, 80.0])
+    (folder / "1-shot" / "results").mkdir()
+    for name, shot in (("meta_test-5way-1shot", 1), ("meta_test-5way-5shot", 5)):
+        entries = RESULT | {"shot": shot, "accuracy": 40.0 + shot, "ci95": 1.0}
+        (folder / "1-shot" / "results" / f"{name}.json").write_text(json.dumps(entries))
+    results = Run.read(folder).results
+    assert {test: each["accuracy"] for test, each in results.items()} == {
+        ("1-shot", "meta_test-5way-1shot"): 41.0, ("1-shot", "meta_test-5way-5shot"): 45.0,
+    }  # fmt: skip
+    assert classes(folder).count("test") == 2
+
+
 def test_mixes_that_harm(write):
     folder = write()
     test_folder(folder, [50, 60, 70, 80], pool_models=2, paired_difference=-2.0, paired_ci95=0.5)
