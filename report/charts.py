@@ -142,9 +142,8 @@ class Chart:
             grid.append(element("text", ylabel, x=_LEFT, y=_TOP - 6))
         drawn = [mark for make in self._marks for mark in make(px, py)]
         svg = element("svg", *grid, *drawn, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=self.caption)
-        return element(
-            "figure", element("figcaption", self.caption), svg, legend(self.names) if len(self.names) > 1 else None
-        )
+        one_line = len(self.names) == 1 and self.names[0][2] == "solid"  # which the caption names
+        return element("figure", element("figcaption", self.caption), svg, legend(self.names) if not one_line else None)
 
     def _reach(self, points: Sequence[tuple[float, float]]) -> None:
         self.xs += [x for x, _ in points]

@@ -113,8 +113,10 @@ def _results_of(kind: tuple, methods: Sequence[Method]) -> Html:
     )
     head = ("run", "accuracy %", "± over episodes", "± over seeds", "gap closed %")
     marks = [("chance", 100 / way)] if number(way) else []
-    parts: list[Content] = [charts.bars(drawn, marks), table(head, rows, class_="numbers")]
-    if any(row[-1] for row in rows):
+    gap = any(row[-1] for row in rows)
+    shown_rows = rows if gap else [row[:-1] for row in rows]
+    parts: list[Content] = [charts.bars(drawn, marks), table(head if gap else head[:-1], shown_rows, class_="numbers")]
+    if gap:
         parts.append(element("p", "Gap closed: 0 % is random weights, 100 % is real images.", class_="told"))
     if len(methods) > 1:
         parts += _differences(methods)
