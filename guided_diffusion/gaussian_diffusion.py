@@ -81,15 +81,9 @@ class GaussianDiffusion:
     """
 
     def __init__(
-        self,
-        *,
-        betas: np.ndarray,
-        model_mean_type: ModelMeanType,
-        model_var_type: ModelVarType,
-        loss_type: LossType,
-        rescale_timesteps: bool = False,
-        loss_weighting: str = "uniform",
-    ):
+        self, *, betas: np.ndarray, model_mean_type: ModelMeanType, model_var_type: ModelVarType, loss_type: LossType,
+        rescale_timesteps: bool = False, loss_weighting: str = "uniform",
+    ):  # fmt: skip
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(
@@ -157,9 +151,6 @@ class GaussianDiffusion:
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """Return the timesteps (N,) that networks are called with at steps t (N,)."""
-        return self._rescale(t)
-
-    def _rescale(self, t: Tensor) -> Tensor:
         return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
     # ---- the noising process
@@ -258,15 +249,9 @@ class GaussianDiffusion:
     # ---- samplers
 
     def p_sample(
-        self,
-        model: Network,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        cond_fn: Network | None = None,
-        model_kwargs: Kwargs = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+        self, model: Network, x: Tensor, t: Tensor, clip_denoised: bool = True, cond_fn: Network | None = None,
+        model_kwargs: Kwargs = None, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
         """Draw x_{t-1} by one ancestral step (DDPM, alg. 2): (N, C, H, W)."""
         out = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
         mean = self.condition_mean(cond_fn, out, x, t, model_kwargs) if cond_fn is not None else out["mean"]

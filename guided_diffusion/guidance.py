@@ -51,16 +51,10 @@ def guide_on_x_0(process: GaussianDiffusion, gradient: Gradient, out: dict, x: T
 
 
 def sample(
-    network: Callable[..., Tensor],
-    diffusion: GaussianDiffusion,
-    noise: Tensor,
-    *,
-    cond_fn: Gradient | None = None,
-    guide_on: str = "x_t",
-    local_labels: Tensor | None = None,
-    renoise: float = 0.0,
+    network: Callable[..., Tensor], diffusion: GaussianDiffusion, noise: Tensor, *, cond_fn: Gradient | None = None,
+    guide_on: str = "x_t", local_labels: Tensor | None = None, renoise: float = 0.0,
     fresh: Callable[[int], Tensor] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Sample from `noise` down to x_0 by `ddim`. Raises Stopped between two steps where the run was asked to stop.
 
     noise, renoise, fresh: as in `ddim`, of images (N, 3, H, W).

@@ -78,7 +78,7 @@ def train_one(s: TrainSettings, device: torch.device) -> None:
     place = path.with_name(FIGURE_FILE)
     loaded = _load(s, _classes(s) if s.class_cond else None)
     here = record(s) | {IMAGES: loaded.images}
-    if processes.first_says(_standing(path.parent, here).done):
+    if processes.first_says(kept(path.parent, here).done):
         say(f"{path} is done")
         if s.dry_run:
             return
@@ -125,7 +125,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
     missing = [m for m in wanted if not subset_path(s.pool, m).exists()]
     check_classes(s.data_dir, [name for m in missing for name in groups[m - 1]])  # before hours of training
     own = {m: replace(s, seed=s.seed + m) for m in wanted}
-    standing = {m: _standing_of(own[m], subset_path(s.pool, m).parent, groups[m - 1]) for m in wanted}
+    standing = {m: _standing(own[m], subset_path(s.pool, m).parent, groups[m - 1]) for m in wanted}
     to_train = [m for m in wanted if not standing[m].done]
     if len(groups) < POOL:
         say(f"{len(groups)} models: main.py will need --recipe paper; its default learns to tell {POOL} or more apart")
@@ -160,19 +160,12 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
             _write(index, {**contents, **known} if done else contents, m, figure)
 
 
-def _standing(folder: Path, here: Mapping[str, Any]) -> Kept:
-    """Return what `folder` has, without the weights. Raises ValueError where it was made with anything else."""
-    found = kept(folder, here)
-    steps = ({"step": each["step"]} if each else None for each in (found.state, found.model))
-    return Kept(*steps, found.steps, found.notes, found.leftover)
-
-
-def _standing_of(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
-    """Return what `folder` has of a pool model, compared with the images of its classes as they are now."""
-    found = _standing(folder, record(s))
+def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
+    """Return what `folder` has of a pool model of these classes. Raises ValueError where it was made otherwise."""
+    found = kept(folder, record(s))
     if found.step:  # before any model trains, not when its turn comes
-        found = _standing(folder, record(s) | {IMAGES: _load(s, names).images})
-    return found
+        found = kept(folder, record(s) | {IMAGES: _load(s, names).images})
+    return replace(found, state=None, model=None)  # the weights of a whole pool take too much memory
 
 
 def _measured(s: TrainSettings, figure: Any) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +42,18 @@ class Kept:
     Attributes:
         state: what to resume from; None without one, and where it is older than `model`.
         model: the finished model; it may have fewer steps than are asked for.
-        steps: the steps asked for.
-        notes: lines to show before training.
+        step: how many steps are done.
+        done: whether the model has all its steps.
         leftover: whether there is a state that is of no use any more.
+        notes: lines to show before training.
     """
 
     state: Mapping[str, Any] | None
     model: Mapping[str, Any] | None
-    steps: int
-    notes: list[str] = field(default_factory=list)
-    leftover: bool = False
-
-    @property
-    def step(self) -> int:
-        """Return how many steps are done."""
-        newest = self.state or self.model
-        return newest["step"] if newest else 0
-
-    @property
-    def done(self) -> bool:
-        """Return whether the model has all its steps."""
-        return self.model is not None and self.model["step"] == self.steps
+    step: int
+    done: bool
+    leftover: bool
+    notes: list[str]
 
 
 def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch.device = "cpu") -> Kept:
@@ -92,10 +83,11 @@ def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch
         finished = model is not None or payload["step"] == then.get("steps")
         check_same(path, then, here, longer=finished or not here.get("lr_anneal_steps"))
     leftover = model is not None and state is not None and state["step"] < model["step"]
-    found = Kept(None if leftover else state, model, here["steps"], notes, leftover)
-    if model is not None and not found.done:
-        notes.append(f"{model_path}: {_further(found, here)}")
-    return found
+    state = None if leftover else state
+    newest, done = state or model, model is not None and model["step"] == here["steps"]
+    if model is not None and not done:
+        notes.append(f"{model_path}: {_further(model, state, here)}")
+    return Kept(state, model, newest["step"] if newest else 0, done, leftover, notes)
 
 
 def check_same(path: Path, then: Mapping[str, Any], here: Mapping[str, Any], *, longer: bool) -> None:
@@ -113,17 +105,17 @@ def check_same(path: Path, then: Mapping[str, Any], here: Mapping[str, Any], *, 
         raise ValueError(f"{path}: was made with {', '.join(words)}; give the same, or another --save_dir or --pool")
 
 
-def _further(found: Kept, here: Mapping[str, Any]) -> str:
+def _further(model: Mapping[str, Any], state: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
     """Say how a finished model is trained further."""
-    text = f"has {found.model['step']} steps, trains on to {found.steps}"
-    if found.state is None:
+    steps, before = here["steps"], model.get(ENTRY)
+    text = f"has {model['step']} steps, trains on to {steps}"
+    if state is None:
         return (
-            f"{text} from its average weights with a fresh optimiser, which is not the same as {found.steps} steps in "
-            "one run (--keep_state True keeps what that takes)"
+            f"{text} from its average weights with a fresh optimiser: not the same as {steps} steps in one run "
+            "(--keep_state True keeps what that takes)"
         )
     if not here.get("lr_anneal_steps"):
         return text
-    before = found.model.get(ENTRY)
     if isinstance(before, Mapping) and before.get("lr_anneal_steps"):
-        return f"{text}, raising its rate again from 0; the result differs from {found.steps} steps in one run"
+        return f"{text}, raising its rate again from 0; the result differs from {steps} steps in one run"
     return f"{text}, lowering its rate from here on"

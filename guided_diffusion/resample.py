@@ -7,15 +7,15 @@ import torch
 from utils import processes
 
 
-class ScheduleSampler:
-    """Draws timesteps t with probability p(t) and weighs their losses by 1 / (T p(t))."""
+class UniformSampler:
+    """Draws timesteps t with probability p(t) = 1 / T and weighs their losses by 1 / (T p(t))."""
 
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
 
     def probabilities(self) -> torch.Tensor:
         """Return p(t), (T,) float64 on the CPU, summing to 1."""
-        raise NotImplementedError
+        return torch.full((self.num_timesteps,), 1.0 / self.num_timesteps, dtype=torch.float64)
 
     def sample(
         self, batch_size: int, device: torch.device | str, generator: torch.Generator
@@ -39,14 +39,7 @@ class ScheduleSampler:
             raise ValueError(f"got a sampler state with {sorted(state)}, expected none; give its --schedule_sampler")
 
 
-class UniformSampler(ScheduleSampler):
-    """p(t) = 1 / T."""
-
-    def probabilities(self) -> torch.Tensor:
-        return torch.full((self.num_timesteps,), 1.0 / self.num_timesteps, dtype=torch.float64)
-
-
-class LossSecondMomentResampler(ScheduleSampler):
+class LossSecondMomentResampler(UniformSampler):
     """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
 
     Uniform until every t has `history_per_term` losses. From then on `uniform_prob` of the mass stays uniform, so that
@@ -61,7 +54,7 @@ class LossSecondMomentResampler(ScheduleSampler):
 
     def probabilities(self) -> torch.Tensor:
         terms = self.history.square().mean(dim=1).sqrt()
-        uniform = torch.full_like(terms, 1.0 / self.num_timesteps)
+        uniform = super().probabilities()
         if bool((self.seen < self.history.shape[1]).any()) or not bool(terms.sum() > 0):
             return uniform
         return (1.0 - self.uniform_prob) * terms / terms.sum() + self.uniform_prob * uniform

@@ -20,16 +20,17 @@ COUNT = (1, math.inf, "1 or more")
 SHARE = (0, math.nextafter(1, 0), "a share from 0 to below 1")
 
 
-def setting(default: Any, help: str, *, group: str, affects: str = WEIGHTS, range: tuple = (), choices: tuple = ()):
+def setting(default: Any, help: str, *, group: str, affects: str = WEIGHTS, within: tuple = (), choices: tuple = ()):
     """Declare a dataclass field that becomes a flag.
 
-    range: least and greatest value of a number, and perhaps how to say that. The default is valid, too.
+    within: least and greatest value of a number, and how to say that; outside of it the default is valid, too.
     """
-    if len(range) == 2:
-        range = (*range, f"{range[0]} to {range[1]}")
-    if range and not range[0] <= default <= range[1]:
-        range = (*range[:2], f"{default}, or {range[2]}")
-    return field(default=default, metadata=dict(help=help, group=group, affects=affects, range=range, choices=choices))
+    if len(within) == 2:
+        within = (*within, f"{within[0]} to {within[1]}")
+    if within and not within[0] <= default <= within[1]:
+        within = (*within[:2], f"{default}, or {within[2]}")
+    extra = dict(help=help, group=group, affects=affects, within=within, choices=choices)
+    return field(default=default, metadata=extra)
 
 
 files = partial(setting, group="images and files", affects=PLACE)
@@ -46,54 +47,54 @@ class TrainSettings:
     data_dir: str = files("", "folder of images, nested as you like; for --pool and --class_cond one folder per class")
     save_dir: str = files("ckpt/diffusion", "folder of one model: model.pt, samples.png, memorisation.json")
     pool: str = files("", "make a pool in this folder instead of one model")
-    classes_per_model: int = files(5, "classes of each pool model", range=COUNT)
+    classes_per_model: int = files(5, "classes of each pool model", within=COUNT)
     subsets: str = files("", "train only these pool models, as 1,3,5, to share the work between processes; empty: all")
-    hold_out: float = training(0.05, "share of each class of 20 images or more to keep back, at most 16 images, to see "
-                               "whether the model copies; 0: none", range=SHARE)  # fmt: skip
+    hold_out: float = files(0.05, "share of each class of 20 images or more to keep back, at most 16 images, to see "
+                            "whether the model copies; 0: none", within=SHARE, affects=WEIGHTS)  # fmt: skip
     held_out_dir: str = files("", "class folders of images that the pool never saw, to measure it against instead")
-    steps: int = training(20_000, "optimiser steps; more than a finished model has train it further", range=COUNT)
+    steps: int = training(20_000, "optimiser steps; more than a finished model has train it further", within=COUNT)
     keep_state: bool = running(False, "keep state.pt beside a finished model: more --steps then give exactly what one "
                                "longer run gives")  # fmt: skip
-    lr: float = training(1e-4, "learning rate", range=(math.ulp(0), 1, "a rate above 0, up to 1"))
-    weight_decay: float = training(0.0, "weight decay of AdamW", range=(0, 10))
+    lr: float = training(1e-4, "learning rate", within=(math.ulp(0), 1, "a rate above 0, up to 1"))
+    weight_decay: float = training(0.0, "weight decay of AdamW", within=(0, 10))
     lr_anneal_steps: int = training(0, "take this many steps and lower the rate linearly to 0 over them; 0: off",
-                                    range=(0, math.inf, "0 or more"))  # fmt: skip
-    batch_size: int = training(24, "images per step", range=(1, 2**16))
+                                    within=(0, math.inf, "0 or more"))  # fmt: skip
+    batch_size: int = training(24, "images per step", within=(1, 2**16))
     microbatch: int = training(-1, "images that pass the network at once; -1: the whole batch", affects=SPEED,
-                               range=(0, 2**16))  # fmt: skip
+                               within=(0, 2**16))  # fmt: skip
     ema_rate: float = training(0.9999, "decay of the moving average of the weights, reached by a warm-up: "
-                               "min(rate, (1 + step) / (10 + step))", range=SHARE)  # fmt: skip
-    grad_clip: float = training(0.0, "greatest norm of the gradient; 0: no clipping", range=(0, 10**9))
+                               "min(rate, (1 + step) / (10 + step))", within=SHARE)  # fmt: skip
+    grad_clip: float = training(0.0, "greatest norm of the gradient; 0: no clipping", within=(0, 10**9))
     random_flip: bool = training(False, "mirror half of the images, where left and right are alike")
     schedule_sampler: str = training("uniform", "which timesteps to train on", choices=tuple(SAMPLERS))
-    log_interval: int = running(10, "steps between the losses shown", range=COUNT)
-    save_interval: int = running(2_000, "steps between saves, each with a sheet of EMA samples", range=COUNT)
+    log_interval: int = running(10, "steps between the losses shown", within=COUNT)
+    save_interval: int = running(2_000, "steps between saves, each with a sheet of EMA samples", within=COUNT)
     precision: str = training("auto", "number format of the training", choices=PRECISIONS)
     half_weights: bool = training(False, "save the weights in float16, half the size")
     device: str = running("auto", "auto, cpu, cuda or cuda:N", affects=SPEED)
     quiet: bool = running(False, "show no progress bars")
     dry_run: bool = running(False, "say how many steps are left and, by a trial, how long they take; then stop")
-    seed: int = training(0, "seed of everything random; model m of a pool has seed + m", range=(0, 2**32 - 1))
+    seed: int = training(0, "seed of everything random; model m of a pool has seed + m", within=(0, 2**32 - 1))
 
-    image_size: int = network(64, "pixels per side", range=(1, 2048))
+    image_size: int = network(64, "pixels per side", within=(1, 2048))
     num_channels: int = network(128, "channels of the first level; 128 for 64 pixels, 16 to 32 on a CPU",
-                                range=(1, 4096))  # fmt: skip
-    num_res_blocks: int = network(2, "residual blocks per level", range=(1, 64))
-    num_heads: int = network(4, "attention heads", range=(1, 1024))
-    num_heads_upsample: int = network(-1, "heads of the decoder; -1: as in the encoder", range=(1, 1024))
-    num_head_channels: int = network(-1, "channels per head; -1: by the number of heads", range=(1, 4096))
+                                within=(1, 4096))  # fmt: skip
+    num_res_blocks: int = network(2, "residual blocks per level", within=(1, 64))
+    num_heads: int = network(4, "attention heads", within=(1, 1024))
+    num_heads_upsample: int = network(-1, "heads of the decoder; -1: as in the encoder", within=(1, 1024))
+    num_head_channels: int = network(-1, "channels per head; -1: by the number of heads", within=(1, 4096))
     attention_resolutions: str = network("16,8", "pixels per side of the levels with attention")
     channel_mult: str = network("", "channels of each level as multiples, as 1,2,4; empty: by the image size")
-    dropout: float = network(0.0, "share of the channels dropped in residual blocks", range=SHARE)
+    dropout: float = network(0.0, "share of the channels dropped in residual blocks", within=SHARE)
     class_cond: bool = network(False, "train on labels, too; the folders are the classes")
-    num_classes: int = network(5, "set by the folders", affects=PLACE, range=(1, 100_000))
+    num_classes: int = network(5, "set by the folders", affects=PLACE, within=(1, 100_000))
     use_checkpoint: bool = network(False, "compute maps again in the backward pass: less memory", affects=SPEED)
     use_scale_shift_norm: bool = network(True, "let time and class scale the normalised maps, too")
     resblock_updown: bool = network(False, "let residual blocks change the resolution")
     use_fp16: bool = network(False, "a flag of old checkpoints; give --precision")
     use_new_attention_order: bool = network(False, "split queries, keys and values before the heads")
     learn_sigma: bool = process(False, "learn the variances")
-    diffusion_steps: int = process(1000, "timesteps", range=(1, 100_000))
+    diffusion_steps: int = process(1000, "timesteps", within=(1, 100_000))
     noise_schedule: str = process("linear", "noise schedule", choices=("linear", "cosine"))
     timestep_respacing: str = process("", "train on these timesteps only, as 250 or ddim25; empty: all")
     use_kl: bool = process(False, "train on the variational bound")
@@ -104,27 +105,23 @@ class TrainSettings:
                                   choices=("uniform", "min_snr"))  # fmt: skip
 
 
-RANGES = {f.name: f.metadata["range"] for f in fields(TrainSettings) if f.metadata["range"]}
-CHOICES = {f.name: f.metadata["choices"] for f in fields(TrainSettings) if f.metadata["choices"]}
+RANGES = {f.name: f.metadata["within"] for f in fields(TrainSettings) if f.metadata["within"]}
 
-_CLASSIFIER = "no classifier is trained here; python main.py trains the class-learner that guides"
 # flags of guided-diffusion's trainers (images, super-resolution, classifier) that this one lacks: what to give instead
 REPLACED = {
-    "resume_checkpoint": "the same command again resumes from its --save_dir or --pool; higher --steps train a "
-    "finished model further",
-    "fp16_scale_growth": "--precision bf16 needs no scaling of the loss",
-    "sigma_small": "--learn_sigma True learns the variances",
+    "resume_checkpoint": "to resume, give the same command again, with its --save_dir or --pool",
+    "fp16_scale_growth": "give --precision bf16, which needs no scaling of the loss",
+    "sigma_small": "give --learn_sigma True, which learns the variances",
     "large_size": "give --image_size; this trains no super-resolution",
     "small_size": "give --image_size; this trains no super-resolution",
     "iterations": "give --steps",
     "anneal_lr": "give --lr_anneal_steps with the number of steps",
     "val_data_dir": "give --held_out_dir",
-    **dict.fromkeys(
-        ("eval_interval", "noised", "classifier_use_fp16", "classifier_width", "classifier_depth", "classifier_pool",
-         "classifier_attention_resolutions", "classifier_use_scale_shift_norm", "classifier_resblock_updown"),
-        _CLASSIFIER,
-    ),
-}  # fmt: skip
+} | dict.fromkeys(
+    ("eval_interval", "noised", "classifier_use_fp16", "classifier_width", "classifier_depth", "classifier_pool",
+     "classifier_attention_resolutions", "classifier_use_scale_shift_norm", "classifier_resblock_updown"),
+    "run python main.py, which trains the class-learner that guides; no classifier is trained here",
+)  # fmt: skip
 EXAMPLES = """examples:
   one model, on a GPU:
     python guided_diffusion/image_train.py --data_dir data/mine --save_dir ckpt/mine --learn_sigma True
@@ -151,14 +148,16 @@ def create_argparser() -> argparse.ArgumentParser:
     )  # fmt: skip
     groups: dict[str, Any] = {}
     for f in fields(TrainSettings):
-        title, range, choices = (f.metadata[key] for key in ("group", "range", "choices"))
+        title, choices, yes_or_no = f.metadata["group"], f.metadata["choices"], isinstance(f.default, bool)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        notes = [", ".join(choices), *range[2:], f"default {f.default!r}"]
-        kind = {"ema_rate": _one_rate}.get(f.name, str2bool if isinstance(f.default, bool) else type(f.default))
-        alone = dict(nargs="?", const=True) if isinstance(f.default, bool) else {}  # --name is --name True
-        help = f"{f.metadata['help']} ({'; '.join(filter(None, notes))})"
-        groups[title].add_argument(f"--{f.name}", default=f.default, type=kind, help=help, metavar="VALUE", **alone)
+        notes = [*f.metadata["within"][2:], f"default {f.default!r}"]
+        groups[title].add_argument(
+            f"--{f.name}", default=f.default, help=f"{f.metadata['help']} ({'; '.join(notes)})",
+            choices=choices or None, metavar="|".join(choices) or "VALUE",
+            type=str2bool if yes_or_no else {"ema_rate": _one_rate}.get(f.name, type(f.default)),
+            **(dict(nargs="?", const=True) if yes_or_no else {}),  # --name is --name True
+        )  # fmt: skip
     for name in REPLACED:
         parser.add_argument(f"--{name}", nargs="?", const="True", default="", help=argparse.SUPPRESS)
     return parser
@@ -179,9 +178,6 @@ def parse(argv: list[str] | None = None) -> TrainSettings:
     for name, (low, high, words) in RANGES.items():
         if not low <= given[name] <= high and given[name] != getattr(TrainSettings, name):  # refuses NaN, too
             raise ValueError(f"got --{name} {given[name]}, expected {words}")
-    for name, choices in CHOICES.items():
-        if given[name] not in choices:
-            raise ValueError(f"got --{name} {given[name]!r}, expected one of {', '.join(choices)}")
     return replace(settings, steps=settings.lr_anneal_steps or settings.steps)
 
 

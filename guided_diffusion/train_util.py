@@ -35,17 +35,10 @@ class TrainLoop:
     """The training of `model` in `folder` up to `settings.steps`. `run()` resumes from what is saved there."""
 
     def __init__(
-        self,
-        *,
-        model: nn.Module,
-        diffusion: GaussianDiffusion,
-        data: TrainingImages,
-        settings: TrainSettings,
-        flags: Mapping[str, Any],
-        folder: str | os.PathLike,
-        device: torch.device,
+        self, *, model: nn.Module, diffusion: GaussianDiffusion, data: TrainingImages, settings: TrainSettings,
+        flags: Mapping[str, Any], folder: str | os.PathLike, device: torch.device,
         made_with: Mapping[str, Any] | None = None,
-    ):
+    ):  # fmt: skip
         """flags: those of `create_model_and_diffusion` that made `model`; the checkpoint holds them, too.
 
         made_with: what changes the weights, `steps` among it. A folder that was begun with anything else is refused.

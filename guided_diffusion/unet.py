@@ -44,16 +44,9 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        dropout: float = 0.0,
-        use_scale_shift_norm: bool = False,
-        use_checkpoint: bool = False,
-        resample: str | None = None,
-    ):
+        self, in_channels: int, out_channels: int, emb_channels: int, *, dropout: float = 0.0,
+        use_scale_shift_norm: bool = False, use_checkpoint: bool = False, resample: str | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
@@ -159,28 +152,13 @@ class UNetModel(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Collection[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-    ):
+        self, *, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+        attention_resolutions: Collection[int], dropout: float, channel_mult: Sequence[float], num_classes: int | None,
+        use_checkpoint: bool, num_heads: int, num_head_channels: int, num_heads_upsample: int,
+        use_scale_shift_norm: bool, resblock_updown: bool, use_new_attention_order: bool,
+    ):  # fmt: skip
         super().__init__()
         widths = _level_widths(image_size, model_channels, channel_mult, num_res_blocks)
-        attention_resolutions = set(attention_resolutions)
         self.out_channels = out_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
@@ -188,16 +166,8 @@ class UNetModel(nn.Module):
         emb_channels = 4 * model_channels
         encoder_heads, decoder_heads = num_heads, num_heads if num_heads_upsample == -1 else num_heads_upsample
 
-        def res(n_in: int, n_out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                n_in,
-                n_out,
-                emb_channels,
-                dropout=dropout,
-                use_scale_shift_norm=use_scale_shift_norm,
-                use_checkpoint=use_checkpoint,
-                resample=resample,
-            )
+        res = partial(ResBlock, emb_channels=emb_channels, dropout=dropout, use_checkpoint=use_checkpoint,
+                      use_scale_shift_norm=use_scale_shift_norm)  # fmt: skip
 
         def attend(channels: int, heads: int) -> AttentionBlock:
             if num_head_channels != -1:
@@ -227,7 +197,7 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
             if level + 1 < len(widths):
-                down = res(channels, channels, "down") if resblock_updown else Downsample(channels)
+                down = res(channels, channels, resample="down") if resblock_updown else Downsample(channels)
                 self.input_blocks.append(Stage(down))
                 skips.append(channels)
 
@@ -241,7 +211,7 @@ class UNetModel(nn.Module):
                 if 2**level in attention_resolutions:
                     layers.append(attend(channels, decoder_heads))
                 if level > 0 and block == num_res_blocks:
-                    up = res(channels, channels, "up") if resblock_updown else Upsample(channels)
+                    up = res(channels, channels, resample="up") if resblock_updown else Upsample(channels)
                     layers.append(up)
                 self.output_blocks.append(Stage(*layers))
 
@@ -254,8 +224,8 @@ class UNetModel(nn.Module):
 
         x: (N, in_channels, H, W) images x_t; timesteps: (N,); y: (N,) int64 labels in [0, num_classes), None for an
         unconditional network.
-        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError for labels that are missing or too many, and
-        for images whose sides the network cannot halve.
+        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError for labels that are missing or too many,
+        and for images whose sides the network cannot halve.
         """
         if (y is None) != (self.num_classes is None):
             got = "no labels y for a conditional" if y is None else "labels y for an unconditional"
