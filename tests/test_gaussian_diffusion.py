@@ -373,7 +373,7 @@ def test_discretized_likelihood_sums_to_one():
     [
         (dict(noise_schedule="quadratic"), "noise_schedule 'quadratic'"),
         (dict(steps=20), "more than 20 steps"),
-        (dict(steps=0), "diffusion_steps is 0"),
+        (dict(steps=0), "diffusion_steps 0"),
         (dict(loss_weighting="snr"), "loss_weighting 'snr'"),
         (dict(loss_weighting="min_snr", use_kl=True), "min_snr with use_kl"),
     ],

@@ -92,5 +92,5 @@ def test_the_map_is_copied_to_a_device_once():
 
 @pytest.mark.parametrize("use_timesteps", [[], [1000], [-1, 3]])
 def test_timesteps_outside_the_process(use_timesteps):
-    with pytest.raises(ValueError, match="use_timesteps must be some of 0 to 999"):
+    with pytest.raises(ValueError, match="use_timesteps.* 0 to 999"):
         spaced(use_timesteps)
