@@ -37,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "meta":
         raise ValueError("got device 'meta', whose tensors hold no numbers; choose auto, cpu or cuda")
-    if device.type == "cuda":  # where the collectives and the caches of this process then are, too
+    if device.type == "cuda":  # which collectives and caches of this process then use, too
         torch.cuda.set_device(device)
     return device
 
@@ -76,10 +76,10 @@ def compile_in_place(network: nn.Module, backend: str | Callable = "inductor") -
 
 
 def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int = 0) -> Iterator[tuple[Tensor, _T]]:
-    """Pairs (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
+    """Yield (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
 
-    Where memory does not suffice the batch is halved, which is said on stderr, and the same part tried again: `work`
-    must not depend on how it is split. Raises MemoryError, with a line to show, where one at a time is too much.
+    Where memory is short, halve the batch, say so on stderr, and try the same part again: `work` must not depend on how
+    it is split. Raises MemoryError where one at a time is too much.
     """
     start, stop = first, first + count
     while start < stop:

@@ -131,7 +131,7 @@ class Pool:
         if gaps:
             raise ValueError(
                 f"{self.path}: got subsets up to {max(found)} but not {', '.join(map(str, gaps))}; "
-                "the same image_train.py --pool command again makes those that are missing"
+                "give the same image_train.py --pool command again to make them"
             )
         self.files = [found[m] for m in sorted(found)]
 
