@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from guided_diffusion.dist_util import PRECISIONS
 from guided_diffusion.pool import Pool, PoolModel
-from guided_diffusion.script_util import model_and_diffusion_defaults, network_of
+from guided_diffusion.script_util import create_model, model_and_diffusion_defaults
 from utils import checkpoint
 from utils.cli import OneLineParser
 from utils.environment import commit, hardware
@@ -69,7 +69,7 @@ def unet_settings(size: str) -> dict[str, Any]:
     """What the JSON line says about a size's U-Net."""
     flags = unet_flags(size)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in network_of(flags).parameters())
+        parameters = sum(p.numel() for p in create_model(**flags).parameters())
     names = ("image_size", "num_channels", "num_res_blocks", "channel_mult", "learn_sigma", "diffusion_steps")
     return {**{name: flags[name] for name in names}, "parameters": parameters}
 
@@ -80,7 +80,7 @@ def pool_model(size: str, device: torch.device, precision: str = "float32") -> P
         return Pool(GLYPHS).load(0, device, precision)
     flags = unet_flags(size)
     seed_everything(SEED)
-    network = network_of(flags)
+    network = create_model(**flags)
     for weight in network.parameters():
         if not weight.any():  # layers that start at zero: a GPU multiplies by zeros at less power, hence faster
             torch.nn.init.normal_(weight, std=0.02)
@@ -93,7 +93,7 @@ def pool_model(size: str, device: torch.device, precision: str = "float32") -> P
 def plain_model(size: str, device: torch.device) -> PoolModel:
     """The same model the straightforward way: built, filled, in eval mode, whatever the pool does beyond that."""
     model = pool_model(size, torch.device("cpu"))
-    network = network_of(model.flags)
+    network = create_model(**model.flags)
     network.load_state_dict(model.network.state_dict())
     return replace(model, network=network.to(device).eval().requires_grad_(False))
 

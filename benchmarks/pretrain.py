@@ -58,7 +58,7 @@ class Plain:
         rng = generator(s.seed, "batch", self.step)
         index = torch.randint(len(self.data.images), (s.batch_size,), generator=rng)
         images = torch.stack([to_float(self.data.images[i]) for i in index])
-        if s.flip:
+        if s.random_flip:
             for i in (torch.rand(s.batch_size, generator=rng) < 0.5).nonzero():
                 images[i] = images[i].flip(-1)
         rng = generator(s.seed, "noise", self.step)
@@ -85,7 +85,7 @@ def main() -> None:
     flags = measure.unet_flags(args.size)
     data = random_images(s["images"], flags["image_size"])
     settings = TrainSettings(
-        lr=s["lr"], batch_size=s["batch"], ema_rate=s["ema_rate"], flip=s["flip"], precision=args.precision
+        lr=s["lr"], batch_size=s["batch"], ema_rate=s["ema_rate"], random_flip=s["flip"], precision=args.precision
     )
 
     def steps(one) -> float:

@@ -1,6 +1,6 @@
-"""What an image costs a network, in bytes and operations, and how many at once the memory at hand allows.
+"""What an image costs a network, in bytes and operations, and how many images at once fit into free memory.
 
-A CPU's system does not refuse memory: it ends the process that took too much.
+Without a GPU that matters beforehand: the system does not refuse memory, it ends the process that took too much.
 """
 
 import functools
@@ -18,25 +18,25 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guided_diffusion.script_util import network_of
+from guided_diffusion.script_util import create_model
 from utils import processes
 from utils.progress import is_quiet
 
-_SPARE = 2  # times what the tensors take, for what the kernels need beside them and the allocator leaves between
+_SPARE = 2  # so many times the tensors: kernels need room beside them, and the allocator leaves gaps
 
 
 def image_bytes(flags: Mapping[str, Any], *, training: bool = False) -> int:
-    """Bytes that one more image takes while it passes the network of `flags`; training: with gradients.
+    """Return the bytes that one more image takes while it passes the network of `flags`; training: with gradients.
 
-    Nothing is computed but shapes, and what is alive of the tensors is counted, once a process for the same flags.
+    It passes shapes only, and counts the tensors alive: once per process for the same flags.
     """
     return _image_bytes(tuple(sorted(flags.items())), training)
 
 
-@functools.cache  # a second for each of a pool's models, which are alike
+@functools.cache  # the models of a pool are alike, and each would take a second
 def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
     flags, peaks = dict(items), []
-    for images in (7, 8):  # enough that the peak is where the images are, not the gradients of the weights
+    for images in (7, 8):  # enough for the peak to be in the images, not in the gradients of the weights
         with _Alive() as alive:
             _pass(flags, images, training)
         peaks.append(alive.most)
@@ -44,7 +44,7 @@ def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
 
 
 def image_flops(flags: Mapping[str, Any], *, training: bool = False) -> int:
-    """Operations of one image in products, convolutions and attention, 2 a multiply-add; training: forward and back."""
+    """Return the operations of one image, 2 per multiply-add; training: of the backward pass, too."""
     with FlopCounterMode(display=False) as counter:
         _pass(flags, 1, training)
     return counter.get_total_flops()
@@ -54,7 +54,7 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
     """Pass images through the network of `flags` on the meta device."""
     size = flags["image_size"]
     with torch.device("meta"), torch.set_grad_enabled(training):
-        network = network_of({**flags, "use_fp16": False})  # autocast does not know the meta device
+        network = create_model(**flags)
         t = torch.zeros(images, dtype=torch.int64)
         out = network(torch.zeros(images, 3, size, size), t, *([t] if flags["class_cond"] else []))
         if training:
@@ -62,9 +62,9 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
 
 
 def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, training: bool = False) -> int:
-    """How many images, up to `most`, to pass the network of `flags` at once, by the memory that is free.
+    """Return how many images, up to `most`, may pass the network of `flags` at once in free memory.
 
-    On a GPU, which says when its memory does not suffice, and on a system that does not tell, `most`.
+    That is `most` on a GPU, which says when memory is short, and on a system that does not tell what is free.
     """
     free = free_memory() if device.type == "cpu" else None
     if free is None:
@@ -77,7 +77,7 @@ def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, train
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on: those alive now, and the most at any time."""
+    """Count the bytes of the tensors made in this context: those alive now, and the most at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Alive(TorchDispatchMode):
 
 
 def free_memory() -> int | None:
-    """Bytes that the system could give to this process, None where it does not tell."""
+    """Return the bytes that the system could give to this process, None where it does not tell."""
     free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -123,7 +123,7 @@ def free_memory() -> int | None:
 
 
 def _file_cache(group: Path) -> int:
-    """Bytes of files read before, which count as used by `group` and are given up where memory is short."""
+    """Return the bytes of cached files: they count as used by `group`, but are freed where memory is short."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which device to work on, in which precision, and how much at once."""
+"""The device to work on, the precision, and how much fits at once."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 PRECISIONS = ("auto", "float32", "bf16")
 _T = TypeVar("_T")
-_WIDE = 64  # channels; narrower networks are slower in bf16 on a CPU, whatever it has
+_WIDE = 64  # channels; narrower networks are slower in bf16 on any CPU
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -37,23 +37,23 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "meta":
         raise ValueError("got device 'meta', whose tensors hold no numbers; choose auto, cpu or cuda")
-    if device.type == "cuda":  # where the collectives and the caches of this process then are, too
+    if device.type == "cuda":  # which collectives and caches of this process then use, too
         torch.cuda.set_device(device)
     return device
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """A context in which networks train in bf16 where `precision` says so ("auto": on GPUs that have it natively).
+    """Return a context in which networks train in bf16 where `precision` says so ("auto": on GPUs that have it).
 
-    On CPUs "auto" means float32: the small networks that a CPU affords were measured slower in bf16.
+    On CPUs "auto" means float32: the small networks for a CPU were measured slower in bf16.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16) if _wants_bf16(precision, device) else nullcontext()
 
 
 def inference_dtype(precision: str, device: torch.device, channels: int) -> torch.dtype:
-    """The type of the weights of a diffusion model that only draws; the process around it stays in float32.
+    """Return the type of the weights of a diffusion model that only draws; its process stays in float32.
 
-    "auto" is bf16 on GPUs that have it natively, and on CPUs with matrix units (AMX) from 64 channels on.
+    "auto" is bf16 on GPUs that have it, and on CPUs with matrix units (AMX) from 64 channels on.
     """
     wide = device.type == "cpu" and channels >= _WIDE and torch.cpu._is_amx_tile_supported()
     bf16 = _wants_bf16(precision, device) or (precision == "auto" and wide)
@@ -61,25 +61,25 @@ def inference_dtype(precision: str, device: torch.device, channels: int) -> torc
 
 
 def worth_compiling(device: torch.device, channels: int) -> bool:
-    """Whether a network that only draws is compiled: wide ones on a GPU. On a CPU minutes of it save a sixth."""
+    """Return whether to compile a network: a wide one on a GPU. On a CPU minutes of compiling save a sixth."""
     return device.type == "cuda" and channels >= _WIDE
 
 
 def compile_in_place(network: nn.Module, backend: str | Callable = "inductor") -> None:
     """Have `network` compiled at its first call, and at the first of every other batch size.
 
-    Networks of the same shape share what is compiled, so a pool is compiled once. What cannot be compiled runs as it
-    is, and torch says so on stderr.
+    Networks of the same shape share the result, so a pool is compiled once. What cannot be compiled runs as it is, and
+    torch says so on stderr.
     """
     torch._dynamo.config.suppress_errors = True
     network.compile(backend=backend, dynamic=False)
 
 
 def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int = 0) -> Iterator[tuple[Tensor, _T]]:
-    """Pairs (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
+    """Yield (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
 
-    Where memory does not suffice the batch is halved, which is said on stderr, and the same part tried again: `work`
-    must not depend on how it is split. Raises MemoryError, with a line to show, where one at a time is too much.
+    Where memory is short, halve the batch, say so on stderr, and try the same part again: `work` must not depend on how
+    it is split. Raises MemoryError where one at a time is too much.
     """
     start, stop = first, first + count
     while start < stop:
@@ -93,7 +93,7 @@ def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int 
 
 
 def or_too_much(work: Callable[[], _T]) -> _T | None:
-    """What `work` gives, or None where memory did not suffice for it."""
+    """Return what `work` gives, or None where memory is too short for it."""
     try:
         return work()
     except RuntimeError as error:
@@ -105,7 +105,7 @@ def or_too_much(work: Callable[[], _T]) -> _T | None:
 
 
 def smaller(batch: int) -> int:
-    """Half of a batch that memory did not suffice for, which is said on stderr. MemoryError where that was one."""
+    """Halve a batch that did not fit into memory, and say so on stderr. Raises MemoryError for a batch of one."""
     if batch <= 1:
         raise MemoryError("out of memory for a single image; use a machine with more memory, or a smaller network")
     tqdm.write(f"out of memory: going on with batches of {batch // 2}", file=sys.stderr)
@@ -119,12 +119,12 @@ def _wants_bf16(precision: str, device: torch.device) -> bool:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether this GPU computes in bf16: from compute capability 8 on. Torch counts emulation, which is slow, too."""
+    """Return whether this GPU computes in bf16: from compute capability 8 on. Torch says so of slow emulation, too."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep large blocks that are freed: mapping them anew took a fifth to two fifths of the time."""
+    """Have the C library keep large blocks once freed: mapping them again took a fifth to two fifths of the time."""
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -14,7 +14,7 @@ from utils.images import Skipped, extensions, read_images, shown, to_float
 from utils.progress import progress
 from utils.seeding import generator
 
-HOLDS = "--data_dir should hold images, or one folder of images a class"
+HOLDS = "--data_dir should hold images, or one folder of images per class"
 TRAINING = ("meta_train", "train", "training")
 SPLITS = {*TRAINING, "meta_val", "val", "valid", "validation", "meta_test", "test", "testing"}
 
@@ -27,7 +27,7 @@ class TrainingImages:
         images: (N, 3, H, W) uint8, RGB.
         labels: (N,) int64, the place of an image's class folder in `class_names`.
         class_names: the names of the class folders, sorted.
-        skipped: by folder that was read, (path, reason) of what was left out of it.
+        skipped: folder -> (path, reason) of what was left out of it.
     """
 
     images: torch.Tensor
@@ -38,9 +38,9 @@ class TrainingImages:
     def batch(
         self, size: int, step: int, seed: int, *, flip: bool, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch number `step`: images (size, 3, H, W) float in [-1, 1] and labels (size,), on `device`.
+        """Draw batch number `step`: images (size, 3, H, W) float in [-1, 1] and labels (size,), on `device`.
 
-        Drawn with replacement from (seed, step) alone, so that a run that is taken up again sees the same ones.
+        It is drawn with replacement and depends on (seed, step) alone, so that a resumed run sees the same images.
         flip: mirror half of the images left to right.
         """
         rng = generator(seed, "batch", step)
@@ -55,12 +55,12 @@ class TrainingImages:
 def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | None = None) -> TrainingImages:
     """Read every image in `folder` and its subfolders, cropped to a square of `size`.
 
-    classes: names of the folders directly in `folder` to read, in this order; None reads all that there are, and
-    images directly in `folder` are one more class, ".".
-    Files that cannot be read are left out, and one line on stderr counts them; so are classes left without an image
-    where `classes` does not ask for them.
-    Raises ValueError where there is no folder or no readable image, also of one class that is asked for; and without
-    `classes` where the folders in `folder` are splits, as meta_train and meta_test are.
+    classes: the folders directly in `folder` to read, in this order. None reads all, and images directly in `folder`
+    are one more class, ".".
+    Files that cannot be read are left out, and so are classes without an image that `classes` does not name; one line
+    on stderr counts them.
+    Raises ValueError where there is no folder or no readable image, also in one of `classes`; and without `classes`
+    where the folders in `folder` are splits, such as meta_train and meta_test.
     """
     root = Path(folder)
     if classes is None:
@@ -76,7 +76,7 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
         found = {name: find_images(root / name) for name in classes}
     images, labels, names = [], [], []
     everything = LeftOut()
-    skipped: Skipped = {} if classes else {shown(root): []}  # first, as what is in it comes after
+    skipped: Skipped = {} if classes else {shown(root): []}  # before the folders in it
     for name, (paths, own) in progress(found.items(), desc=f"reading {root}", unit="class"):
         readable, unreadable = read_images(paths, size)
         own.add_unread(unreadable)
@@ -97,7 +97,7 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
 
 
 def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
-    """Raise ValueError, as `load_images` will, where one of `classes` has no readable image; one of each is read."""
+    """Raise ValueError, as `load_images` will, where one of `classes` has no readable image; read one of each."""
     for name in classes:
         paths, left_out = find_images(Path(folder) / name)
         readable, unreadable = read_images(paths, 1, most=1)
@@ -107,7 +107,7 @@ def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
-    """Names of the folders directly in `folder`, sorted, without leftovers; one line on stderr says what is left out.
+    """Return the names of the folders directly in `folder`, sorted; a line on stderr says what is left out.
 
     Raises ValueError where there is no such folder, or one in it is empty or holds folders of images.
     """
@@ -117,13 +117,13 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
 
 
 def _train_part(nested: Path, folders: list[Path]) -> str:
-    """What to do where the classes are a level deeper: train on the split that is for it, if there is one."""
+    """Say what to do where the classes are a level deeper: train on the training split, if there is one."""
     part = next((path for name in TRAINING for path in folders if path.name == name), nested)
     return f"give --data_dir {shown(part)}, if the folders in it are the classes"
 
 
 def _nothing(left_out: LeftOut, folder: Path) -> str:
-    """What an error says where `folder` has no readable image."""
+    """Say that `folder` has no readable image, and why."""
     if not left_out.images:
         return f"{shown(folder)}: holds no images; expected some ({extensions()})"
     path, reason = min(left_out.images)

@@ -3,42 +3,26 @@
 import math
 
 import torch
+from torch import Tensor
 
 
-def normal_kl(
-    mean1: torch.Tensor,
-    logvar1: torch.Tensor | float,
-    mean2: torch.Tensor | float,
-    logvar2: torch.Tensor | float,
-) -> torch.Tensor:
-    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), element by element, in nats.
-
-    Shapes broadcast; numbers may stand for constant tensors.
-    """
-    like = next(a for a in (mean1, logvar1, mean2, logvar2) if isinstance(a, torch.Tensor))
-    logvar1, logvar2 = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (logvar1, logvar2))
+def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
+    """Return KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), element by element, in nats. Shapes broadcast."""
     squared = (mean1 - mean2) ** 2
     return 0.5 * (logvar2 - logvar1 - 1.0 + (logvar1 - logvar2).exp() + squared * (-logvar2).exp())
 
 
-def approx_standard_normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    """Phi(x) by Page's tanh formula, off by less than 4e-4: any shape -> the same, in [0, 1]."""
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """Return Phi(x) by Page's tanh formula, off by less than 4e-4: any shape -> the same, in [0, 1]."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def discretized_gaussian_log_likelihood(
-    x: torch.Tensor, *, means: torch.Tensor, log_scales: torch.Tensor
-) -> torch.Tensor:
-    """log of the mass that N(means, exp(log_scales)^2) has in the 8-bit bin of x (DDPM, eq. 13), in nats.
+def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
+    """Return the log of the mass that N(means, exp(log_scales)^2) has in the 8-bit bin of x (DDPM, eq. 13), in nats.
 
-    x: (N, C, H, W) float in [-1, 1], taken to be 256 grey levels; the outer bins reach to infinity.
-    means, log_scales: the same shape. Returns (N, C, H, W), at least log(1e-12).
+    x: (N, C, H, W) float in [-1, 1], taken as 256 grey levels; the outer bins reach to infinity.
+    means, log_scales: of the same shape. Returns (N, C, H, W), at least log(1e-12).
     """
-    if not x.shape == means.shape == log_scales.shape:
-        raise ValueError(
-            f"x, means and log_scales have shapes {tuple(x.shape)}, {tuple(means.shape)} and "
-            f"{tuple(log_scales.shape)}; expected one shape for all three"
-        )
     inverse_scale = torch.exp(-log_scales)
     upper = approx_standard_normal_cdf(inverse_scale * (x - means + 1.0 / 255.0))
     lower = approx_standard_normal_cdf(inverse_scale * (x - means - 1.0 / 255.0))

@@ -1,4 +1,4 @@
-"""Whether a model copies: how near its samples lie to its training images, against how near unseen images lie."""
+"""Whether a model copies: are its samples nearer to its training images than unseen images are?"""
 
 import hashlib
 from dataclasses import replace
@@ -14,19 +14,19 @@ from guided_diffusion.respace import space_timesteps
 from utils.images import to_float
 from utils.seeding import noise
 
-SAMPLES = 64  # that are drawn, and at most as many held-out images
-STEPS = 25  # of DDIM
+SAMPLES = 64  # drawn, and compared with at most as many held-out images
+STEPS = 25  # DDIM steps
 BATCH = 32  # samples that pass the network at once
-LEAST_IMAGES = 20  # of a class that can spare some
-MOST_HELD_OUT = 16  # images a class
+LEAST_IMAGES = 20  # that a class needs to spare some
+MOST_HELD_OUT = 16  # images per class
 CHUNK = 2**24  # pixel values of training images that are floats at once: 64 MiB
 
 
 def split(data: TrainingImages, share: float) -> tuple[TrainingImages, Tensor]:
-    """Keep images back: (what to train on, the held-out images (H, 3, h, w) uint8, sorted by class).
+    """Return what to train on, and the images held out (H, 3, h, w) uint8, sorted by class.
 
     share: of each class, from 0 (nothing) to below 1; 1 to MOST_HELD_OUT images of a class of LEAST_IMAGES or more.
-    Which ones depends on the pixels alone, so not on names, order or seed, and other images change little of it.
+    The choice depends on the pixels alone, not on names, order or seed. More images change little of it.
     """
     held_out = []
     for label in range(len(data.class_names)) if share else ():
@@ -43,12 +43,12 @@ def measure(
     model: PoolModel, training: Tensor, held_out: Tensor, *, mirrored: bool, seed: int, precision: str,
     device: torch.device,
 ) -> dict[str, float | None]:  # fmt: skip
-    """Draw SAMPLES images from `model`, which is on `device`, and compare them as `figure` does."""
+    """Draw SAMPLES images from `model`, which is on `device`, and return their `figure`."""
     return figure(draw(model, seed, precision, device), held_out, training, mirrored=mirrored)
 
 
 def draw(model: PoolModel, seed: int, precision: str, device: torch.device) -> Tensor:
-    """SAMPLES unguided images by DDIM, class after class where the model is conditional: (S, 3, h, w) in [-1, 1]."""
+    """Draw SAMPLES unguided images, class after class if the model is conditional: (S, 3, h, w) in [-1, 1]."""
     size, total = model.image_size, model.diffusion().num_timesteps
     process = model.diffusion(sorted(space_timesteps(total, str(min(STEPS, total)))))
     drawn = []
@@ -61,14 +61,14 @@ def draw(model: PoolModel, seed: int, precision: str, device: torch.device) -> T
 
 
 def figure(samples: Tensor, held_out: Tensor, training: Tensor, *, mirrored: bool = False) -> dict[str, float | None]:
-    """How near samples and held-out images lie to the training images.
+    """Return how near samples and held-out images lie to the training images.
 
-    samples: (S, 3, h, w) float in [-1, 1]; held_out: (H, 3, h, w) uint8, of which SAMPLES evenly spread ones are
-    looked at; training: (N, 3, h, w) uint8; mirrored: as in `nearest`.
-    Returns `samples` and `held_out`, the medians of `nearest`; `ratio`, samples / held_out: 1 for samples as new as
-    unseen images, near 0 for copies; `too_near`, the share of samples nearer than the held-out images' 5th
-    percentile, about 0.05 for samples as new as unseen images. Without held-out images the last three are None, and
-    so is the ratio where half of them are in `training`.
+    samples: (S, 3, h, w) float in [-1, 1]; held_out: (H, 3, h, w) uint8, of which SAMPLES evenly spread ones count;
+    training: (N, 3, h, w) uint8; mirrored: as in `nearest`.
+    `samples` and `held_out` are the medians of `nearest`. `ratio` is samples / held_out: 1 for samples as new as unseen
+    images, near 0 for copies. `too_near` is the share of samples nearer than the 5th percentile of the held-out images:
+    about 0.05 for samples as new as unseen images. Without held-out images the last three are None, and so is the ratio
+    where half of them are in `training`.
     """
     near = nearest(samples, training, mirrored=mirrored)
     result = {"samples": round(float(near.median()), 4), "held_out": None, "ratio": None, "too_near": None}
@@ -83,10 +83,10 @@ def figure(samples: Tensor, held_out: Tensor, training: Tensor, *, mirrored: boo
 
 
 def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tensor:
-    """Root mean squared difference a pixel value, on [-1, 1], to the nearest training image: (Q,) float32.
+    """Return the root mean squared difference per pixel value to the nearest training image: (Q,) float32.
 
     images: (Q, 3, h, w) float in [-1, 1]; training: (N, 3, h, w) uint8, N >= 1, on any device.
-    mirrored: the model has learnt from mirror images too, so a mirrored copy is a copy.
+    mirrored: the model has learnt from mirror images, too, so a mirrored copy is a copy.
     """
     if mirrored:
         return torch.minimum(nearest(images, training), nearest(images.flip(-1), training))
@@ -96,17 +96,17 @@ def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tens
     rows = max(1, CHUNK // flat.shape[1])
     for start in range(0, len(training), rows):
         chunk = to_float(training[start : start + rows].to(flat.device)).flatten(1)  # (rows, D)
-        # |q - x|^2 less |q|^2, the same for all x
+        # |q - x|^2 without |q|^2, which is the same for all x
         value, index = (chunk.square().sum(1) - 2 * flat @ chunk.T).min(1)  # (Q,)
         found = torch.where(value < least, index + start, found)
         least = torch.minimum(value, least)
-    # The expanded square finds the image; near 0 it has lost its digits, so the distance is taken anew.
+    # The expanded square finds the image, but near 0 it has lost its digits: compute the distance again.
     chosen = to_float(training[found.to(training.device)].to(flat.device)).flatten(1)
     return (flat - chosen).square().mean(1).sqrt()
 
 
 def sentence(figure: dict[str, float | None]) -> str:
-    """The figure in one line."""
+    """Return the figure as one line."""
     text = f"its samples lie {figure['samples']:.3f} from the nearest training image"
     if figure["held_out"] is None:
         return f"{text}; no images were held out to compare with"

@@ -9,7 +9,7 @@ from guided_diffusion.pool import PoolModel
 
 
 def mix_timesteps(level: int, steps: int, total: int) -> list[int]:
-    """The `steps` timesteps, evenly spaced from 0 to `level` - 1, that denoise an image at noise level `level`.
+    """Return `steps` timesteps, evenly spaced from 0 to `level` - 1, that denoise an image at noise level `level`.
 
     Raises ValueError unless 1 <= steps <= level <= total.
     """
@@ -25,9 +25,9 @@ def mix_timesteps(level: int, steps: int, total: int) -> list[int]:
 def timesteps_of(model: PoolModel, level: int, steps: int) -> list[int]:
     """Return `steps` timesteps of `model`, evenly spaced from its first, that denoise an image at noise level `level`.
 
-    level: t of the cosine process of 1000 steps, from 1 to 1000. The highest timestep is that of nearest alpha-bar.
-    The numbers count among the timesteps that the model was trained on, as in `PoolModel.diffusion`.
-    Raises ValueError where the model has fewer timesteps than that up to the level.
+    level: t of the cosine process of 1000 steps, from 1 to 1000; the highest timestep has the nearest alpha-bar to it.
+    The numbers count the timesteps that the model was trained on, as in `PoolModel.diffusion`.
+    Raises ValueError where the model has fewer timesteps up to the level.
     """
     own = model.diffusion()
     has = 1 + int(nearest_timesteps(shared_process().alphas_cumprod[level - 1 : level], own)[0])
@@ -40,23 +40,16 @@ def timesteps_of(model: PoolModel, level: int, steps: int) -> list[int]:
 
 
 def diffusion_mixes(
-    model: PoolModel,
-    x_a: Tensor,
-    x_b: Tensor,
-    weight: Tensor,
-    noise: Tensor,
-    *,
-    level: int = 200,
-    steps: int = 10,
+    model: PoolModel, x_a: Tensor, x_b: Tensor, weight: Tensor, noise: Tensor, *, level: int = 200, steps: int = 10,
     local_labels: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Blend pairs of images at noise level t = `level` and denoise them.
 
-    x_t = sqrt(abar_t) (w x_a + (1 - w) x_b) + sqrt(1 - abar_t) eps: both images take the *same* noise, so that the
-    blend has the noise level that the denoiser expects (two independent ones would have less).
+    x_t = sqrt(abar_t) (w x_a + (1 - w) x_b) + sqrt(1 - abar_t) eps. Both images take the *same* noise, so that the
+    blend has the noise level that the denoiser expects; two independent noises would give less.
 
-    x_a, x_b: (N, 3, H, W) float in [-1, 1]; weight: (N,) in [0, 1], the share of x_a, which is also its share of
-    the label (`mix_labels`); noise: (N, 3, H, W) standard normal.
+    x_a, x_b: (N, 3, H, W) float in [-1, 1]; noise: (N, 3, H, W) standard normal.
+    weight: (N,) in [0, 1], the share of x_a in the image, and of its label (`mix_labels`).
     level, steps: as for `timesteps_of`; local_labels: (N,) for a class-conditional network.
     Returns (N, 3, H, W) float in [-1, 1].
     """
@@ -68,6 +61,6 @@ def diffusion_mixes(
 
 
 def mix_labels(targets_a: Tensor, targets_b: Tensor, weight: Tensor) -> Tensor:
-    """Soft labels of mixes: w y_a + (1 - w) y_b, for targets (..., way) and weights (...)."""
+    """Return the soft labels of mixes: w y_a + (1 - w) y_b, for targets (..., way) and weights (...)."""
     share = weight[..., None]
     return share * targets_a + (1 - share) * targets_b

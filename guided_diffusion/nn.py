@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 def normalization(channels: int) -> nn.GroupNorm:
-    """Group norm of 32 groups; of groups of 4 channels where 32 does not divide the channels.
+    """Return a group norm of 32 groups, or of groups of 4 channels where 32 does not divide the channels.
 
-    Groups of one channel would take an image's mean colour away just before the output.
+    Groups of one channel would remove an image's mean colour just before the output.
     """
     if channels % 32 == 0:
         return nn.GroupNorm(32, channels)
@@ -25,14 +25,14 @@ def zero_module(module: nn.Module) -> nn.Module:
 
 
 def mean_flat(x: torch.Tensor) -> torch.Tensor:
-    """Mean over all axes but the first: (N, ...) -> (N,)."""
+    """Return the mean over all axes but the first: (N, ...) -> (N,)."""
     return x.flatten(1).mean(dim=1)
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
-    """Sinusoids of the timesteps (DDPM, arXiv 2006.11239, app. B): cosines, then sines.
+    """Return sinusoids of the timesteps (DDPM, arXiv 2006.11239, app. B): cosines, then sines.
 
-    timesteps: (N,), integer or fractional, in steps of the training process.
+    timesteps: (N,), whole or fractional, in steps of the training process.
     Returns (N, dim) float32 in [-1, 1]; an odd `dim` ends in a zero.
     """
     half = dim // 2

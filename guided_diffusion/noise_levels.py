@@ -1,6 +1,6 @@
-"""Noise levels that processes share: an index of one is carried over to another by its alpha-bar.
+"""Noise levels that processes share: alpha-bar carries a timestep of one process over to another.
 
-"t of 1000" means the noise at t of the cosine schedule of 1000 steps: the class-learner is taught at these t, and mixes
+"t of 1000" means the noise at t of the cosine schedule of 1000 steps. The class-learner is taught at these t, and mixes
 are made at them. A pool model may have another schedule or another number of steps.
 """
 
@@ -20,5 +20,5 @@ def shared_process() -> SpacedDiffusion:
 
 
 def nearest_timesteps(wanted: np.ndarray, among: GaussianDiffusion) -> np.ndarray:
-    """Return, of each alpha-bar in `wanted` (K,), the timestep of `among` whose alpha-bar is nearest: (K,) int64."""
+    """Return for each alpha-bar in `wanted` (K,) the timestep of `among` with the nearest alpha-bar: (K,) int64."""
     return np.array([np.abs(among.alphas_cumprod - each).argmin() for each in wanted], dtype=np.int64)

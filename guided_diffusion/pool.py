@@ -1,4 +1,4 @@
-"""The pool: a folder of pre-trained diffusion models, the only source of data that there is."""
+"""The pool: a folder of pretrained diffusion models, the only source of data."""
 
 import hashlib
 import os
@@ -18,22 +18,25 @@ from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 from guided_diffusion.script_util import (
     contents,
     create_gaussian_diffusion,
+    create_model,
     infer_model_flags,
     model_and_diffusion_defaults,
-    network_of,
     unwrapped,
 )
 from guided_diffusion.unet import UNetModel
 from utils import checkpoint
 
-_DIFFUSION_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing")
-_LARGEST = 100_000  # number among a checkpoint's flags
-_MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # of those that it is less for
-_LONGEST = 1000  # characters of a text among them
+_DEFAULTS = model_and_diffusion_defaults()
+_PROCESS_FLAGS = (  # those that matter for sampling
+    "diffusion_steps", "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing",
+)  # fmt: skip
+_MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # greatest values of a checkpoint's flags
+_LARGEST = 100_000  # of its other numbers
+_LONGEST = 1000  # characters of its texts
 
 
 def subset_path(pool: str | os.PathLike, m: int) -> Path:
-    """Where model m (from 1) of a pool lies: <pool>/subset{m}/ckpt/model.pt."""
+    """Return the file of model m (from 1) of a pool: <pool>/subset{m}/ckpt/model.pt."""
     return Path(pool) / f"subset{m}" / "ckpt" / "model.pt"
 
 
@@ -45,7 +48,7 @@ class PoolModel:
         network: the U-Net in eval mode, without gradients.
         flags: every flag of `create_model_and_diffusion` that it was made with.
         num_classes: how many classes it was trained on, None where its checkpoint does not tell.
-        path: the file.
+        path: its file.
     """
 
     network: UNetModel
@@ -55,17 +58,17 @@ class PoolModel:
 
     @property
     def image_size(self) -> int:
-        """Side of its images, in pixels."""
+        """Return the side of its images, in pixels."""
         return self.flags["image_size"]
 
     @property
     def class_cond(self) -> bool:
-        """Whether it takes local labels y."""
+        """Return whether it takes local labels y."""
         return self.flags["class_cond"]
 
     @torch.no_grad()
     def trial(self, images: int) -> None:
-        """A forward pass of that many images of zeros, to see what it takes; waits for the device."""
+        """Pass so many images of zeros, to see what that takes; wait for the device."""
         device = next(self.network.parameters()).device
         labels = [torch.zeros(images, dtype=torch.int64, device=device)] if self.class_cond else []
         t = torch.zeros(images, dtype=torch.int64, device=device)
@@ -73,43 +76,43 @@ class PoolModel:
         float(self.network(x, t, *labels).sum())
 
     def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
-        """Return its process, visiting of the timesteps that it was trained on only `kept`.
+        """Return its process, which visits only `kept` of the timesteps that it was trained on.
 
-        kept: "ddim25" and the like; or a list of numbers, from 0 on, among those it was trained on; "" keeps all.
+        kept: "ddim25" and the like, or numbers from 0 on that count the timesteps it was trained on; "" keeps all.
         Raises ValueError for timesteps that it does not have.
         """
-        chosen = tuple(self.flags[name] for name in _DIFFUSION_FLAGS)
-        return _process(self.flags["diffusion_steps"], kept if isinstance(kept, str) else tuple(kept), chosen)
+        flags = tuple((name, self.flags[name]) for name in _PROCESS_FLAGS)
+        return _process(flags, kept if isinstance(kept, str) else tuple(kept))
 
 
-@lru_cache(maxsize=8)  # its tables then go to the device once, not once a batch
-def _process(steps: int, kept: str | tuple[int, ...], chosen: tuple) -> SpacedDiffusion:
-    trained_on = create_gaussian_diffusion(steps=steps, **dict(zip(_DIFFUSION_FLAGS, chosen, strict=True)))
+@lru_cache(maxsize=8)  # its tables then go to the device once, not once per batch
+def _process(flags: tuple[tuple[str, Any], ...], kept: str | tuple[int, ...]) -> SpacedDiffusion:
+    trained_on = create_gaussian_diffusion(**dict(flags))
     if kept == "":
         return trained_on
     return respaced(trained_on, space_timesteps(trained_on.num_timesteps, kept) if isinstance(kept, str) else kept)
 
 
 class Pool:
-    """The models of a folder, in the order of their numbers; each is read when it is asked for.
+    """The models of a folder, in the order of their numbers. Each is read when it is asked for.
 
-    Our own checkpoints carry their flags. Of a bare state dict (a public checkpoint, also as safetensors) what the
-    tensors tell is read off them, and the rest, such as heads, noise schedule and image size, comes from `flags`.
+    Our own checkpoints hold their flags. A bare state dict (a public checkpoint, also as safetensors) tells some by its
+    tensors; the others, such as heads, noise schedule and image size, come from `flags`.
     """
 
     def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
-        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors). Or, then M = 1, one checkpoint file,
-        or a folder with model.pt directly in it.
+        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors); or, for a pool of one, a checkpoint
+        file or a folder with model.pt directly in it.
 
-        Raises ValueError where there is neither, or where the numbers have a gap.
+        Raises ValueError where there is none of these, or where the numbers have a gap.
         """
         self.path, self._flags = Path(path), dict(flags or {})
-        self._room: dict[str, int] = {}  # of networks by their flags: images at once that there is memory for
+        self._room: dict[str, int] = {}  # flags of a network -> how many images at once there is memory for
         if self.path.is_file():
             self.files = [self.path]
             return
         found = {}
-        for name in ("model.safetensors", "model.pt"):  # of both the latter counts
+        for name in ("model.safetensors", "model.pt"):  # where both are there, the latter counts
             for file in self.path.glob(f"subset*/ckpt/{name}"):
                 number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
                 if number:
@@ -128,7 +131,7 @@ class Pool:
         if gaps:
             raise ValueError(
                 f"{self.path}: got subsets up to {max(found)} but not {', '.join(map(str, gaps))}; "
-                "the same image_train.py --pool command again makes those that are missing"
+                "give the same image_train.py --pool command again to make them"
             )
         self.files = [found[m] for m in sorted(found)]
 
@@ -136,7 +139,7 @@ class Pool:
         return len(self.files)
 
     def digest(self) -> str:
-        """SHA-256 of what all files hold, in their order, as hex digits: it changes with any of them."""
+        """Return the SHA-256 of all files, in their order, as hex digits."""
         whole = hashlib.sha256()
         for path in self.files:
             with open(path, "rb") as file:
@@ -146,7 +149,7 @@ class Pool:
     def each(
         self, device: torch.device, precision: str = "float32", only: Sequence[int] | None = None
     ) -> Iterator[PoolModel]:
-        """The models `only` (None: all), as `load` gives them; the next is read while the last one given is at work."""
+        """Yield the models `only` (None: all) as `load` gives them; read the next one while one is at work."""
         wanted = range(len(self)) if only is None else only
         if not wanted:
             return
@@ -159,14 +162,13 @@ class Pool:
             yield coming.result()
 
     def load(self, index: int, device: torch.device | str = "cpu", precision: str = "float32") -> PoolModel:
-        """Read model `index` (from 0) onto `device`, strictly, with weights as `inference_dtype` has them.
+        """Read model `index` (from 0) onto `device`, strictly, with weights of the type that `inference_dtype` gives.
 
-        Raises CheckpointError for a file that is damaged, of another kind, or does not fit its flags.
+        Raises CheckpointError for a file that is damaged, is of another kind, or does not fit its flags.
         """
         path = self.files[index]
         payload = checkpoint.load(path)
         weights, flags, num_classes = self._describe(payload, path)
-        flags["use_fp16"] = False  # says how it was trained; how it draws is for `precision` to say
         network = _on_meta(flags, path)
         checkpoint.check_state(network, weights, path)
         checkpoint.check_size(weights, path)
@@ -185,9 +187,9 @@ class Pool:
         return model
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
-        """How many of `batch` images to pass `model` at once, by the memory at hand when first asked of one like it.
+        """Return how many of `batch` images may pass `model` at once, by the memory free when first asked.
 
-        found: images at once that turned out to fit, which counts from then on.
+        Models with the same flags share the answer. found: the images at once that turned out to fit, from now on.
         """
         alike = repr(sorted(model.flags.items()))
         if found is not None:
@@ -197,11 +199,11 @@ class Pool:
         return min(batch, self._room[alike])
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:
-        """Pseudo classes of each model, in order.
+        """Return how many pseudo classes each model has, in order.
 
-        num_classes: of the whole pool; 0 takes what each checkpoint says that it was trained on.
-        per_model: classes a model, the last one having what is left; 0 shares them out evenly.
-        Raises ValueError where the pool is of another size than that needs, or where a checkpoint does not tell.
+        num_classes: of the whole pool; 0 takes the number of each checkpoint.
+        per_model: classes per model, of which the last one has the rest; 0 shares them out evenly.
+        Raises ValueError where that needs a pool of another size, or where a checkpoint does not tell its number.
         """
         if num_classes:
             least, more = divmod(num_classes, len(self))
@@ -211,7 +213,7 @@ class Pool:
             if min(counts) < 1 or sum(counts) != num_classes:
                 share = per_model or 1
                 raise ValueError(
-                    f"{self.path}: got {len(self)} models for {num_classes} pseudo classes, {share} or more a model, "
+                    f"{self.path}: got {len(self)} models for {num_classes} pseudo classes, {share} or more per model, "
                     f"expected {-(-num_classes // share)} models; give another --pool or --num-classes"
                 )
             return counts
@@ -222,10 +224,10 @@ class Pool:
         return counts
 
     def check(self, classes: Sequence[int], steps: int, unconditional: bool = False) -> None:
-        """Read every model once, so that what is wrong with one is said before hours of drawing from others.
+        """Read every model once, so that what is wrong with one is said before hours of drawing from the others.
 
-        classes: pseudo classes of each model; steps: of DDIM; unconditional: whether a model must not take labels.
-        Raises ValueError where one does not load, or cannot do that, or is conditional on fewer classes.
+        classes: pseudo classes of each model; steps: DDIM steps; unconditional: whether models must not take labels.
+        Raises ValueError where a model does not load, cannot do that, or is conditional on fewer classes.
         """
         for m, count in enumerate(classes):
             model = self.load(m)
@@ -237,31 +239,31 @@ class Pool:
                 ) from None
             if model.class_cond and unconditional:
                 raise ValueError(
-                    f"{model.path}: is conditional, so what it draws has a class already; clusters and likely classes "
-                    "are for unconditional models: give --recipe paper"
+                    f"{model.path}: is conditional, so its images have a class already, and --recipe clusters is for "
+                    "unconditional models; give --recipe paper"
                 )
             if model.class_cond and count > model.flags["num_classes"]:
                 raise ValueError(
-                    f"{model.path}: is conditional on {model.flags['num_classes']} classes, got {count} pseudo classes "
-                    "for it; give fewer --num-classes"
+                    f"{model.path}: got {count} pseudo classes for a model of {model.flags['num_classes']}; give fewer "
+                    "--num-classes"
                 )
 
     def _describe(self, payload: Any, path: Path) -> tuple[Mapping, dict[str, Any], int | None]:
-        """Weights, flags and number of classes of a checkpoint of ours, or of what else holds a state dict."""
+        """Return weights, flags and number of classes of a checkpoint, ours or any that holds a state dict."""
         if not isinstance(payload, Mapping):
             raise checkpoint.CheckpointError(f"{path}: got {type(payload).__name__}, expected a state dict")
         if "model" in payload and "flags" in payload:
-            weights, flags = payload.get("ema", payload["model"]), payload["flags"]  # the former of a training's state
+            weights, flags = payload.get("ema", payload["model"]), payload["flags"]  # a training's state has both
             if not isinstance(weights, Mapping) or not isinstance(flags, Mapping):
                 raise checkpoint.CheckpointError(f"{path}: holds no weights with their flags; make the model again")
             _check_flags(flags, path)
             classes = payload.get("num_classes") or (flags.get("num_classes") if flags.get("class_cond") else None)
             _check_flags({"num_classes": classes or 0}, path)
-            return weights, {**model_and_diffusion_defaults(), **flags}, classes
+            return weights, {name: flags.get(name, default) for name, default in _DEFAULTS.items()}, classes
         weights = unwrapped(payload)
         if weights is None:
             raise checkpoint.CheckpointError(f"{path}: holds {contents(payload)}; give the checkpoint of a U-Net")
-        flags = {**model_and_diffusion_defaults(), **self._flags}
+        flags = {**_DEFAULTS, **self._flags}
         try:
             flags.update(infer_model_flags(weights, flags["image_size"]))
         except ValueError as error:
@@ -270,8 +272,8 @@ class Pool:
 
 
 def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
-    """Refuse flags of a type or a size that no model has: a network or a process of them could fill the memory."""
-    for name, default in model_and_diffusion_defaults().items():
+    """Raise CheckpointError for flags of a type or size that no model has: a network of them could fill the memory."""
+    for name, default in _DEFAULTS.items():
         value, most = flags.get(name, default), _MOST.get(name, _LARGEST)
         number, whole = isinstance(default, int | float), isinstance(default, int)
         kind = f"a text of up to {_LONGEST} characters"
@@ -287,9 +289,9 @@ def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
 
 
 def _on_meta(flags: Mapping[str, Any], path: Path) -> UNetModel:
-    """The U-Net of `flags` without memory for its weights, which would be slow to draw and are replaced at once."""
+    """Return the U-Net of `flags` without memory for weights: drawing them is slow, and others replace them at once."""
     try:
         with torch.device("meta"):
-            return network_of(flags)
+            return create_model(**flags)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); give the flags it has") from error

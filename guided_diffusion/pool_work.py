@@ -1,4 +1,4 @@
-"""Work that every model of the pool has a part in, batch by batch: kept as it is done, shared out over processes."""
+"""Work for every model of the pool, batch by batch. Batches are kept once done, and shared out over processes."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,13 +19,13 @@ def work_through(
     pool: Pool, counts: Sequence[int], work: Work, pieces: Pieces, *,
     batch: int, device: torch.device, precision: str, desc: str,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What `work` gives for items 0 .. counts[m] - 1 of every pool model m, model after model, on the CPU.
+    """Return what `work` gives for items 0 .. counts[m] - 1 of every pool model m, model after model, on the CPU.
 
-    Each process reads a model once, for those of its batches that `pieces` does not have yet.
+    Each process reads a model once, for those of its batches that `pieces` lacks.
 
-    work: (model, m, item numbers (N,) int64) -> tensors by name, which must not depend on how items are split: the
-        first (N, ...), others perhaps with rows of some of the items only.
-    batch: items at once, fewer where memory does not suffice.
+    work: (model, m, item numbers (N,) int64) -> tensors by name. They must not depend on how items are split. The first
+        is (N, ...); others may have rows for some of the items only.
+    batch: items at once, fewer where memory is short.
     """
     batches = {
         f"model{m:03d}-items{start:07d}-{min(start + batch, count):07d}": (m, start, min(start + batch, count))

@@ -4,42 +4,24 @@ from typing import Any
 
 import torch
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from utils import processes
 
 
-def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> "ScheduleSampler":
-    """The sampler `name`, "uniform" or "loss-second-moment", over the timesteps of `diffusion`."""
-    if name == "uniform":
-        return UniformSampler(diffusion.num_timesteps)
-    if name == "loss-second-moment":
-        return LossSecondMomentResampler(diffusion.num_timesteps)
-    raise ValueError(f"unknown schedule_sampler {name!r}; expected uniform or loss-second-moment")
-
-
-class ScheduleSampler:
-    """Draws timesteps t with probability p(t) and weighs their losses by 1 / (T p(t))."""
+class UniformSampler:
+    """Draws timesteps t with probability p(t) = 1 / T and weighs their losses by 1 / (T p(t))."""
 
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
 
     def probabilities(self) -> torch.Tensor:
-        """p(t), (T,) float64 on the CPU, summing to 1."""
-        raise NotImplementedError
+        """Return p(t), (T,) float64 on the CPU, summing to 1."""
+        return torch.full((self.num_timesteps,), 1.0 / self.num_timesteps, dtype=torch.float64)
 
     def sample(
-        self,
-        batch_size: int,
-        device: torch.device | str = "cpu",
-        generator: torch.Generator | None = None,
+        self, batch_size: int, device: torch.device | str, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps (N,) int64 in [0, T) and loss weights (N,) float32, on `device`.
-
-        A generator of the CPU draws the same timesteps for every device.
-        """
+        """Draw timesteps (N,) int64 in [0, T), with loss weights (N,) float32, on `device`; `generator`: of the CPU."""
         p = self.probabilities()
-        if generator is not None:
-            p = p.to(generator.device)
         t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
         weights = 1.0 / (self.num_timesteps * p[t])
         return t.to(device), weights.to(device=device, dtype=torch.float32)
@@ -48,27 +30,20 @@ class ScheduleSampler:
         """Learn from the unweighted losses (N,) seen at timesteps (N,); uniform sampling ignores them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved to resume with the same probabilities: a dict of CPU tensors."""
+        """Return what resuming with the same probabilities takes: a dict of CPU tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned; ValueError if it is another sampler's or another T's."""
+        """Take over what `state_dict` returned. Raises ValueError where that is another sampler's or another T's."""
         if state:
-            raise ValueError(f"sampler state has {sorted(state)}; expected none: was the schedule_sampler changed?")
+            raise ValueError(f"got a sampler state with {sorted(state)}, expected none; give its --schedule_sampler")
 
 
-class UniformSampler(ScheduleSampler):
-    """p(t) = 1 / T."""
-
-    def probabilities(self) -> torch.Tensor:
-        return torch.full((self.num_timesteps,), 1.0 / self.num_timesteps, dtype=torch.float64)
-
-
-class LossSecondMomentResampler(ScheduleSampler):
+class LossSecondMomentResampler(UniformSampler):
     """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
 
-    Uniform until every t has `history_per_term` losses; then `uniform_prob` of the mass stays uniform, so
-    that no timestep is forgotten. Several processes learn from the losses of all, and so stay alike.
+    Uniform until every t has `history_per_term` losses. From then on `uniform_prob` of the mass stays uniform, so that
+    no timestep is forgotten. Several processes learn from the losses of all, and so stay alike.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -79,7 +54,7 @@ class LossSecondMomentResampler(ScheduleSampler):
 
     def probabilities(self) -> torch.Tensor:
         terms = self.history.square().mean(dim=1).sqrt()
-        uniform = torch.full_like(terms, 1.0 / self.num_timesteps)
+        uniform = super().probabilities()
         if bool((self.seen < self.history.shape[1]).any()) or not bool(terms.sum() > 0):
             return uniform
         return (1.0 - self.uniform_prob) * terms / terms.sum() + self.uniform_prob * uniform
@@ -98,8 +73,11 @@ class LossSecondMomentResampler(ScheduleSampler):
         shape = tuple(state["history"].shape) if set(state) == {"history", "seen"} else None
         if shape != tuple(self.history.shape):
             raise ValueError(
-                f"sampler state has history of shape {shape}; expected {tuple(self.history.shape)}: "
-                "were schedule_sampler or diffusion_steps changed?"
+                f"got a sampler state with a history of shape {shape}, expected {tuple(self.history.shape)}; "
+                "give its --schedule_sampler and --diffusion_steps"
             )
         self.history.copy_(state["history"])  # stays on the CPU, also where the state was read onto a GPU
         self.seen.copy_(state["seen"])
+
+
+SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -10,12 +10,11 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> set[int]:
-    """Choose which of `num_timesteps` steps to keep.
+    """Return which of `num_timesteps` steps to keep: a set of integers in [0, num_timesteps).
 
-    section_counts: "ddimN" keeps N steps an equal whole stride apart, from 0 on (DDIM, arXiv 2010.02502);
-    counts (an integer, "10,15,20" or a list) cut the process into as many equal sections and keep that
-    many evenly spread steps of each; "" keeps all.
-    Returns a set of integers in [0, num_timesteps). Raises ValueError for counts that cannot be met.
+    section_counts: "ddimN" keeps N steps an equal whole stride apart, from 0 on (DDIM, arXiv 2010.02502). Counts (an
+    integer, "10,15,20" or a list) cut the process into so many equal sections, and keep that many evenly spread steps
+    of each. "" keeps all. Raises ValueError for counts that cannot be met.
     """
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
         return _whole_stride(num_timesteps, section_counts)
@@ -26,8 +25,8 @@ def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int
         size = base + (section < extra)
         if not 1 <= count <= size:
             raise ValueError(
-                f"timestep_respacing {section_counts!r} asks for {count} of the {size} steps of a section; "
-                f"expected 1 to {size}"
+                f"got timestep_respacing {section_counts!r}, which asks for {count} of the {size} steps of a section; "
+                f"give 1 to {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed rather than multiplied: the rounding of halves then agrees with public samplers.
@@ -40,13 +39,13 @@ def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int
 def _whole_stride(num_timesteps: int, spec: str) -> set[int]:
     count = int(spec[4:]) if spec[4:].isdecimal() else 0
     if not 1 <= count <= num_timesteps:
-        raise ValueError(f"timestep_respacing {spec!r} given; expected ddimN with N from 1 to {num_timesteps}")
+        raise ValueError(f"got timestep_respacing {spec!r}, expected ddimN with N from 1 to {num_timesteps}")
     for stride in range(1, max(num_timesteps, 2)):
         if len(range(0, num_timesteps, stride)) == count:
             return set(range(0, num_timesteps, stride))
     raise ValueError(
-        f"timestep_respacing {spec!r}: no whole stride takes {count} of {num_timesteps} steps; "
-        f"choose another N, or {count} without ddim"
+        f"got timestep_respacing {spec!r}, but no whole stride takes {count} of {num_timesteps} steps; "
+        f"give another N, or {count} without ddim"
     )
 
 
@@ -57,29 +56,29 @@ def _parse_counts(spec: int | str | Sequence[int]) -> list[int]:
     try:
         return [int(part) for part in parts]
     except ValueError:
-        raise ValueError(f"timestep_respacing {spec!r} given; expected ddimN or counts such as 10,15,20") from None
+        raise ValueError(f"got timestep_respacing {spec!r}, expected ddimN or counts such as 10,15,20") from None
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """The process that keeps only `use_timesteps` of a longer one; its betas match the long one's alpha-bars.
+    """A process that keeps only `use_timesteps` of a longer one; its betas match the alpha-bars of the longer one.
 
-    use_timesteps: integers in [0, T) of the long process, whose float `betas` (T,) are given with the
-    other keywords of `GaussianDiffusion`. Methods take t in [0, len(use_timesteps)); networks and
-    gradients are called with the timesteps of the long process.
+    use_timesteps: integers in [0, T) of the longer process, whose float `betas` (T,) come with the other keywords of
+    `GaussianDiffusion`. Methods take t in [0, len(use_timesteps)). Networks and gradients are called with the timesteps
+    of the longer process.
     """
 
     def __init__(self, use_timesteps: Iterable[int], *, betas: np.ndarray, **kwargs):
         betas = np.asarray(betas, dtype=np.float64)
         kept = np.array(sorted(set(use_timesteps)), dtype=np.int64)
         if not len(kept) or kept[0] < 0 or kept[-1] >= len(betas):
-            raise ValueError(f"use_timesteps must be some of 0 to {len(betas) - 1}; got {kept.tolist()[:8]}...")
+            raise ValueError(f"got use_timesteps {kept.tolist()[:8]}..., expected some of 0 to {len(betas) - 1}")
         alpha_bars = np.cumprod(1.0 - betas)[kept]
         super().__init__(betas=1.0 - alpha_bars / np.append(1.0, alpha_bars[:-1]), **kwargs)
         self.timestep_map = kept
         self.original_num_steps = len(betas)
 
     def model_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        return self._rescale(self._cached("timestep_map", t.device)[t])
+        return super().model_timesteps(self._cached("timestep_map", t.device)[t])
 
 
 def respaced(diffusion: GaussianDiffusion, timesteps: Iterable[int]) -> SpacedDiffusion:
@@ -87,15 +86,8 @@ def respaced(diffusion: GaussianDiffusion, timesteps: Iterable[int]) -> SpacedDi
 
     Networks are still called with the timesteps that they were trained on.
     """
-    spaced = SpacedDiffusion(
-        timesteps,
-        betas=diffusion.betas,
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-        loss_weighting=diffusion.loss_weighting,
-    )
+    same = ("betas", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "loss_weighting")
+    spaced = SpacedDiffusion(timesteps, **{name: getattr(diffusion, name) for name in same})
     if isinstance(diffusion, SpacedDiffusion):  # which counts in timesteps of a longer one
         spaced.timestep_map = diffusion.timestep_map[spaced.timestep_map]
         spaced.original_num_steps = diffusion.original_num_steps

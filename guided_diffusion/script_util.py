@@ -1,13 +1,15 @@
 """From flags to a U-Net and its diffusion process, and from a checkpoint's tensors back to flags."""
 
-import argparse
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.train_flags import NETWORK, PROCESS, TrainSettings
 from guided_diffusion.unet import UNetModel
 
 DEFAULT_CHANNEL_MULT = {
@@ -20,172 +22,82 @@ DEFAULT_CHANNEL_MULT = {
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Every flag of `create_model_and_diffusion` with its default."""
-    return dict(
-        image_size=64,
-        num_channels=128,
-        num_res_blocks=2,
-        num_heads=4,
-        num_heads_upsample=-1,
-        num_head_channels=-1,
-        attention_resolutions="16,8",
-        channel_mult="",
-        dropout=0.0,
-        class_cond=False,
-        num_classes=5,
-        use_checkpoint=False,
-        use_scale_shift_norm=True,
-        resblock_updown=False,
-        use_fp16=False,
-        use_new_attention_order=False,
-        learn_sigma=False,
-        diffusion_steps=1000,
-        noise_schedule="linear",
-        timestep_respacing="",
-        use_kl=False,
-        predict_xstart=False,
-        rescale_timesteps=False,
-        rescale_learned_sigmas=False,
-        loss_weighting="uniform",
-    )
-
-
-_DIFFUSION_FLAGS = (
-    "learn_sigma",
-    "noise_schedule",
-    "timestep_respacing",
-    "use_kl",
-    "predict_xstart",
-    "rescale_timesteps",
-    "rescale_learned_sigmas",
-    "loss_weighting",
-)
-MODEL_FLAGS = tuple(  # those that make the network, not the process
-    name
-    for name in model_and_diffusion_defaults()
-    if name == "learn_sigma" or name not in (*_DIFFUSION_FLAGS, "diffusion_steps")
-)
-
-
-def network_of(flags: Mapping[str, Any]) -> UNetModel:
-    """The network of flags among which are all of MODEL_FLAGS. Raises ValueError for a value that does not fit."""
-    return create_model(**{name: flags[name] for name in MODEL_FLAGS})
+    """Return every flag of a network and its process, with its default."""
+    return {f.name: f.default for f in fields(TrainSettings) if f.metadata["group"] in (NETWORK, PROCESS)}
 
 
 def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
-    """The network and the process that `flags` describe; those not given have their defaults.
+    """Return the network and the process of `flags`; those not given have their defaults.
 
-    Raises ValueError for an unknown flag or a value that does not fit.
+    Raises ValueError for an unknown flag and for a value that does not fit.
     """
-    defaults = model_and_diffusion_defaults()
-    unknown = sorted(set(flags) - set(defaults))
-    if unknown:
-        raise ValueError(f"unknown model flags {', '.join(unknown)}; expected some of {', '.join(defaults)}")
-    flags = {**defaults, **flags}
-    model = network_of(flags)
-    diffusion = create_gaussian_diffusion(
-        steps=flags["diffusion_steps"], **{name: flags[name] for name in _DIFFUSION_FLAGS}
-    )
-    return model, diffusion
+    flags = _complete(flags)
+    return create_model(**flags), create_gaussian_diffusion(**flags)
 
 
-def create_model(
-    *,
-    image_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str | Sequence[float] = "",
-    learn_sigma: bool = False,
-    class_cond: bool = False,
-    num_classes: int = 5,
-    use_checkpoint: bool = False,
-    attention_resolutions: str | int | Sequence[int] = "16,8",
-    num_heads: int = 4,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    use_scale_shift_norm: bool = True,
-    dropout: float = 0.0,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    use_new_attention_order: bool = False,
-) -> UNetModel:
-    """A U-Net on RGB images (N, 3, image_size, image_size) with 3 outputs, 6 where `learn_sigma`.
+def create_model(**flags) -> UNetModel:
+    """Return a U-Net on RGB images (N, 3, image_size, image_size) with 3 outputs, or 6 where `learn_sigma`.
 
-    channel_mult: factors of num_channels, one a level, as "1,2,2"; "" takes the default of the image size.
-    attention_resolutions: pixels a side at which there is attention, as "16,8"; those that the network does
-    not reach have no effect, and "" leaves only the attention in the middle.
-    num_classes: of a conditional network; without `class_cond` it has no effect.
+    Flags, defaults and errors are those of `create_model_and_diffusion`; flags of the process have no effect.
+    channel_mult: factors of num_channels, one per level, as "1,2,2"; "" takes the default of the image size.
+    attention_resolutions: pixels per side at which there is attention, as "16,8". Those that the network does not reach
+    have no effect, and "" leaves only the attention in the middle.
     """
-    if channel_mult in ("", None):
-        if image_size not in DEFAULT_CHANNEL_MULT:
-            known = ", ".join(map(str, DEFAULT_CHANNEL_MULT))
-            raise ValueError(
-                f"image_size {image_size} has no default channel_mult (there is one for {known}); give channel_mult"
-            )
-        channel_mult = DEFAULT_CHANNEL_MULT[image_size]
-    resolutions = [int(size) for size in _numbers(attention_resolutions, "attention_resolutions") if size >= 1]
+    flags = _complete(flags)
+    size, channel_mult = flags["image_size"], flags["channel_mult"] or DEFAULT_CHANNEL_MULT.get(flags["image_size"])
+    if channel_mult is None:
+        known = ", ".join(map(str, DEFAULT_CHANNEL_MULT))
+        raise ValueError(f"got image_size {size}, for which there is no default channel_mult ({known} have one); "
+                         "give channel_mult")  # fmt: skip
+    resolutions = _numbers(flags["attention_resolutions"], "attention_resolutions", most=4096)
+    same = ("num_res_blocks", "dropout", "use_checkpoint", "num_heads", "num_head_channels", "num_heads_upsample",
+            "use_scale_shift_norm", "resblock_updown", "use_new_attention_order")  # fmt: skip
     return UNetModel(
-        image_size=image_size,
+        image_size=size,
         in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions={image_size // size for size in resolutions},
-        dropout=dropout,
-        channel_mult=_numbers(channel_mult, "channel_mult"),
-        num_classes=num_classes if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
+        model_channels=flags["num_channels"],
+        out_channels=6 if flags["learn_sigma"] else 3,
+        attention_resolutions={size // int(each) for each in resolutions if each >= 1},
+        channel_mult=_numbers(channel_mult, "channel_mult", most=1024),
+        num_classes=flags["num_classes"] if flags["class_cond"] else None,
+        **{name: flags[name] for name in same},
     )
 
 
-def create_gaussian_diffusion(
-    *,
-    steps: int = 1000,
-    learn_sigma: bool = False,
-    sigma_small: bool = False,
-    noise_schedule: str = "linear",
-    use_kl: bool = False,
-    predict_xstart: bool = False,
-    rescale_timesteps: bool = False,
-    rescale_learned_sigmas: bool = False,
-    timestep_respacing: str | int | Sequence[int] = "",
-    loss_weighting: str = "uniform",
-) -> SpacedDiffusion:
-    """A process of `steps` noising steps, of which `timestep_respacing` ("" for all) are visited.
+def create_gaussian_diffusion(steps: int | None = None, **flags) -> SpacedDiffusion:
+    """Return a process of `steps` noising steps (None: `diffusion_steps`); it visits `timestep_respacing` ("" for all).
 
-    learn_sigma: the network blends the two variance bounds, else `sigma_small` picks the lower or the upper.
-    use_kl: train on the variational bound instead of the MSE. predict_xstart: predict x_0 instead of the noise.
+    Flags, defaults and errors are those of `create_model_and_diffusion`; flags of the network have no effect.
     """
+    flags = _complete(flags)
+    steps = flags["diffusion_steps"] if steps is None else steps
     if steps < 1:
-        raise ValueError(f"diffusion_steps is {steps}; expected at least 1")
-    if use_kl:
-        loss_type = LossType.RESCALED_KL
-    else:
-        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
-    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+        raise ValueError(f"got diffusion_steps {steps}, expected 1 or more")
+    loss_type = LossType.RESCALED_MSE if flags["rescale_learned_sigmas"] else LossType.MSE
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing),
-        betas=get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
-        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
-        loss_type=loss_type,
-        rescale_timesteps=rescale_timesteps,
-        loss_weighting=loss_weighting,
+        use_timesteps=space_timesteps(steps, flags["timestep_respacing"]),
+        betas=get_named_beta_schedule(flags["noise_schedule"], steps),
+        model_mean_type=ModelMeanType.START_X if flags["predict_xstart"] else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE if flags["learn_sigma"] else ModelVarType.FIXED_LARGE,
+        loss_type=LossType.RESCALED_KL if flags["use_kl"] else loss_type,
+        rescale_timesteps=flags["rescale_timesteps"],
+        loss_weighting=flags["loss_weighting"],
     )
+
+
+def _complete(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `flags` with the defaults of those that are not given. Raises ValueError for an unknown one."""
+    defaults = model_and_diffusion_defaults()
+    if unknown := sorted(set(flags) - set(defaults)):
+        raise ValueError(f"got unknown flags {', '.join(unknown)}, expected some of {', '.join(defaults)}")
+    return {**defaults, **flags}
 
 
 def unwrapped(payload: Mapping[str, Any], depth: int = 3) -> Mapping[str, torch.Tensor] | None:
-    """The state dict of the U-Net in `payload`, None where there is none.
+    """Return the state dict of the U-Net in `payload`, None where there is none.
 
-    It may be under a prefix that all of its names have (module., of several processes), or in an entry, to `depth`
-    levels (state_dict, model). Of several the one whose name says ema counts, else the first.
+    All of its names may have a prefix (module., of several processes), or it may lie in an entry (state_dict, model),
+    up to `depth` levels deep. Of several the one whose name has ema in it counts, else the first.
     """
     names = [name for name in payload if isinstance(name, str)]
     prefixes = [name.removesuffix(_FIRST) for name in names if name == _FIRST or name.endswith(f".{_FIRST}")]
@@ -202,7 +114,7 @@ _FIRST = "time_embed.0.weight"  # of every U-Net
 
 
 def contents(payload: Mapping[str, Any]) -> str:
-    """What a mapping that is not the state dict of a U-Net holds, in a few words."""
+    """Say in a few words what a mapping holds that is not the state dict of a U-Net."""
     if {"state", "param_groups"} <= set(payload):
         return "an optimiser's state, not the state dict of a guided-diffusion U-Net"
     if {"class_learner", "settings"} <= set(payload):
@@ -213,11 +125,11 @@ def contents(payload: Mapping[str, Any]) -> str:
 
 
 def infer_model_flags(state_dict: Mapping[str, torch.Tensor], image_size: int | None = None) -> dict[str, Any]:
-    """The flags that the names and shapes of a U-Net's state dict tell.
+    """Return the flags that the names and shapes of a U-Net's state dict tell.
 
-    image_size: pixels a side, which no tensor tells; with it the answer has `image_size` and
-    `attention_resolutions`, which are in pixels. Heads, attention order, dropout, schedule and steps are not
-    in the tensors and not in the answer. Raises ValueError for a state dict of another kind of network.
+    image_size: pixels per side, which no tensor tells. With it the answer has `image_size` and `attention_resolutions`,
+    which are in pixels. Heads, attention order, dropout, schedule and steps are not in the tensors, nor in the answer.
+    Raises ValueError for a state dict of another kind of network.
     """
     try:
         return _infer(state_dict, image_size)
@@ -259,40 +171,12 @@ def _infer(state_dict: Mapping[str, torch.Tensor], image_size: int | None) -> di
     return flags
 
 
-def add_dict_to_argparser(
-    parser: argparse.ArgumentParser, defaults: Mapping[str, Any], help: Mapping[str, str] | None = None
-) -> None:
-    """Give `parser` a flag --name for each default, of the default's type; None means a string."""
-    for name, value in defaults.items():
-        kind = str2bool if isinstance(value, bool) else str if value is None else type(value)
-        alone = dict(nargs="?", const=True) if isinstance(value, bool) else {}  # --name is --name True
-        parser.add_argument(f"--{name}", default=value, type=kind, help=(help or {}).get(name), **alone)
-
-
-def args_to_dict(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
-    """The values of `keys` among parsed arguments."""
-    return {key: getattr(args, key) for key in keys}
-
-
-def str2bool(text: str | bool) -> bool:
-    """A yes-or-no word as bool; raises argparse.ArgumentTypeError for any other."""
-    if isinstance(text, bool):
-        return text
-    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} given; expected true or false")
-    return words[text.lower()]
-
-
-def _numbers(spec: str | float | Sequence[float], name: str) -> tuple[float, ...]:
-    """Comma-separated or listed numbers, whole ones as int."""
-    if isinstance(spec, str):
-        parts: Sequence = [part for part in spec.split(",") if part.strip()]
-    else:
-        parts = [spec] if isinstance(spec, int | float) else spec
+def _numbers(text: str | int, name: str, most: int) -> tuple[float, ...]:
+    """Return the numbers in a text with commas, whole ones as int. Raises ValueError for one outside [0, most]."""
     try:
-        values = [float(part) for part in parts]
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} {spec!r} given; expected numbers with commas between, as in 1,2,2") from None
+        values = [float(part) for part in str(text).split(",") if part.strip()]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 <= value <= most for value in values):
+        raise ValueError(f"got {name} {text!r}, expected numbers up to {most} with commas between, as in 1,2,2")
     return tuple(int(value) if value == int(value) else value for value in values)

@@ -1,4 +1,4 @@
-"""Drawing the images of a round from every model of the pool, guided or not."""
+"""Drawing the images of a round from every pool model, guided or not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ class Synthesis:
     """How to draw a round's images.
 
     Attributes:
-        classes: pseudo classes of each pool model, in order; class c belongs to one model and stays with it.
-        per_class: images a class.
-        steps: of DDIM.
-        size: side in pixels of what comes out; models of another size are resampled.
+        classes: pseudo classes of each pool model, in order; class c belongs to one model for good.
+        per_class: images per class.
+        steps: DDIM steps.
+        size: side of the images in pixels; those of models of another size are resized.
         seed, stream: image i of a model starts from noise that depends on these, the model and i alone, so that it
             does not change with the batch.
         batch: images that pass the networks at once.
         scale: s in s * grad log p(c | x_t, t).
         guide_on, renoise: as in `guidance.sample`.
-        precision: of the diffusion models: auto, float32 or bf16.
-        folder: where batches are kept until all are there, for a stopped run to go on from; the caller deletes it.
+        precision: number format of the diffusion models: auto, float32 or bf16.
+        folder: where batches are kept until all are there, so that a stopped run can resume; the caller deletes it.
             None: in memory, for one process.
     """
 
@@ -50,11 +50,11 @@ class Synthesis:
     folder: Path | None = None
 
     def first_class(self, m: int) -> int:
-        """The first pseudo class of pool model m (from 0)."""
+        """Return the first pseudo class of pool model m (from 0)."""
         return sum(self.classes[:m])
 
     def first_of(self, labels: Tensor) -> Tensor:
-        """Of each pseudo class (N,), the first class of its pool model (N,)."""
+        """Return for each pseudo class (N,) the first class of its pool model (N,)."""
         return torch.tensor([self.first_class(m) for m, n in enumerate(self.classes) for _ in range(n)])[labels]
 
 
@@ -62,12 +62,12 @@ def synthesise(
     pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None,
     wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Draw the images of all classes, model by model; several processes share the batches out.
+    """Draw the images of all classes, model by model; several processes share the batches.
 
-    log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), to guide by; None draws without guidance.
-    wanted: (N,) the class to ask for in place of class after class, one of the same model's.
-    Returns images (N, 3, size, size) uint8; the global class asked for of each (N,) int64, N = C * per_class; and with
-    guidance which of them `log_probability` gives that class at t = 0 (N,) bool, else None.
+    log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), for guidance; None draws without.
+    wanted: (N,) the class to ask each image for, one of its model's; None: class after class.
+    Returns the images (N, 3, size, size) uint8; the class asked for (N,) int64, N = C * per_class; and with guidance
+    whether `log_probability` gives the image that class at t = 0 (N,) bool, else None.
     """
     if wanted is None:
         wanted = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
@@ -90,7 +90,7 @@ def _draw(
     plan: Synthesis, own: Sequence[Tensor], log_probability: LogProbability | None, model: PoolModel, m: int,
     index: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Images number `index` of model m, asked for classes own[m][index]: `images` uint8, and with guidance `hits`.
+    """Draw images number `index` of model m, of classes own[m][index]: `images` uint8, and with guidance `hits`.
 
     Raises ValueError where the images are not finite.
     """
@@ -111,7 +111,7 @@ def _draw(
         fresh=drawn_anew,
     )
     if not bool(torch.isfinite(images).all()):
-        raise ValueError(f"{model.path}: drew images that are not finite; try --precision float32, or a lower scale")
+        raise ValueError(f"{model.path}: drew images that are not finite; give --precision float32, or a lower scale")
     drawn = {"images": to_uint8(_resized(images, plan.size)).cpu()}
     if log_probability is not None:
         with torch.no_grad():

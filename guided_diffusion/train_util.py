@@ -1,4 +1,4 @@
-"""Training one diffusion model: AdamW, an EMA with warm-up, saves that a killed run resumes from."""
+"""Training one diffusion model: AdamW, an EMA with warm-up, and saves that a killed run resumes from."""
 
 import math
 import os
@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +14,13 @@ import torch
 from torch import nn
 
 from guided_diffusion.costs import image_flops, that_fit
-from guided_diffusion.dist_util import PRECISIONS, autocast, compile_in_place, or_too_much, smaller, worth_compiling
+from guided_diffusion.dist_util import autocast, compile_in_place, or_too_much, smaller, worth_compiling
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.made_with import ENTRY, MODEL_FILE, STATE_FILE, Kept, kept
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.resample import SAMPLERS
 from guided_diffusion.respace import respaced, space_timesteps
+from guided_diffusion.train_flags import TrainSettings
 from utils import checkpoint, processes, stopping
 from utils.atomic import previous
 from utils.images import to_uint8
@@ -28,79 +28,27 @@ from utils.plots import contact_sheet
 from utils.progress import progress
 from utils.seeding import generator
 
-USELESS = 10  # times the loss of a network that answers 0: average weights with more are not worth keeping
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How long and how to train. Rates are per step; `batch_size` and `microbatch` are in images.
-
-    Attributes:
-        steps: optimiser steps in all.
-        anneal: lower the rate linearly to 0 over `steps`.
-        microbatch: images that pass the network at once; 0 or less means the whole batch.
-        ema_rate: decay of the weights' moving average, reached by a warm-up: min(rate, (1 + step) / (10 + step)).
-        grad_clip: greatest gradient norm, 0 for none.
-        flip: mirror half of the images.
-        half_weights: save the EMA weights in float16, half the size.
-        keep_state: keep what a run resumes from beside the finished model.
-    """
-
-    steps: int = 20_000
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    anneal: bool = False
-    batch_size: int = 24
-    microbatch: int = -1
-    ema_rate: float = 0.9999
-    grad_clip: float = 0.0
-    flip: bool = False
-    schedule_sampler: str = "uniform"
-    log_interval: int = 10
-    save_interval: int = 2_000
-    precision: str = "auto"
-    half_weights: bool = False
-    keep_state: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_interval", "save_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, expected 1 or more")
-        if not self.lr > 0:
-            raise ValueError(f"got lr {self.lr}, expected a rate above 0, such as 1e-4")
-        if not 0 <= self.ema_rate < 1:
-            raise ValueError(f"got ema_rate {self.ema_rate}, expected a decay from 0 to below 1, such as 0.9999")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"got precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+USELESS = 10  # average weights whose loss is so many times that of a network that answers 0 are not worth keeping
 
 
 class TrainLoop:
-    """Trains `model` in `folder` until `settings.steps`; `run()` resumes from what an earlier one saved there."""
+    """The training of `model` in `folder` up to `settings.steps`. `run()` resumes from what is saved there."""
 
     def __init__(
-        self,
-        *,
-        model: nn.Module,
-        diffusion: GaussianDiffusion,
-        data: TrainingImages,
-        settings: TrainSettings,
-        flags: Mapping[str, Any],
-        folder: str | os.PathLike,
-        device: torch.device,
+        self, *, model: nn.Module, diffusion: GaussianDiffusion, data: TrainingImages, settings: TrainSettings,
+        flags: Mapping[str, Any], folder: str | os.PathLike, device: torch.device,
         made_with: Mapping[str, Any] | None = None,
-    ):
-        """flags: those of `create_model_and_diffusion` that made `model`; they travel in the checkpoint.
+    ):  # fmt: skip
+        """flags: those of `create_model_and_diffusion` that made `model`; the checkpoint holds them, too.
 
-        made_with: all that changes the weights, `steps` among it; of a folder that was begun with anything else
-        nothing is resumed.
+        made_with: what changes the weights, `steps` among it. A folder that was begun with anything else is refused.
         """
         self.model, self.diffusion, self.data = model.to(device).train(), diffusion, data
         self.settings, self.flags, self.folder, self.device = settings, dict(flags), Path(folder), device
         if settings.batch_size % processes.count():
             raise ValueError(
-                f"got batch_size {settings.batch_size} for {processes.count()} processes, expected a multiple; "
-                "give another --batch_size, or another number of processes"
+                f"got --batch_size {settings.batch_size} for {processes.count()} processes, expected a multiple; "
+                "give another, or another number of processes"
             )
         self.made_with = dict(made_with or {**self.flags, "steps": settings.steps})
         self.kept: Kept | None = None  # once `restore` has looked
@@ -111,10 +59,10 @@ class TrainLoop:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
-        self.network = self.model  # what takes the steps: of several processes, each with its share of the batch
+        self.network = self.model  # with several processes, each takes its share of a batch
         if processes.count() > 1:
             self.network = nn.parallel.DistributedDataParallel(self.model)
-        self.sampler = create_named_schedule_sampler(settings.schedule_sampler, diffusion)
+        self.sampler = SAMPLERS[settings.schedule_sampler](diffusion.num_timesteps)
         self.step = 0
         self.micro = settings.microbatch if settings.microbatch > 0 else settings.batch_size
 
@@ -146,15 +94,15 @@ class TrainLoop:
         return self.finish()
 
     def fit_memory(self) -> None:
-        """Let fewer images pass the network at once where the memory at hand does not suffice for all."""
-        if processes.count() == 1:  # several wait for gradients of as many parts
+        """Let fewer images pass the network at once where free memory is short."""
+        if processes.count() == 1:  # several wait for the gradients of equally many parts
             most = min(self.micro, self.settings.batch_size)
             self.micro = that_fit(self.flags, most, self.device, training=True)
 
     def measure(self, seconds: float) -> tuple[int, int, float]:
-        """Steps that are left, operations of one, 2 a multiply-add, and its seconds by a trial of about `seconds`.
+        """Return the steps left, the operations of one (2 per multiply-add), and its seconds, from a short trial.
 
-        The weights are changed.
+        seconds: about how long the trial takes. It changes the weights.
         """
         self.restore()
         self.fit_memory()
@@ -170,16 +118,16 @@ class TrainLoop:
         return left, flops, statistics.median(taken)
 
     def train_step(self) -> torch.Tensor:
-        """One optimiser step and one of the EMA; returns the mean loss, a scalar on the device."""
+        """Take a step of the optimiser and of the EMA; return the mean loss, a scalar on the device."""
         s = self.settings
-        rate = s.lr * (1 - self.step / s.steps if s.anneal else 1.0)
+        rate = s.lr * (1 - self.step / s.steps if s.lr_anneal_steps else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self.flags.get("dropout"):  # it draws from the global generator
+        if self.flags.get("dropout"):  # which draws from the global generator
             torch.manual_seed(generator(s.seed, "dropout", self.step).initial_seed())
         share = [processes.own_share(part) for part in self.batch()]
         while (total := or_too_much(partial(self.gradients, *share))) is None:
-            if processes.count() > 1:  # the others wait for gradients of as many parts
+            if processes.count() > 1:  # the others wait for the gradients of equally many parts
                 raise MemoryError("out of memory in one of several processes; give a lower --microbatch")
             self.micro = smaller(min(self.micro, len(share[0])))
         if s.grad_clip > 0:
@@ -192,9 +140,9 @@ class TrainLoop:
         return total
 
     def batch(self) -> tuple[torch.Tensor, ...]:
-        """Images, labels, timesteps, loss weights and noise of this step, on the device."""
+        """Return images, labels, timesteps, loss weights and noise of this step, on the device."""
         s = self.settings
-        images, labels = self.data.batch(s.batch_size, self.step, s.seed, flip=s.flip, device=self.device)
+        images, labels = self.data.batch(s.batch_size, self.step, s.seed, flip=s.random_flip, device=self.device)
         rng = generator(s.seed, "noise", self.step)
         t, weights = self.sampler.sample(len(images), self.device, rng)
         return images, labels, t, weights, torch.randn(images.shape, generator=rng).to(self.device)
@@ -202,7 +150,7 @@ class TrainLoop:
     def gradients(
         self, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Gather those of a batch, `micro` images at a time; returns the mean loss, a scalar on the device."""
+        """Gather the gradients of a batch, `micro` images at a time; return the mean loss, a scalar on the device."""
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(images), self.micro):
@@ -217,14 +165,14 @@ class TrainLoop:
     def losses(
         self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """The unweighted loss of each image, (N,)."""
+        """Return the unweighted loss of each image, (N,)."""
         kwargs = {"y": labels} if self.flags.get("class_cond") else {}
         with autocast(self.settings.precision, self.device):
             return self.diffusion.training_losses(network, images, t, kwargs, noise)["loss"]
 
     @torch.no_grad()
     def check_average(self) -> None:
-        """Refuse average weights that are of no use, by their loss on the batch of the step to come: ValueError."""
+        """Raise ValueError where the loss of the average weights on the next batch says that they are of no use."""
         *batch, weights, noise = self.batch()
         found = []
         for network in (self.ema, self._zeros):
@@ -233,20 +181,20 @@ class TrainLoop:
             found.append(float((every * weights).mean()))
         loss, of_zeros = found
         if not loss <= USELESS * max(1.0, of_zeros):  # NaN, too
-            self._diverged(f"average weights of no use (loss {loss:.4g}, of a network that answers 0 {of_zeros:.4g})")
+            self._diverged(f"useless average weights (loss {loss:.4g}; a network that answers 0 has {of_zeros:.4g})")
         self._check_weights(self.model.state_dict())
 
     def _zeros(self, x: torch.Tensor, t: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(len(x), 6 if self.flags.get("learn_sigma") else 3, *x.shape[2:])
 
     def save(self) -> None:
-        """Save what the run resumes from, with the save before it beside it, and a sheet of EMA samples."""
+        """Save the state and a sheet of EMA samples."""
         if processes.is_first():
             self.save_state()
             self.sample_sheet()
 
     def save_state(self) -> None:
-        """Save what the run resumes from, with the save before it beside it; not weights that are of no use."""
+        """Save what the run resumes from; keep the save before it. Raises ValueError for useless weights."""
         self.check_average()
         checkpoint.save(
             self.folder / STATE_FILE,
@@ -263,7 +211,7 @@ class TrainLoop:
         )
 
     def finish(self) -> Path:
-        """Write the finished checkpoint and take the intermediate one away. Raises ValueError for weights of no use."""
+        """Write the finished checkpoint and delete the state. Raises ValueError for useless weights."""
         if processes.is_first():
             self.check_average()
             weights = self.ema.state_dict()
@@ -287,7 +235,7 @@ class TrainLoop:
 
     @torch.no_grad()
     def sample_sheet(self, count: int = 40, steps: int = 25) -> None:
-        """Draw `count` DDIM samples of the EMA into samples.png; the same noise at every save."""
+        """Draw `count` DDIM samples of the EMA into samples.png, from the same noise at every save."""
         size = self.flags["image_size"]
         total = self.diffusion.num_timesteps
         spaced = respaced(self.diffusion, space_timesteps(total, str(min(steps, total))))
@@ -300,7 +248,7 @@ class TrainLoop:
         contact_sheet(to_uint8(images.cpu()), 10, self.folder / "samples.png")
 
     def restore(self) -> None:
-        """Take up what the folder has, once. Raises ValueError, naming what differs, for what was made otherwise."""
+        """Load what the folder has, once. Raises ValueError, which names what differs, for what was made otherwise."""
         if self.kept is not None:
             return
         self.kept = kept(self.folder, self.made_with, self.device)
@@ -330,13 +278,13 @@ class TrainLoop:
 
     def _diverged(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{self.folder}: got {what} at step {self.step} with lr {self.settings.lr}; "
-            "lower --lr or set --grad_clip 1, in another --save_dir or --pool: the last save is kept"
+            f"{self.folder}: got {what} at step {self.step} with lr {self.settings.lr}; the last save is kept: "
+            "lower --lr or give --grad_clip 1, with another --save_dir or --pool"
         )
 
 
 def drop_state(folder: str | os.PathLike, *, newest: bool = True) -> None:
-    """Delete what a run resumes from; newest: also the newest, not only the one kept before it."""
+    """Delete the state before the newest, and where `newest` that one, too."""
     path = Path(folder) / STATE_FILE
     previous(path).unlink(missing_ok=True)
     if newest:

@@ -4,7 +4,7 @@ Names, shapes and order of the state dict are those of the public guided-diffusi
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,58 +14,43 @@ from torch.utils.checkpoint import checkpoint
 from guided_diffusion.nn import PointwiseConv, normalization, timestep_embedding, zero_module
 
 
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def _halve(x: torch.Tensor) -> torch.Tensor:
-    return F.avg_pool2d(x, kernel_size=2)
-
-
 class Upsample(nn.Module):
-    """(N, C, H, W) -> (N, C, 2H, 2W): nearest neighbour, then a 3x3 convolution if `use_conv`."""
+    """(N, C, H, W) -> (N, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int, use_conv: bool):
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(_double(x))
 
 
 class Downsample(nn.Module):
-    """(N, C, H, W) -> (N, C, H/2, W/2): a 3x3 convolution of stride 2 if `use_conv`, else average pooling."""
+    """(N, C, H, W) -> (N, C, H/2, W/2): a 3x3 convolution of stride 2."""
 
-    def __init__(self, channels: int, use_conv: bool):
+    def __init__(self, channels: int):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(x)
 
 
 class ResBlock(nn.Module):
-    """Residual block conditioned on the time embedding; `resample` is None, "up" or "down".
+    """A residual block conditioned on the time embedding; `resample` is None, "up" or "down".
 
     x: (N, in_channels, H, W), emb: (N, emb_channels) -> (N, out_channels, H', W'), H' = H, 2H or H/2.
     With `use_scale_shift_norm` the embedding scales and shifts the second norm (ADM, sec. 3), else it is added.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        *,
-        dropout: float = 0.0,
-        use_scale_shift_norm: bool = False,
-        use_checkpoint: bool = False,
-        resample: str | None = None,
-    ):
+        self, in_channels: int, out_channels: int, emb_channels: int, *, dropout: float = 0.0,
+        use_scale_shift_norm: bool = False, use_checkpoint: bool = False, resample: str | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.resample = {None: None, "up": _double, "down": _halve}[resample]
+        self.resample = {None: None, "up": _double, "down": partial(F.avg_pool2d, kernel_size=2)}[resample]
         self.in_layers = nn.Sequential(
             normalization(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
@@ -106,16 +91,16 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention between all positions of a feature map, with a residual: (N, C, H, W) -> the same.
 
-    The 3C outputs of `qkv` are read as (heads, qkv, C / heads), the order of the first public
-    checkpoints, or with `new_order` as (qkv, heads, C / heads).
+    The 3C outputs of `qkv` are read as (heads, qkv, C / heads), the order of the first public checkpoints, or with
+    `new_order` as (qkv, heads, C / heads).
     """
 
     def __init__(self, channels: int, num_heads: int, *, new_order: bool = False, use_checkpoint: bool = False):
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ValueError(
-                f"attention over {channels} channels cannot have {num_heads} heads; "
-                "choose num_heads or num_head_channels that divide the channels"
+                f"got {num_heads} heads for attention over {channels} channels, expected a divisor; "
+                "give another num_heads or num_head_channels"
             )
         self.num_heads = num_heads
         self.new_order = new_order
@@ -143,7 +128,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in sequence, of which the residual blocks also get the time embedding."""
+    """Layers in sequence. Residual blocks also get the time embedding."""
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         for layer in self:
@@ -154,71 +139,42 @@ class Stage(nn.Sequential):
 class UNetModel(nn.Module):
     """The noise-predicting U-Net.
 
-    image_size: pixels a side at training (H and W must be divisible by 2 ** (levels - 1)).
-    model_channels: width that `channel_mult` multiplies, one factor a level, finest first.
+    image_size: pixels per side in training (H and W must be divisible by 2 ** (levels - 1)).
+    model_channels: width that `channel_mult` multiplies, one factor per level, finest first.
     attention_resolutions: downsampling factors (1, 2, 4, ...) whose blocks are followed by attention.
     num_classes: None for an unconditional network.
-    num_head_channels: channels a head; -1 takes `num_heads` heads everywhere.
+    num_head_channels: channels per head; -1 takes `num_heads` heads everywhere.
     num_heads_upsample: heads of the decoder; -1 means `num_heads`.
-    conv_resample: learned down- and upsampling; resblock_updown: residual blocks do it (ADM, sec. 3).
-    use_checkpoint: recompute activations in the backward pass: less memory, more time.
-    use_fp16: run under float16 autocast, weights untouched. `model.to(torch.bfloat16)` runs the whole
-    network in that type instead: activations follow the weights, the output has the type of the input.
+    resblock_updown: residual blocks change the resolution (ADM, sec. 3), in place of single convolutions.
+    use_checkpoint: compute activations again in the backward pass: less memory, more time.
+    `model.to(torch.bfloat16)` runs the network in that type: activations follow the weights, the output the input.
     Raises ValueError for settings that do not fit each other.
     """
 
     def __init__(
-        self,
-        *,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Collection[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-    ):
+        self, *, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+        attention_resolutions: Collection[int], dropout: float, channel_mult: Sequence[float], num_classes: int | None,
+        use_checkpoint: bool, num_heads: int, num_head_channels: int, num_heads_upsample: int,
+        use_scale_shift_norm: bool, resblock_updown: bool, use_new_attention_order: bool,
+    ):  # fmt: skip
         super().__init__()
         widths = _level_widths(image_size, model_channels, channel_mult, num_res_blocks)
-        attention_resolutions = set(attention_resolutions)
-        self.image_size = image_size
-        self.in_channels = in_channels
         self.out_channels = out_channels
         self.model_channels = model_channels
         self.num_classes = num_classes
         self.downsampling = 2 ** (len(widths) - 1)
-        self.use_fp16 = use_fp16
         emb_channels = 4 * model_channels
         encoder_heads, decoder_heads = num_heads, num_heads if num_heads_upsample == -1 else num_heads_upsample
 
-        def res(n_in: int, n_out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                n_in,
-                n_out,
-                emb_channels,
-                dropout=dropout,
-                use_scale_shift_norm=use_scale_shift_norm,
-                use_checkpoint=use_checkpoint,
-                resample=resample,
-            )
+        res = partial(ResBlock, emb_channels=emb_channels, dropout=dropout, use_checkpoint=use_checkpoint,
+                      use_scale_shift_norm=use_scale_shift_norm)  # fmt: skip
 
         def attend(channels: int, heads: int) -> AttentionBlock:
             if num_head_channels != -1:
                 if num_head_channels < 1 or channels % num_head_channels:
                     raise ValueError(
-                        f"num_head_channels {num_head_channels} does not divide the {channels} channels of an "
-                        "attention block; choose a divisor, or -1 to use num_heads"
+                        f"got num_head_channels {num_head_channels}, expected a divisor of the {channels} channels of "
+                        "an attention block; give one, or -1 to use num_heads"
                     )
                 heads = channels // num_head_channels
             return AttentionBlock(channels, heads, new_order=use_new_attention_order, use_checkpoint=use_checkpoint)
@@ -241,7 +197,7 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
             if level + 1 < len(widths):
-                down = res(channels, channels, "down") if resblock_updown else Downsample(channels, conv_resample)
+                down = res(channels, channels, resample="down") if resblock_updown else Downsample(channels)
                 self.input_blocks.append(Stage(down))
                 skips.append(channels)
 
@@ -255,7 +211,7 @@ class UNetModel(nn.Module):
                 if 2**level in attention_resolutions:
                     layers.append(attend(channels, decoder_heads))
                 if level > 0 and block == num_res_blocks:
-                    up = res(channels, channels, "up") if resblock_updown else Upsample(channels, conv_resample)
+                    up = res(channels, channels, resample="up") if resblock_updown else Upsample(channels)
                     layers.append(up)
                 self.output_blocks.append(Stage(*layers))
 
@@ -266,50 +222,55 @@ class UNetModel(nn.Module):
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """Predict from noised images.
 
-        x: (N, in_channels, H, W) images x_t; timesteps: (N,); y: (N,) int64 labels in [0, num_classes)
-        for a conditional network, None for an unconditional one.
-        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError for a label too many or too
-        few, and for images whose sides the network cannot halve.
+        x: (N, in_channels, H, W) images x_t; timesteps: (N,); y: (N,) int64 labels in [0, num_classes), None for an
+        unconditional network.
+        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError for labels that are missing or too many,
+        and for images whose sides the network cannot halve.
         """
         if (y is None) != (self.num_classes is None):
-            kind = "unconditional, but labels y were given" if y is not None else "conditional, but got no labels y"
-            raise ValueError(f"the network is {kind}; pass y exactly when class_cond is set")
+            got = "no labels y for a conditional" if y is None else "labels y for an unconditional"
+            raise ValueError(f"got {got} network; give y exactly where class_cond is set")
         if x.shape[2] % self.downsampling or x.shape[3] % self.downsampling:
             raise ValueError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels given; this network needs multiples of {self.downsampling}"
+                f"got images of {x.shape[2]}x{x.shape[3]} pixels, expected multiples of {self.downsampling}; "
+                "give images of the network's size"
             )
         dtype = self.time_embed[0].weight.dtype
-        with torch.autocast(x.device.type, torch.float16) if self.use_fp16 else nullcontext():
-            emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
-            if y is not None:
-                emb = emb + self.label_emb(y)
-            h = x.to(dtype)
-            skips = []
-            for stage in self.input_blocks:
-                h = stage(h, emb)
-                skips.append(h)
-            h = self.middle_block(h, emb)
-            for stage in self.output_blocks:
-                h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-            return self.out(h).to(x.dtype)
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = x.to(dtype)
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h).to(x.dtype)
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _level_widths(image_size: int, channels: int, channel_mult: Sequence[float], num_res_blocks: int) -> list[int]:
-    """Width of each level, after a check that the settings fit the image size."""
+    """Return the width of each level. Raises ValueError where the settings do not fit the image size."""
     if num_res_blocks < 1:
-        raise ValueError(f"num_res_blocks is {num_res_blocks}; expected at least 1")
+        raise ValueError(f"got num_res_blocks {num_res_blocks}, expected 1 or more")
     if not channel_mult:
-        raise ValueError("channel_mult is empty; give one factor a level, as in 1,2,2")
-    if image_size % 2 ** (len(channel_mult) - 1):
+        raise ValueError("got an empty channel_mult, expected one factor per level, as in 1,2,2")
+    multiple = 2 ** (len(channel_mult) - 1)
+    if image_size % multiple:
         raise ValueError(
-            f"channel_mult has {len(channel_mult)} levels, which halve images of {image_size} pixels "
-            f"{len(channel_mult) - 1} times; use fewer levels or a multiple of {2 ** (len(channel_mult) - 1)} pixels"
+            f"got channel_mult of {len(channel_mult)} levels, which halve {image_size} pixels {len(channel_mult) - 1} "
+            f"times; give fewer levels or a multiple of {multiple} pixels"
         )
     exact = [factor * channels for factor in channel_mult]
     widths = [round(width) for width in exact]
     if any(width < 1 or abs(width - wanted) > 1e-6 for width, wanted in zip(widths, exact, strict=True)):
         raise ValueError(
-            f"channel_mult {tuple(channel_mult)} times num_channels {channels} is not a whole positive number of "
-            "channels at every level; change one of them"
+            f"got channel_mult {tuple(channel_mult)} and num_channels {channels}, expected a whole positive number of "
+            "channels at every level; give another of either"
         )
     return widths

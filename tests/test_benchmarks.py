@@ -94,7 +94,7 @@ def test_the_papers_unet(monkeypatch):
     monkeypatch.undo()
     flags = measure.unet_flags("paper")
     with torch.device("meta"):
-        network = measure.network_of(flags)
+        network = measure.create_model(**flags)
         x, t = torch.empty(1, 3, 64, 64), torch.empty(1, dtype=torch.int64)
     assert measure.unet_settings("paper")["parameters"] == pytest.approx(121e6, rel=0.01)
     assert measure.count_flops(lambda: network(x, t)) == pytest.approx(79.5e9, rel=0.01)

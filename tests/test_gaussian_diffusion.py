@@ -150,14 +150,12 @@ def test_posterior_against_bayes(t):
     assert actual[2].item() == pytest.approx(math.log(variance), abs=1e-5)
 
 
-def test_q_mean_variance_matches_samples():
+def test_noised_images_have_the_mean_and_variance_of_the_schedule():
     d, t = process(100), torch.full((1,), 40)
-    x_start = torch.full((1, 1, 200, 500), 0.5)
-    mean, variance, log_variance = d.q_mean_variance(x_start, t)
-    sample = d.q_sample(x_start, t, generator=seeded())
-    assert sample.mean().item() == pytest.approx(mean.mean().item(), abs=0.01)
-    assert sample.var().item() == pytest.approx(variance.mean().item(), rel=0.02)
-    torch.testing.assert_close(log_variance.exp(), variance)
+    sample = d.q_sample(torch.full((1, 1, 200, 500), 0.5), t, generator=seeded())
+    alpha_bar = np.prod(1 - d.betas[:41])
+    assert sample.mean().item() == pytest.approx(0.5 * alpha_bar**0.5, abs=0.01)
+    assert sample.var().item() == pytest.approx(1 - alpha_bar, rel=0.02)
 
 
 def test_tables_are_float32_copied_once_and_usable_after_inference():
@@ -176,50 +174,35 @@ def test_tables_are_float32_copied_once_and_usable_after_inference():
 
 @pytest.mark.parametrize("mean_type", list(ModelMeanType))
 def test_a_perfect_network_gives_x_start_and_the_posterior(mean_type):
-    d = process(50, model_mean_type=mean_type, model_var_type=ModelVarType.FIXED_SMALL)
+    d = process(50, model_mean_type=mean_type)
     t = torch.tensor([0, 20, 40])
     x_start, noise = torch.rand(3, 3, 4, 4, generator=seeded()) * 2 - 1, torch.randn(3, 3, 4, 4, generator=seeded(1))
     x_t = d.q_sample(x_start, t, noise)
-    mean, variance, log_variance = d.q_posterior_mean_variance(x_start, x_t, t)
-    answer = {
-        ModelMeanType.EPSILON: noise,
-        ModelMeanType.START_X: x_start,
-        ModelMeanType.PREVIOUS_X: mean,
-    }[mean_type]
+    mean = d.q_posterior_mean_variance(x_start, x_t, t)[0]
+    answer = {ModelMeanType.EPSILON: noise, ModelMeanType.START_X: x_start}[mean_type]
     out = d.p_mean_variance(lambda x, t: answer, x_t, t)
     torch.testing.assert_close(out["pred_xstart"], x_start, atol=1e-4, rtol=0)
     torch.testing.assert_close(out["mean"], mean, atol=1e-4, rtol=0)
-    torch.testing.assert_close(out["log_variance"], log_variance)
     losses = d.training_losses(lambda x, t: answer, x_start, t, noise=noise)
     assert losses["loss"].shape == (3,) and losses["loss"].max() < 1e-8
 
 
-def test_clipping_and_denoised_fn():
-    d, t = process(50, model_mean_type=ModelMeanType.START_X), torch.tensor([9])
-    x = torch.zeros(1, 3, 2, 2)
-
-    def pred(**kwargs) -> float:
-        return d.p_mean_variance(lambda x, t: x + 3, x, t, **kwargs)["pred_xstart"].mean().item()
-
-    assert pred() == 1 and pred(clip_denoised=False) == 3
-    assert pred(denoised_fn=lambda x: x / 6) == 0.5 and pred(denoised_fn=lambda x: x * 2, clip_denoised=False) == 6
+@pytest.mark.parametrize("clip, expected", [(True, 1), (False, 3)])
+def test_clipping(clip, expected):
+    d, x = process(50, model_mean_type=ModelMeanType.START_X), torch.zeros(1, 3, 2, 2)
+    out = d.p_mean_variance(lambda x, t: x + 3, x, torch.tensor([9]), clip)
+    assert (out["pred_xstart"] == expected).all()
 
 
 @pytest.mark.parametrize("var_type", list(ModelVarType))
 def test_variances(var_type):
     d, t = process(50, model_var_type=var_type), torch.tensor([0, 30])
     x = torch.zeros(2, 3, 2, 2)
-    learned = var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-    output = torch.cat([x, torch.full_like(x, 0.5)], dim=1) if learned else x
+    output = torch.cat([x, torch.full_like(x, 0.5)], dim=1) if var_type is ModelVarType.LEARNED_RANGE else x
     log_variance = d.p_mean_variance(lambda x, t: output, x, t)["log_variance"][:, 0, 0, 0].numpy()
     low, high = d.posterior_log_variance_clipped[[0, 30]], np.log(d.betas[[0, 30]])
-    expected = {
-        ModelVarType.LEARNED: [0.5, 0.5],
-        ModelVarType.LEARNED_RANGE: 0.75 * high + 0.25 * low,
-        ModelVarType.FIXED_SMALL: low,
-        ModelVarType.FIXED_LARGE: [low[0], high[1]],
-    }[var_type]
-    np.testing.assert_allclose(log_variance, expected, rtol=1e-5)
+    expected = {ModelVarType.LEARNED_RANGE: 0.75 * high + 0.25 * low, ModelVarType.FIXED_LARGE: [low[0], high[1]]}
+    np.testing.assert_allclose(log_variance, expected[var_type], rtol=1e-5)
 
 
 def test_condition_score_moves_along_the_gradient():
@@ -258,23 +241,24 @@ def gaussian_network(d: GaussianDiffusion, std: float):
     return network
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_samples_the_data(eta):
-    d = process(400)
-    network, options = gaussian_network(d, 0.25), dict(clip_denoised=False, eta=eta, generator=seeded())
-    sample = d.ddim_sample_loop(network, (8, 3, 40, 40), **options)
+SHAPE = (8, 3, 40, 40)
+
+
+def test_ddim_samples_the_data():
+    d, noise = process(400), torch.randn(SHAPE, generator=seeded())
+    sample = d.ddim_sample_loop(gaussian_network(d, 0.25), SHAPE, noise, clip_denoised=False)
     assert sample.std().item() == pytest.approx(0.25, rel=0.02)
     assert sample.mean().abs() < 0.01
 
 
 def test_ancestral_samples_the_data():
     d = process(400)
-    sample = d.p_sample_loop(gaussian_network(d, 0.25), (8, 3, 40, 40), clip_denoised=False, generator=seeded())
+    sample = d.p_sample_loop(gaussian_network(d, 0.25), SHAPE, clip_denoised=False, generator=seeded())
     assert sample.std().item() == pytest.approx(0.25, rel=0.03)
 
 
-@pytest.mark.parametrize("sampler", ["ddim_sample_loop", "p_sample_loop"])
-def test_guidance_samples_the_class(sampler):
+@pytest.mark.parametrize("sampler, more", [("ddim_sample_loop", {}), ("p_sample_loop", {"generator": seeded(1)})])
+def test_guidance_samples_the_class(sampler, more):
     """N(0, 1) pixels guided by the exact grad log p(y | x_t) of a class whose pixels are N(0.5, 0.3^2)."""
     d = process(400)
     mean, std = 0.5, 0.3
@@ -283,47 +267,23 @@ def test_guidance_samples_the_class(sampler):
         alpha_bar = torch.from_numpy(d.alphas_cumprod)[t].view(-1, 1, 1, 1)
         return (x - (x - alpha_bar.sqrt() * mean) / (alpha_bar * std**2 + 1 - alpha_bar)).float()
 
-    options = dict(clip_denoised=False, cond_fn=classifier, generator=seeded())
-    sample = getattr(d, sampler)(gaussian_network(d, 1.0), (8, 3, 40, 40), **options)
+    options = dict(noise=torch.randn(SHAPE, generator=seeded()), clip_denoised=False, cond_fn=classifier, **more)
+    sample = getattr(d, sampler)(gaussian_network(d, 1.0), SHAPE, **options)
     assert sample.mean().item() == pytest.approx(mean, abs=0.02)
     assert sample.std().item() == pytest.approx(std, rel=0.05)
 
 
-def test_ddim_with_eta_one_has_the_posterior_mean():
-    d = process(100, model_mean_type=ModelMeanType.START_X)
-    t = torch.tensor([2, 50])
-    x, x_start = torch.randn(2, 3, 4, 4, generator=seeded()), torch.rand(2, 3, 4, 4, generator=seeded(1))
-    sample = d.ddim_sample(lambda x, t: x_start, x, t, eta=1.0, generator=seeded(2))["sample"]
-    mean, variance, _ = d.q_posterior_mean_variance(x_start, x, t)
-    expected = mean + variance.sqrt() * torch.randn(x.shape, generator=seeded(2))
-    torch.testing.assert_close(sample, expected, atol=1e-4, rtol=0)
-
-
-def test_ddim_reverse_undoes_ddim():
-    d = process(400)
-    network = gaussian_network(d, 0.5)
-    x = 0.5 * torch.randn(2, 3, 4, 4, generator=seeded())
-    latent = x
-    for index in range(399):
-        t = torch.full((2,), index)
-        latent = d.ddim_reverse_sample(network, latent, t, clip_denoised=False)["sample"]
-    assert latent.std() > 0.8
-    for index in range(399, 0, -1):
-        latent = d.ddim_sample(network, latent, torch.full((2,), index), clip_denoised=False)["sample"]
-    torch.testing.assert_close(latent, x, atol=0.02, rtol=0.05)
-
-
-@pytest.mark.parametrize("sampler", ["ddim_sample_loop", "p_sample_loop"])
-def test_loops_are_seeded_by_their_generator_only(sampler):
+def test_ancestral_sampling_is_seeded_by_its_generator_only():
     d = process(10)
     network = gaussian_network(d, 0.5)
     before = torch.get_rng_state()
-    first, again, other = (getattr(d, sampler)(network, (2, 3, 4, 4), generator=seeded(s)) for s in (1, 1, 2))
+    first, again, other = (d.p_sample_loop(network, (2, 3, 4, 4), generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_progressive_loop_runs_every_step_without_gradients():
+@pytest.mark.parametrize("sampler", ["ddim_sample_loop", "p_sample_loop"])
+def test_loops_run_every_step_without_gradients(sampler):
     d, seen = process(10), []
     weight = torch.ones(1, requires_grad=True)
 
@@ -331,12 +291,11 @@ def test_progressive_loop_runs_every_step_without_gradients():
         seen.append(t.tolist())
         return x * weight
 
-    steps = list(d.ddim_sample_loop_progressive(network, (2, 3, 4, 4), noise=torch.ones(2, 3, 4, 4)))
+    loop = getattr(d, sampler)
+    assert not loop(network, (2, 3, 4, 4), noise=torch.ones(2, 3, 4, 4)).requires_grad
     assert seen == [[t, t] for t in range(9, -1, -1)]
-    assert len(steps) == 10 and not any(out["sample"].requires_grad for out in steps)
-    torch.testing.assert_close(steps[-1]["sample"], steps[-1]["pred_xstart"], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="noise has shape"):
-        d.ddim_sample_loop(network, (2, 3, 4, 4), noise=torch.ones(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="noise of shape"):
+        loop(network, (2, 3, 4, 4), noise=torch.ones(1, 3, 4, 4))
 
 
 def test_rescaled_timesteps():
@@ -359,7 +318,7 @@ def test_min_snr_weights():
 
     d = process(loss_weighting="min_snr", model_var_type=ModelVarType.LEARNED_RANGE)
     t, x = torch.tensor([10, 900]), torch.rand(2, 3, 4, 4, generator=seeded())
-    terms = d.training_losses(lambda x, t: torch.cat([x, x], dim=1), x, t, generator=seeded(1))
+    terms = d.training_losses(lambda x, t: torch.cat([x, x], dim=1), x, t, noise=torch.ones_like(x))
     expected = torch.from_numpy(d.mse_weight).float()[t] * terms["mse"] + terms["vb"]
     torch.testing.assert_close(terms["loss"], expected)
     assert d.mse_weight[10] < 0.1 and d.mse_weight[900] == 1
@@ -369,7 +328,7 @@ def test_the_bound_trains_only_the_variance():
     d, t = process(100, model_var_type=ModelVarType.LEARNED_RANGE), torch.tensor([0, 50])
     output = torch.zeros(2, 6, 4, 4, requires_grad=True)
     x = torch.rand(2, 3, 4, 4, generator=seeded())
-    d.training_losses(lambda x, t: output, x, t, generator=seeded())["vb"].sum().backward()
+    d.training_losses(lambda x, t: output, x, t, noise=torch.ones_like(x))["vb"].sum().backward()
     assert output.grad[:, :3].abs().max() == 0 and output.grad[:, 3:].abs().min() > 0
 
 
@@ -382,8 +341,7 @@ def test_rescaled_losses():
         for loss_type in LossType
     }
     torch.testing.assert_close(losses[LossType.RESCALED_MSE]["vb"], losses[LossType.MSE]["vb"] * 0.1)
-    torch.testing.assert_close(losses[LossType.RESCALED_KL]["loss"], losses[LossType.KL]["loss"] * 100)
-    torch.testing.assert_close(losses[LossType.KL]["loss"], losses[LossType.MSE]["vb"])
+    torch.testing.assert_close(losses[LossType.RESCALED_KL]["loss"], losses[LossType.MSE]["vb"] * 100)
 
 
 def test_normal_kl_against_torch():
@@ -391,8 +349,6 @@ def test_normal_kl_against_torch():
     normal = torch.distributions.Normal
     p, q = normal(mean1, (0.5 * logvar1).exp()), normal(mean2, (0.5 * logvar2).exp())
     torch.testing.assert_close(normal_kl(mean1, logvar1, mean2, logvar2), torch.distributions.kl_divergence(p, q))
-    standard = torch.distributions.kl_divergence(p, normal(0.0, 1.0))
-    torch.testing.assert_close(normal_kl(mean1, logvar1, 0.0, 0.0), standard)
 
 
 def test_approximate_cdf_is_close():
@@ -415,11 +371,11 @@ def test_discretized_likelihood_sums_to_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(noise_schedule="quadratic"), "unknown noise_schedule 'quadratic'"),
+        (dict(noise_schedule="quadratic"), "noise_schedule 'quadratic'"),
         (dict(steps=20), "more than 20 steps"),
-        (dict(steps=0), "diffusion_steps is 0"),
-        (dict(loss_weighting="snr"), "unknown loss_weighting 'snr'"),
-        (dict(loss_weighting="min_snr", use_kl=True), "min_snr needs an MSE loss"),
+        (dict(steps=0), "diffusion_steps 0"),
+        (dict(loss_weighting="snr"), "loss_weighting 'snr'"),
+        (dict(loss_weighting="min_snr", use_kl=True), "min_snr with use_kl"),
     ],
 )
 def test_bad_settings(settings, message):

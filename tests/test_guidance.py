@@ -76,16 +76,17 @@ def test_without_guidance_it_is_ddim(toy_pool, learn_sigma, make_pool, tmp_path)
     assert float((zero - expected).abs().max()) < 1e-5
 
 
-def test_guidance_on_x_t_is_that_of_condition_score():
-    """One step from a noise level where nothing clips: algorithm 2 as `ddim_sample_loop` does it."""
-    diffusion = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", timestep_respacing=[1000])
-
-    low = respaced(diffusion, [0, 50, 100])
-    noise = 0.3 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    cond_fn = classifier_guidance(by_brightness, torch.tensor([0, 1]), 1.0)
-    network = prior(low)
-    expected = low.ddim_sample_loop(network, noise.shape, noise=noise, cond_fn=cond_fn)
-    assert float((sample(network, low, noise, cond_fn=cond_fn) - expected).abs().max()) < 1e-5
+@pytest.mark.parametrize("slope, expected", [(0.5, None), (50.0, 1.0)])
+def test_guidance_on_x_t_shifts_x_0_by_the_score(slope, expected):
+    """(1 - abar) / sqrt(abar) times the gradient (arXiv 2105.05233, alg. 2), clipped again."""
+    whole = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", predict_xstart=True)
+    abar = float(whole.alphas_cumprod[200])
+    images = sample(
+        lambda x, t: torch.full_like(x, 0.1), respaced(whole, [200]), torch.zeros(2, 3, 4, 4),
+        cond_fn=lambda x, t: torch.full_like(x, slope),
+    )  # fmt: skip
+    shifted = 0.1 + (1 - abar) / abar**0.5 * slope if expected is None else expected
+    torch.testing.assert_close(images, torch.full_like(images, shifted), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("guide_on", ["x_t", "x_0"])

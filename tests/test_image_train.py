@@ -209,7 +209,7 @@ def test_out_of_memory_halves_the_part_and_loses_nothing(folder, tmp_path, capsy
 
 
 def test_rate_is_annealed(folder, tmp_path):
-    loop, rates = loop_of(folder, tmp_path, lr=1.0, anneal=True, steps=4), []
+    loop, rates = loop_of(folder, tmp_path, lr=1.0, lr_anneal_steps=4, steps=4), []
     for _ in range(4):
         loop.train_step()
         rates.append(loop.optimizer.param_groups[0]["lr"])

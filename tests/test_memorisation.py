@@ -235,4 +235,4 @@ def test_one_model_prints_it(call, folder, tmp_path):
 @pytest.mark.parametrize("share", ["-0.1", "1", "nan"])
 def test_no_such_share(call, folder, tmp_path, share):
     status, _, err = call(image_train, *pool_command(folder, tmp_path / "pool"), f"--hold_out={share}")
-    assert status == 2 and "expected a share from 0 to below 1" in err and not (tmp_path / "pool").exists()
+    assert status == 2 and "--hold_out" in err and not (tmp_path / "pool").exists()

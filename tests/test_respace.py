@@ -68,7 +68,7 @@ def test_network_and_gradient_get_original_timesteps():
 
     for sampler in (diffusion.ddim_sample_loop, diffusion.p_sample_loop):
         seen.clear()
-        sampler(network, (1, 3, 2, 2), cond_fn=gradient, generator=torch.Generator().manual_seed(0))
+        sampler(network, (1, 3, 2, 2), noise=torch.zeros(1, 3, 2, 2), cond_fn=gradient)
         assert seen == [(who, [t]) for t in (999, 300, 0) for who in ("network", "gradient")]
     seen.clear()
     diffusion.training_losses(network, torch.zeros(1, 3, 2, 2), torch.tensor([1]), noise=torch.ones(1, 3, 2, 2))
@@ -92,5 +92,5 @@ def test_the_map_is_copied_to_a_device_once():
 
 @pytest.mark.parametrize("use_timesteps", [[], [1000], [-1, 3]])
 def test_timesteps_outside_the_process(use_timesteps):
-    with pytest.raises(ValueError, match="use_timesteps must be some of 0 to 999"):
+    with pytest.raises(ValueError, match="use_timesteps.* 0 to 999"):
         spaced(use_timesteps)

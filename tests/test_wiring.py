@@ -330,7 +330,7 @@ def test_flip_of_pretraining(call, folder, tmp_path, spy, flip):  # noqa: F811
 
 def test_each_model_of_a_pool_has_its_seed(call, picture_folder, tmp_path, spy):
     images = picture_folder(tmp_path / "alike", {name: [10, 200] for name in "ab"})
-    seen = spy(image_train, "training", lambda args, data, place, seed, *_: seed)
+    seen = spy(image_train, "training", lambda settings, *_: settings.seed)
     pool = ("--pool", tmp_path / "pool", "--classes_per_model", 1, "--seed", 7, "--lr", 1e-6)
     status, _, err = call(image_train, "--data_dir", images, *FLAGS, *pool, "--steps", 1)
     assert status == 0, err
