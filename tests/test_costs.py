@@ -15,7 +15,7 @@ from tests.conftest import UNET
 from utils.progress import hush
 
 CPU = torch.device("cpu")
-FLAGS = {**model_and_diffusion_defaults(), **UNET}
+FLAGS = {**model_and_diffusion_defaults(), **UNET, "channel_mult": "1,1"}
 PAPER = FLAGS | dict(image_size=64, num_channels=128, num_res_blocks=3, channel_mult="", attention_resolutions="16,8",
                      num_heads=4)  # fmt: skip
 

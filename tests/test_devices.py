@@ -57,7 +57,7 @@ def test_the_resampler_stays_on_the_cpu_in_its_own_tables():
         assert other.sample(4)[0].device.type == "cpu" == other.history.device.type
 
 
-def test_all_processes_ask_for_what_the_first_one_says(call, toy_pool, tmp_path, few_glyphs, monkeypatch):
+def test_all_processes_ask_for_what_the_first_one_says(call, toy_pool, tmp_path, few_glyphs, few_rounds, monkeypatch):
     """Each computes it on its own device, where the last bits may differ, and draws its share of the images."""
     said = torch.arange(20).repeat_interleave(4).view(5, 16).flip(1).flatten()
 

@@ -33,7 +33,7 @@ NONE = (*MAIN, "--source", "none")
 MIX = (*"--dataset custom --data-root data --pool pool --save-dir test --resume run/best_model.pt".split(),
        *"--episodes 2 --nTestNovel 10 --device cpu --head-steps 2".split())  # fmt: skip
 TRAIN = (
-    "--data_dir data/meta_train --save_dir one --image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 "
+    "--data_dir data/meta_train --save_dir one --image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 "
     "--num_heads 1 --steps 1 --batch_size 2 --diffusion_steps 4 --noise_schedule cosine --device cpu"
 ).split()
 POOL = (*TRAIN, "--pool", "made", "--classes_per_model", "3")

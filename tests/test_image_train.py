@@ -15,7 +15,7 @@ from tests.conftest import ROOT, same, slow
 from utils import checkpoint
 
 FLAGS = (
-    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --attention_resolutions 8 "
+    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 --num_heads 1 --attention_resolutions= "
     "--learn_sigma True --noise_schedule cosine --diffusion_steps 4 --batch_size 2 --steps 3 --device cpu"
 ).split()
 

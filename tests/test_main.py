@@ -12,7 +12,7 @@ from models.learners import ClusterLearners, PaperLearners
 from tests.conftest import TINY, same, slow
 from utils import checkpoint
 
-pytestmark = pytest.mark.usefixtures("few_glyphs")
+pytestmark = pytest.mark.usefixtures("few_glyphs", "few_rounds")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from utils import checkpoint
 from utils.lock import locked
 
 FLAGS = {
-    "image_size": 16, "num_channels": 8, "num_res_blocks": 1, "channel_mult": "1,1", "num_heads": 1,
+    "image_size": 16, "num_channels": 8, "num_res_blocks": 1, "channel_mult": "1", "num_heads": 1,
     "attention_resolutions": "", "noise_schedule": "cosine", "diffusion_steps": 4, "batch_size": 2, "steps": 4,
     "lr": 1e-2, "device": "cpu", "hold_out": 0,
 }  # fmt: skip
