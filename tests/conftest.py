@@ -125,6 +125,12 @@ def toy_pool(make_pool, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_models(make_pool, tmp_path_factory) -> Path:
+    """The first two models of the toy pool, where more would cost time and show nothing. For reading only."""
+    return make_pool(tmp_path_factory.mktemp("two") / "pool", [4] * 2)
+
+
+@pytest.fixture(scope="session")
 def paint_pool(make_pool, tmp_path_factory) -> Path:
     """Five models of four classes; whatever its input, model m draws grey level -0.8 + 0.4 m. For reading only."""
 

@@ -56,6 +56,7 @@ def test_networks_that_are_alike_are_counted_once(monkeypatch):
     assert len(passed) == 6
 
 
+@pytest.mark.slow
 def test_bytes_of_the_published_network():
     # measured on a CPU: 46 MB an image when drawing, 400 MB when training; kernels take room beside the tensors
     assert 46e6 / 2 < costs.image_bytes(PAPER) < 46e6 < costs.image_bytes(PAPER, training=True) < 400e6

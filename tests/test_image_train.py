@@ -20,6 +20,12 @@ FLAGS = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """Few samples to measure."""
+    monkeypatch.setattr("guided_diffusion.memorisation.SAMPLES", 4)
+
+
 @pytest.fixture
 def folder(picture_folder, tmp_path):
     levels = {name: [20 * index, 255 - 30 * index, 128] for index, name in enumerate("abcde")}

@@ -35,12 +35,6 @@ CPU = torch.device("cpu")
 CLUSTERS = "--recipe clusters --refresh-every 2 --max-epoch 3".split()
 
 
-@pytest.fixture(scope="module")
-def two_models(make_pool, tmp_path_factory):
-    """A pool of two models of four classes each. For reading only."""
-    return make_pool(tmp_path_factory.mktemp("two") / "pool", [4] * 2)
-
-
 @pytest.fixture
 def training(two_models, toy_pool, tmp_path, few_glyphs, few_rounds, monkeypatch):
     """training(*flags): a tiny run of main.py, ready to train; nothing is drawn for people."""
@@ -82,11 +76,11 @@ def test_sinkhorn_gives_columns_equal_weight():
     torch.testing.assert_close(shares.sum(1), torch.ones(30))
 
 
-def test_hits(toy_pool):
+def test_hits(two_models):
     def always_five(x, t):
-        return F.log_softmax(10 * F.one_hot(torch.full((len(x),), 5), 20).float() + 0 * x.mean((1, 2, 3))[:, None], 1)
+        return F.log_softmax(10 * F.one_hot(torch.full((len(x),), 5), 8).float() + 0 * x.mean((1, 2, 3))[:, None], 1)
 
-    _, labels, hits = synthesise(Pool(toy_pool), plan(), CPU, always_five)
+    _, labels, hits = synthesise(Pool(two_models), plan(), CPU, always_five)
     assert torch.equal(hits, labels == 5) and int(hits.sum()) == 2
 
 
