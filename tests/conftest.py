@@ -5,6 +5,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # Before torch: its threads wait by spinning, which beside other work makes networks as tiny as these 15 times slower.
@@ -19,6 +20,7 @@ import bookkeeping
 import main
 from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from models import clusters
 from report import Report
 from utils import checkpoint
 from utils.cli import run
@@ -83,7 +85,7 @@ def no_pictures(request, monkeypatch):
 
 
 UNET = dict(
-    image_size=16, num_channels=8, num_res_blocks=1, channel_mult="1,1", attention_resolutions="", num_heads=1,
+    image_size=16, num_channels=8, num_res_blocks=1, channel_mult="1", attention_resolutions="", num_heads=1,
     learn_sigma=True, noise_schedule="cosine",
 )  # fmt: skip
 TINY = (
@@ -123,6 +125,12 @@ def toy_pool(make_pool, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_models(make_pool, tmp_path_factory) -> Path:
+    """The first two models of the toy pool, where more would cost time and show nothing. For reading only."""
+    return make_pool(tmp_path_factory.mktemp("two") / "pool", [4] * 2)
+
+
+@pytest.fixture(scope="session")
 def paint_pool(make_pool, tmp_path_factory) -> Path:
     """Five models of four classes; whatever its input, model m draws grey level -0.8 + 0.4 m. For reading only."""
 
@@ -151,6 +159,12 @@ def trained(toy_pool, tmp_path_factory) -> Path:
 def few_glyphs(monkeypatch) -> None:
     """Real glyphs, but few of them."""
     monkeypatch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
+
+
+@pytest.fixture
+def few_rounds(monkeypatch) -> None:
+    """Clusters after two rounds: the others are most of what a tiny run with clusters costs."""
+    monkeypatch.setattr(clusters, "balanced_clusters", partial(clusters.balanced_clusters, rounds=2))
 
 
 @pytest.fixture

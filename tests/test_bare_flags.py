@@ -35,7 +35,7 @@ def test_every_flag_of_a_network_is_told_or_can_be_said():
 
 
 def drawn(pool):
-    plan = Synthesis(classes=[1], per_class=2, steps=5, size=16, seed=1, stream=0, precision="float32")
+    plan = Synthesis(classes=[1], per_class=2, steps=2, size=16, seed=1, stream=0, precision="float32")
     return synthesise(pool, plan, CPU)[0]
 
 

@@ -12,7 +12,7 @@ from guided_diffusion.train_util import TrainLoop, TrainSettings
 from models.conv4 import Conv4
 from models.learners import PaperLearners
 from models.meta_model import MetaModel
-from tests.conftest import UNET
+from tests.conftest import UNET, slow
 from utils.images import to_float
 from utils.seeding import generator
 
@@ -40,7 +40,7 @@ def tiny(monkeypatch, toy_pool):
             monkeypatch.setitem(module.SIZES, size, module.SIZES[size] | changes)
 
 
-@pytest.mark.parametrize("size", ["paper", "small"])
+@pytest.mark.parametrize("size", [slow("paper"), "small"])
 @pytest.mark.parametrize("module", TINY, ids=lambda module: module.__name__)
 def test_prints_one_line_with_every_key(call, module, size):
     status, out, err = call(module, "--size", size, "--device", "cpu", "--repeats", "2")

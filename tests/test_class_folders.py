@@ -22,7 +22,7 @@ LEFTOVERS = (
     "__MACOSX", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found", "._x.png",
 )  # fmt: skip
 TRAIN = (
-    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --attention_resolutions 8 "
+    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 --num_heads 1 --attention_resolutions= "
     "--diffusion_steps 4 --batch_size 2 --steps 1 --device cpu"
 ).split()
 

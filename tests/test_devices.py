@@ -57,16 +57,16 @@ def test_the_resampler_stays_on_the_cpu_in_its_own_tables():
         assert other.sample(4)[0].device.type == "cpu" == other.history.device.type
 
 
-def test_all_processes_ask_for_what_the_first_one_says(call, toy_pool, tmp_path, few_glyphs, monkeypatch):
+def test_all_processes_ask_for_what_the_first_one_says(call, two_models, tmp_path, few_glyphs, few_rounds, monkeypatch):
     """Each computes it on its own device, where the last bits may differ, and draws its share of the images."""
-    said = torch.arange(20).repeat_interleave(4).view(5, 16).flip(1).flatten()
+    said = torch.arange(8).repeat_interleave(4).view(2, 16).flip(1).flatten()
 
     def first_says(value):
         return said if isinstance(value, torch.Tensor) else value
 
     monkeypatch.setattr("utils.processes.first_says", first_says)
     flags = (*TINY, "--recipe", "clusters", "--max-epoch", 3, "--refresh-every", 2)
-    flags += ("--pool", toy_pool, "--data-root", tmp_path / "none")
+    flags += ("--pool", two_models, "--data-root", tmp_path / "none")
     status, _, err = call(main, *flags, "--save-dir", tmp_path / "run")
     assert status == 0, err
     assert torch.equal(PseudoDataset.load(tmp_path / "run" / "pseudo" / "round01").labels, said)

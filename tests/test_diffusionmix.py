@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("few_glyphs")
 
 
 @pytest.fixture
-def test_run(call, toy_pool, trained, tmp_path):
+def test_run(call, two_models, trained, tmp_path):
     """Run diffusionmix.py in a copy of the run folder; returns results.json and what was printed."""
 
-    def go(*flags, pool=toy_pool):
+    def go(*flags, pool=two_models):
         folder = tmp_path / "run"
         if not folder.exists():
             shutil.copytree(trained, folder)
@@ -41,7 +41,7 @@ def test_results(test_run):
     results, out = test_run()
     assert set(KEYS) <= results.keys()
     expected = dict(
-        dataset="glyphs", split="meta_test", way=5, shot=1, query=2, episodes=4, seed=1, mix_steps=2, pool_models=5,
+        dataset="glyphs", split="meta_test", way=5, shot=1, query=2, episodes=4, seed=1, mix_steps=2, pool_models=2,
         device="cpu", precision="auto", torch=torch.__version__,
     )  # fmt: skip
     assert {name: results[name] for name in expected} == expected
@@ -82,7 +82,7 @@ def test_no_test_takes_the_place_of_another(test_run, tmp_path):
     assert json.loads((kept / names[0]).read_text())["seed"] == 5
 
 
-def test_compare(test_run, call, trained, toy_pool, tmp_path):
+def test_compare(test_run, call, trained, two_models, tmp_path):
     results, _ = test_run("--mix", "False")
     other = dict(results, accuracy=50.0, by_episode=[value - 10 - i for i, value in enumerate(results["by_episode"])])
     (tmp_path / "other.json").write_text(json.dumps(other))
@@ -124,7 +124,7 @@ def test_head_settings(test_run, init):
     assert 0 <= results["accuracy"] <= 100
 
 
-def test_partners_and_labels_of_mixes_agree(trained, toy_pool, tmp_path, monkeypatch):
+def test_partners_and_labels_of_mixes_agree(trained, two_models, tmp_path, monkeypatch):
     seen = []
 
     def spy(model, x_a, x_b, weight, noise, *, level, steps, local_labels):
@@ -132,17 +132,17 @@ def test_partners_and_labels_of_mixes_agree(trained, toy_pool, tmp_path, monkeyp
         return x_a
 
     monkeypatch.setattr(few_shot, "diffusion_mixes", spy)
-    flags = ("--save-dir", trained, "--pool", toy_pool, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
+    flags = ("--save-dir", trained, "--pool", two_models, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
     settings = diffusionmix.parse([str(flag) for flag in flags], description="test")
     testing = diffusionmix.Testing(settings, settings.data_paths[0])
     e = testing.episodes
     targets = torch.nn.functional.one_hot(e.support_labels, 5).float()
     features, labels = testing.mixes(targets)
-    assert features.shape == (4, 5 * 10, 64) and labels.shape == (4, 5 * 10, 5)
-    torch.testing.assert_close(labels.sum(-1), torch.ones(4, 50))
+    assert features.shape == (4, 2 * 10, 64) and labels.shape == (4, 2 * 10, 5)
+    torch.testing.assert_close(labels.sum(-1), torch.ones(4, 20))
     x_a, x_b, weight, noise = (torch.cat(parts) for parts in zip(*seen, strict=True))
     support = to_float(testing.images.images)[e.support]  # (E, S, 3, H, W)
-    shape = (5, 4, 10)  # models, episodes, support
+    shape = (2, 4, 10)  # models, episodes, support
     a, b = x_a.unflatten(0, shape), x_b.unflatten(0, shape)
     assert torch.equal(a, support.expand_as(a))
     match = (b[:, :, :, None] == support[None, :, None]).flatten(4).all(-1)  # (M, E, S, S): which image b is

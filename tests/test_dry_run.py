@@ -88,7 +88,7 @@ def test_own_pictures(call, flags, trained, tmp_path, passes):
 
 
 def test_what_is_left(call, flags, tmp_path):
-    command = (*flags, *TINY, "--recipe", "paper", "--save-dir", tmp_path / "out")
+    command = (*flags, *TINY, "--source", "unguided", "--save-dir", tmp_path / "out")
     assert call(main, *command)[0] == 0
     out = call(main, *command, "--dry-run")[1]
     assert "2 of 2 epochs are done; what is left:\n0 rounds x" in out and "\n0 forward passes" in out

@@ -7,6 +7,7 @@ written. Not held: how the line says it. WRITE_TABLE=1 writes the table of docs/
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,35 +34,49 @@ DOCUMENT = ROOT / "docs" / "robustness.md"
 TABLE = "| command | answer |"
 
 
-@pytest.fixture
-def place(tmp_path, make_pool, picture_folder, monkeypatch):
-    """A folder with data and pools, good and bad, to run commands in."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, make_pool, picture_folder):
+    """A folder with data, pools and a run, good and bad. For copying only."""
+    folder = tmp_path_factory.mktemp("errors") / "world"
     levels = {f"c{i}": [50 * i] * 12 for i in range(5)}
-    picture_folder(tmp_path / "data" / "meta_val", levels)
-    picture_folder(tmp_path / "data" / "meta_test", levels)
-    picture_folder(tmp_path / "data" / "meta_train", levels)
-    picture_folder(tmp_path / "few_classes" / "meta_val", dict(list(levels.items())[:4]))
-    picture_folder(tmp_path / "few_images" / "meta_val", {name: [1, 2] for name in levels})
-    picture_folder(tmp_path / "few_images" / "meta_train", {name: [1, 2] for name in levels})
-    picture_folder(tmp_path / "flat", {".": [1, 2]})
-    picture_folder(tmp_path / "one", {"c0": [1, 2]})
-    picture_folder(tmp_path / "lacking", {"c0": [1, 2], "c1": []})
-    picture_folder(tmp_path / "mixed", {"c0": [1, 2], "more/c1": [1, 2]})
-    (tmp_path / "empty" / "meta_val").mkdir(parents=True)
-    (tmp_path / "a_file").write_text("x")
-    make_pool(tmp_path / "pool", [3, 3])
-    make_pool(tmp_path / "conditional", [3, 3], class_cond=True)
-    make_pool(tmp_path / "gap", [3, 3, 3])
-    subset_path("gap", 2).unlink()
-    make_pool(tmp_path / "cut", [3, 3])
-    subset_path("cut", 2).write_bytes(subset_path("cut", 2).read_bytes()[:2000])
-    make_pool(tmp_path / "tiny", [6], image_size=8)
-    checkpoint.save("list.pt", [1, 2])
-    checkpoint.save("bare.pt", checkpoint.load(subset_path("pool", 1))["model"])
-    checkpoint.save("dict.pt", {"model": {"w": torch.zeros(1)}})
-    hostile_files()
-    return tmp_path
+    picture_folder(folder / "data" / "meta_val", levels)
+    picture_folder(folder / "data" / "meta_test", levels)
+    picture_folder(folder / "data" / "meta_train", levels)
+    picture_folder(folder / "few_classes" / "meta_val", dict(list(levels.items())[:4]))
+    picture_folder(folder / "few_images" / "meta_val", {name: [1, 2] for name in levels})
+    picture_folder(folder / "few_images" / "meta_train", {name: [1, 2] for name in levels})
+    picture_folder(folder / "flat", {".": [1, 2]})
+    picture_folder(folder / "one", {"c0": [1, 2]})
+    picture_folder(folder / "lacking", {"c0": [1, 2], "c1": []})
+    picture_folder(folder / "mixed", {"c0": [1, 2], "more/c1": [1, 2]})
+    (folder / "empty" / "meta_val").mkdir(parents=True)
+    (folder / "busy").mkdir()
+    (folder / "a_file").write_text("x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_pool(Path("pool"), [3, 3])
+        make_pool(Path("conditional"), [3, 3], class_cond=True)
+        make_pool(Path("gap"), [3, 3, 3])
+        subset_path("gap", 2).unlink()
+        make_pool(Path("cut"), [3, 3])
+        subset_path("cut", 2).write_bytes(subset_path("cut", 2).read_bytes()[:2000])
+        make_pool(Path("tiny"), [6], image_size=8)
+        checkpoint.save("list.pt", [1, 2])
+        checkpoint.save("bare.pt", checkpoint.load(subset_path("pool", 1))["model"])
+        checkpoint.save("dict.pt", {"model": {"w": torch.zeros(1)}})
+        hostile_files()
+        patch.setattr("sys.argv", ["main.py", *MAIN, "--source", "none", "--save-dir", "run"])
+        main.main()
+        shutil.copyfile("run/last.pt", "run.pt")
+    return folder
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A copy of the world to run commands in."""
+    shutil.copytree(world, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"
 
 
 def hostile_files():
@@ -305,18 +320,8 @@ def last_lines(err):
     return [line for line in lines if line.strip()]
 
 
-def prepare_run(call, flags):
-    """Make what the flags name: a checkpoint of a run, or its folder."""
-    if "run" in flags.replace("runs-code", ""):
-        assert call(main, *MAIN, "--source", "none", "--save-dir", "run")[0] == 0
-        if "run.pt" in flags:
-            os.rename("run/last.pt", "run.pt")
-
-
 @pytest.mark.parametrize("module, fixed, flags, names", CASES, ids=lambda v: v if isinstance(v, str) else None)
 def test_one_line_status_2_and_nothing_written(module, fixed, flags, names, call, place, table):
-    prepare_run(call, flags)
-    os.mkdir("busy")
     with locked(Path("busy")):
         before = sorted(place.rglob("*"))
         status, _, err = call(module, *fixed, *flags.split())
@@ -331,7 +336,6 @@ def test_one_line_status_2_and_nothing_written(module, fixed, flags, names, call
 
 @pytest.mark.parametrize("module, fixed, flags, lack, names", AT_WORK, ids=lambda v: v if isinstance(v, str) else None)
 def test_going_wrong_at_work(module, fixed, flags, lack, names, call, place, table, monkeypatch):
-    prepare_run(call, flags)
     if lack == "memory":
         monkeypatch.setattr(UNetModel, "forward", no_memory)
     with small_disk() if lack == "disk" else nullcontext():

@@ -26,7 +26,7 @@ def test_any_number_of_rows(rows, count):
     rng = torch.Generator().manual_seed(rows)
     for points in (torch.randn(rows, 8, generator=rng), torch.ones(rows, 8), torch.zeros(rows, 8),
                    torch.eye(8)[:2].repeat(rows, 1)[:rows], torch.full((rows, 8), 0.1) + 1e-7):  # fmt: skip
-        assert spread(balanced_clusters(points, count, rng), count) == (1 if rows % count else 0)
+        assert spread(balanced_clusters(points, count, rng, rounds=5), count) == (1 if rows % count else 0)
 
 
 def test_a_collapsed_model_of_a_pool():

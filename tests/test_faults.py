@@ -33,7 +33,7 @@ NONE = (*MAIN, "--source", "none")
 MIX = (*"--dataset custom --data-root data --pool pool --save-dir test --resume run/best_model.pt".split(),
        *"--episodes 2 --nTestNovel 10 --device cpu --head-steps 2".split())  # fmt: skip
 TRAIN = (
-    "--data_dir data/meta_train --save_dir one --image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 "
+    "--data_dir data/meta_train --save_dir one --image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 "
     "--num_heads 1 --steps 1 --batch_size 2 --diffusion_steps 4 --noise_schedule cosine --device cpu"
 ).split()
 POOL = (*TRAIN, "--pool", "made", "--classes_per_model", "3")
@@ -108,9 +108,13 @@ SECONDARY = {
 }
 
 
+EACH = [(name, damage) for name in SECONDARY for damage in DAMAGES]
+
+
 @pytest.mark.pictures
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", SECONDARY)
+@pytest.mark.parametrize(
+    "name, damage", [each if "cut" in each or "made/pool.json" in each else slow(*each) for each in EACH]
+)
 def test_a_damaged_secondary_file_is_named_and_blocks_nothing(name, damage, call, place):
     module, argv = SECONDARY[name]
     path = place / name

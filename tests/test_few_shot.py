@@ -30,8 +30,8 @@ def model(trained):
 
 
 @pytest.fixture
-def classifier(model, toy_pool):
-    return FewShotClassifier(model, toy_pool, **QUICK)
+def classifier(model, two_models):
+    return FewShotClassifier(model, two_models, **QUICK)
 
 
 def pictures(counts, size=16, seed=0):
@@ -67,8 +67,8 @@ def probabilities(rows):
 
 @pytest.mark.usefixtures("few_glyphs")
 @pytest.mark.parametrize("init", ["prototypes", slow("zeros"), slow("random")])
-def test_equal_shots_give_the_head_of_the_first_test_episode(classifier, model, toy_pool, tmp_path, init):
-    flags = ("--resume", model, "--pool", toy_pool, "--data-root", tmp_path, "--save-dir", tmp_path / "run", *FLAGS,
+def test_equal_shots_give_the_head_of_the_first_test_episode(classifier, model, two_models, tmp_path, init):
+    flags = ("--resume", model, "--pool", two_models, "--data-root", tmp_path, "--save-dir", tmp_path / "run", *FLAGS,
              "--episodes", 2, "--nTestNovel", 10, "--nExemplars", 3, "--head-init", init)  # fmt: skip
     settings = diffusionmix.parse(list(map(str, flags)), description="test")
     testing = diffusionmix.Testing(settings, settings.data_paths[0])
@@ -94,7 +94,7 @@ def test_unequal_shots_are_class_weighted_cross_entropy(classifier):
     targets = targets.repeat_interleave(torch.tensor([5, 1, 3]), 0)
     support = fitter.features(to_float(pixels))
     mixes, mix_targets, _ = fitter.mixes(pixels, torch.arange(9)[None], targets[None], Pieces())
-    assert mixes.shape == (1, 5 * 9, 64)
+    assert mixes.shape == (1, 2 * 9, 64)
     weights = 9 / (3 * torch.tensor([5.0, 1, 3]))  # scikit-learn's "balanced"
     head = torch.nn.Linear(64, 3)
     torch.nn.init.zeros_(head.weight)
@@ -329,9 +329,9 @@ def test_not_fitted(classifier, method):
         getattr(classifier, method)(*given)
 
 
-def test_parameters(classifier, model, toy_pool):
+def test_parameters(classifier, model, two_models):
     params = classifier.get_params()
-    assert params["model"] is model and params["pool"] is toy_pool and params["mix_steps"] == 2
+    assert params["model"] is model and params["pool"] is two_models and params["mix_steps"] == 2
     assert FewShotClassifier(**params).get_params() == params and "mix_steps=2" in repr(classifier)
     assert classifier.set_params(mix_steps=1) is classifier and classifier.get_params()["mix_steps"] == 1
     with pytest.raises(ValueError, match="'steps', expected one of model, pool"):
@@ -367,10 +367,10 @@ def test_scikit_learn_takes_it(model):
 
 
 @pytest.fixture
-def label(call, model, toy_pool, tmp_path):
+def label(call, model, two_models, tmp_path):
     """label(*flags) -> status, output, errors of the command, in `tmp_path`: from few/ it learns, more/ it labels."""
 
-    def run(*flags, pool=toy_pool):
+    def run(*flags, pool=two_models):
         places = ("--support", tmp_path / "few", "--query", tmp_path / "more", "--save-dir", tmp_path / "run")
         return call(diffusionmix, *places, "--resume", model, "--pool", pool, *FLAGS, *flags)
 
@@ -423,12 +423,12 @@ def test_class_names_that_the_font_lacks(label, tmp_path):
     assert list(rows_of(tmp_path / "run" / "predictions.csv")[0])[2:] == ["p_b\\nc", "p_日本語の本"]
 
 
-def test_public_checkpoints_as_the_pool(model, toy_pool, tmp_path):
-    checkpoint.save(tmp_path / "bare.pt", checkpoint.load(subset_path(toy_pool, 1))["model"])
+def test_public_checkpoints_as_the_pool(model, two_models, tmp_path):
+    checkpoint.save(tmp_path / "bare.pt", checkpoint.load(subset_path(two_models, 1))["model"])
     images, labels = pictures({"a": 2, "b": 1})
     flags = dict(image_size=16, num_heads=1)
     bare = FewShotClassifier(model, tmp_path / "bare.pt", pool_flags=flags, **QUICK).fit(images, labels)
-    own = FewShotClassifier(model, subset_path(toy_pool, 1), **QUICK).fit(images, labels)
+    own = FewShotClassifier(model, subset_path(two_models, 1), **QUICK).fit(images, labels)
     assert (bare.predict_proba(images) == own.predict_proba(images)).all()
 
 

@@ -67,15 +67,15 @@ def test_an_unknown_split_and_a_damaged_file_are_named(tmp_path, monkeypatch):
             fontchars.load_fontchars("meta_val")
 
 
-def test_both_commands(call, toy_pool, tmp_path, monkeypatch):
+def test_both_commands(call, two_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shared = ("--dataset", "fontchars", "--device", "cpu")
     status, _, err = call(main, *shared)
     assert status == 2 and err.startswith("error: ckpt/fontchars:") and "image_train.py" in err and "prepare" in err
     assert not any(tmp_path.iterdir())
     Path("ckpt").mkdir()
-    Path("ckpt/fontchars").symlink_to(toy_pool)  # of 16 pixels: images are resized to it
-    status, _, err = call(main, *shared, *TINY)
+    Path("ckpt/fontchars").symlink_to(two_models)  # of 16 pixels: images are resized to it
+    status, _, err = call(main, *shared, *TINY, "--max-epoch", 1)
     assert status == 0, err
     settings = json.loads(Path("ckpt/runs/fontchars/1-shot/config.json").read_text())
     assert settings["flip"] is False and settings["pool"] == ""
@@ -118,7 +118,8 @@ def test_it_is_written_only_where_it_is_missing_or_damaged(written, call, tmp_pa
     assert status == 2 and second.name in err and "--out" in err and not first.exists()
 
 
-def test_a_pool_model_learns_from_it(written, call, tmp_path):
+def test_a_pool_model_learns_from_it(written, call, tmp_path, monkeypatch):
+    monkeypatch.setattr("guided_diffusion.memorisation.SAMPLES", 4)
     flags = [word for name, value in UNET.items() for word in (f"--{name}", value)]
     status, _, err = call(image_train, "--data_dir", written / "meta_val", "--pool", tmp_path / "pool", *flags,
                           "--classes_per_model", 5, "--lr_anneal_steps", 1, "--batch_size", 2, "--half_weights", True,

@@ -96,6 +96,7 @@ def test_golden_ddim(uncond64, arr, golden):
     np.testing.assert_allclose(sample.numpy(), golden["ddim25/plain"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_golden_guided_ddim(uncond64, arr, golden):
     """Not to 1e-4: guidance leaves x_0 unclipped, so rounding grows over the 25 steps.
 

@@ -15,9 +15,15 @@ from tests.conftest import ROOT, same, slow
 from utils import checkpoint
 
 FLAGS = (
-    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --attention_resolutions 8 "
+    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 --num_heads 1 --attention_resolutions= "
     "--learn_sigma True --noise_schedule cosine --diffusion_steps 4 --batch_size 2 --steps 3 --device cpu"
 ).split()
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    """Few samples to measure."""
+    monkeypatch.setattr("guided_diffusion.memorisation.SAMPLES", 4)
 
 
 @pytest.fixture

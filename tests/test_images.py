@@ -341,7 +341,7 @@ def test_rows_of_other_folders_stay_and_mended_files_go(tmp_path):
 
 
 FLAGS = (
-    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --attention_resolutions 8 "
+    "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 --num_heads 1 --attention_resolutions= "
     "--noise_schedule cosine --diffusion_steps 4 --batch_size 2 --steps 1 --device cpu"
 ).split()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from models.learners import ClusterLearners, PaperLearners
 from tests.conftest import TINY, same, slow
 from utils import checkpoint
 
-pytestmark = pytest.mark.usefixtures("few_glyphs")
+pytestmark = pytest.mark.usefixtures("few_glyphs", "few_rounds")
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
     assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
 
 
-def test_each_network_starts_from_the_same_new_weights(train, tmp_path, monkeypatch):
+def test_each_network_starts_from_the_same_new_weights(train, two_models, tmp_path, monkeypatch):
     seen, real = [], ClusterLearners.train_meta_model
 
     def spy(self, *args):
@@ -101,7 +102,7 @@ def test_each_network_starts_from_the_same_new_weights(train, tmp_path, monkeypa
         return real(self, *args)
 
     monkeypatch.setattr(ClusterLearners, "train_meta_model", spy)
-    train(tmp_path / "run", *CLUSTERS)
+    train(tmp_path / "run", *CLUSTERS, pool=two_models)
     assert len(seen) == 4 and same(seen[0], seen[1]) and same(seen[0], seen[2]) and not same(seen[2], seen[3])
 
 
@@ -123,7 +124,8 @@ def test_as_many_real_images_as_the_method_has(train, tmp_path, monkeypatch):
         slow("train_meta_model", ("--recipe", "clusters", "--refresh-every", 2, "--max-epoch", 7)),
     ],
 )
-def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, flags):
+def test_killed_run_goes_on_bit_for_bit(train, two_models, tmp_path, monkeypatch, where, flags):
+    train = partial(train, pool=two_models)
     train(tmp_path / "whole", *flags)
     owner = ClusterLearners if "clusters" in flags else PaperLearners
     real, calls = getattr(owner, where), []
@@ -151,16 +153,16 @@ def test_killed_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch, where, fla
         }
 
 
-def test_same_seed_same_run(train, tmp_path):
+def test_same_seed_same_run(train, two_models, tmp_path):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(tmp_path / name, "--seed", seed, "--max-epoch", 1)
+        train(tmp_path / name, "--seed", seed, "--max-epoch", 1, pool=two_models)
         states.append(checkpoint.load(tmp_path / name / "last.pt")["model"])
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
-def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
+def test_other_settings_do_not_go_on(train, two_models, tmp_path, monkeypatch):
+    folder, train = tmp_path / "run", partial(train, pool=two_models)
     with monkeypatch.context() as patch:
         patch.setattr(PaperLearners, "train_meta_model", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -174,9 +176,9 @@ def test_other_settings_do_not_go_on(train, tmp_path, monkeypatch):
     assert "resumes from" in train(folder, "--sample-batch", 3)
 
 
-def test_resume_starts_from_weights(train, tmp_path):
-    train(tmp_path / "a", "--max-epoch", 1)
-    train(tmp_path / "b", "--resume", tmp_path / "a" / "last.pt", "--source", "none", "--num-classes", 20)
+def test_resume_starts_from_weights(train, two_models, tmp_path):
+    train(tmp_path / "a", "--max-epoch", 1, pool=two_models)
+    train(tmp_path / "b", "--resume", tmp_path / "a" / "last.pt", "--source", "none", "--num-classes", 8)
     first, second = (checkpoint.load(tmp_path / name / "last.pt") for name in "ab")
     assert all(same(first[part], second[part]) for part in ("model", "model_statistics", "class_learner"))
 
@@ -186,7 +188,7 @@ def test_rates_follow_the_schedule(train, tmp_path):
     assert [line["lr"] for line in metrics(tmp_path / "run")] == pytest.approx([0.01, 0.01, 0.0006])
 
 
-def test_diverged_epoch_is_not_saved(train, tmp_path, monkeypatch):
+def test_diverged_epoch_is_not_saved(train, two_models, tmp_path, monkeypatch):
     folder, losses, saved = tmp_path / "run", [1.0, float("nan")], []
 
     def loss(*_, **__):
@@ -194,7 +196,7 @@ def test_diverged_epoch_is_not_saved(train, tmp_path, monkeypatch):
         return {"class_learner_loss": losses[len(saved) - 1], "class_learner_accuracy": [0.0] * 4}
 
     monkeypatch.setattr(PaperLearners, "train_class_learner", loss)
-    assert "got class_learner_loss nan in epoch 2" in train(folder, status=2)
+    assert "got class_learner_loss nan in epoch 2" in train(folder, pool=two_models, status=2)
     assert (folder / "last.pt").read_bytes() == saved[1]
 
 
@@ -211,6 +213,6 @@ def test_dropblock_goes_on_bit_for_bit(train, tmp_path):
     assert same(*states)
 
 
-def test_images_larger_than_those_of_the_pool(train, tmp_path):
-    train(tmp_path / "run", "--height", 24, "--width", 24, "--max-epoch", 1)
-    assert PseudoDataset.load(tmp_path / "run" / "pseudo" / "round00").images.shape == (80, 3, 24, 24)
+def test_images_larger_than_those_of_the_pool(train, two_models, tmp_path):
+    train(tmp_path / "run", "--height", 24, "--width", 24, "--max-epoch", 1, pool=two_models)
+    assert PseudoDataset.load(tmp_path / "run" / "pseudo" / "round00").images.shape == (32, 3, 24, 24)

@@ -61,9 +61,9 @@ def test_hushed(monkeypatch):
     assert shown(monkeypatch, True) == ""
 
 
-def test_a_quiet_run_says_one_line(call, toy_pool, picture_folder, tmp_path):
+def test_a_quiet_run_says_one_line(call, two_models, picture_folder, tmp_path):
     picture_folder(tmp_path / "data" / "meta_val", {f"c{i}": [40 * i + j for j in range(12)] for i in range(5)})
-    flags = ("--dataset", "custom", "--data-root", tmp_path / "data", "--pool", toy_pool, *TINY, "--save-dir")
+    flags = ("--dataset", "custom", "--data-root", tmp_path / "data", "--pool", two_models, *TINY, "--save-dir")
     status, out, err = call(main, *flags, tmp_path / "run", "--quiet")
     assert status == 0 and len(out.splitlines()) == 1 and "report.html" in out and err == ""
     assert len((tmp_path / "run" / "log_train.txt").read_text().splitlines()) > 2

@@ -1,6 +1,7 @@
 """Addresses: read once, checked from then on, and a line where they cannot be."""
 
 import io
+import shutil
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -77,7 +78,8 @@ def test_a_damaged_copy_is_read_again(web, capsys):
 
 def test_a_pool_is_read_once_and_trained_on(web, tmp_path, call, picture_folder):
     picture_folder(tmp_path / "here" / "data" / "meta_val", {f"c{i}": [50 * i] * 12 for i in range(5)})
-    command = ("--dataset", "custom", "--data-root", "data", "--pool", f"{web}/pool/", *TINY, "--save-dir")
+    command = ("--dataset", "custom", "--data-root", "data", "--pool", f"{web}/pool/", *TINY)
+    command += ("--max-epoch", 1, "--save-dir")
     assert call(main, *command, "far")[0] == 0
     asked = len(Handler.asked)
     assert asked >= 3
@@ -87,11 +89,11 @@ def test_a_pool_is_read_once_and_trained_on(web, tmp_path, call, picture_folder)
     assert same(*({k: v for k, v in state.items() if k != "settings"} for state in (far, near)))
 
 
-def test_a_run_starts_from_weights_at_an_address(web, tmp_path, call, picture_folder):
+def test_a_run_starts_from_weights_at_an_address(web, tmp_path, call, picture_folder, trained):
     picture_folder(tmp_path / "here" / "data" / "meta_val", {f"c{i}": [50 * i] * 12 for i in range(5)})
-    command = ("--dataset", "custom", "--data-root", "data", "--pool", tmp_path / "there" / "pool", *TINY, "--save-dir")
-    assert call(main, *command, tmp_path / "there" / "run")[0] == 0
-    status, out, _ = call(main, *command, "more", "--resume", f"{web}/run/best_model.pt")
+    shutil.copytree(trained, tmp_path / "there" / "run")
+    command = ("--dataset", "custom", "--data-root", "data", "--source", "none", *TINY, "--save-dir", "more")
+    status, out, _ = call(main, *command, "--resume", f"{web}/run/best_model.pt")
     assert status == 0 and "/run/best_model.pt" in " ".join(Handler.asked)
 
 

@@ -59,12 +59,12 @@ def copied(made, tmp_path):
 
 
 @pytest.fixture
-def train(call, toy_pool, tmp_path):
+def train(call, two_models, tmp_path):
     """train(folder, *flags): run main.py, tiny; returns its status and stderr."""
 
     def go(folder, *flags):
         status, _, err = call(
-            main, "--save-dir", folder, "--pool", toy_pool, "--data-root", tmp_path / "none", *TINY, *flags
+            main, "--save-dir", folder, "--pool", two_models, "--data-root", tmp_path / "none", *TINY, *flags
         )
         return status, err
 

@@ -14,10 +14,10 @@ CPU = torch.device("cpu")
 
 
 def plan(**changes):
-    return Synthesis(**{**dict(classes=[4] * 5, per_class=2, steps=3, size=16, seed=1, stream=0), **changes})
+    return Synthesis(**{**dict(classes=[4] * 2, per_class=2, steps=3, size=16, seed=1, stream=0), **changes})
 
 
-def guide(classes=20):
+def guide(classes=8):
     rng = torch.Generator().manual_seed(5)
     return log_probability(MetaModel(classes, generator=rng), ClassLearner(classes, 64, generator=rng))
 
@@ -27,18 +27,18 @@ def levels(a, b):
 
 
 @pytest.mark.parametrize("how", [dict(guide_on="x_t"), dict(guide_on="x_0", renoise=0.6)])
-def test_images_do_not_depend_on_the_batch(toy_pool, how):
-    pool, log_p = Pool(toy_pool), guide()
+def test_images_do_not_depend_on_the_batch(two_models, how):
+    pool, log_p = Pool(two_models), guide()
     small, labels, hits = synthesise(pool, plan(batch=3, **how), CPU, log_p)
     large, labels_7, hits_7 = synthesise(pool, plan(batch=7, **how), CPU, log_p)
     assert levels(small, large) <= 1 and torch.equal(labels, labels_7)
-    assert hits.shape == (40,) and hits.dtype == torch.bool and (hits != hits_7).sum() <= 1
-    assert small.dtype == torch.uint8 and small.shape == (40, 3, 16, 16)
-    assert torch.equal(labels, torch.arange(20).repeat_interleave(2))
+    assert hits.shape == (16,) and hits.dtype == torch.bool and (hits != hits_7).sum() <= 1
+    assert small.dtype == torch.uint8 and small.shape == (16, 3, 16, 16)
+    assert torch.equal(labels, torch.arange(8).repeat_interleave(2))
 
 
-def test_seed_stream_and_model_matter(toy_pool):
-    pool = Pool(toy_pool)
+def test_seed_stream_and_model_matter(two_models):
+    pool = Pool(two_models)
     first, _, hits = synthesise(pool, plan(), CPU)
     assert hits is None
     assert torch.equal(first, synthesise(pool, plan(), CPU)[0])
@@ -49,23 +49,23 @@ def test_seed_stream_and_model_matter(toy_pool):
     assert torch.equal(fresh, synthesise(pool, plan(renoise=0.5), CPU)[0]) and levels(first, fresh) > 20
 
 
-def test_guidance_changes_images_and_zero_scale_does_not(toy_pool):
-    pool, log_p = Pool(toy_pool), guide()
+def test_guidance_changes_images_and_zero_scale_does_not(two_models):
+    pool, log_p = Pool(two_models), guide()
     plain = synthesise(pool, plan(), CPU)[0]
     assert levels(plain, synthesise(pool, plan(scale=0.0), CPU, log_p)[0]) <= 1
     assert levels(plain, synthesise(pool, plan(scale=5000.0), CPU, log_p)[0]) > 20
 
 
-def test_asked_for_classes_of_choice(toy_pool):
-    pool, log_p = Pool(toy_pool), guide()
+def test_asked_for_classes_of_choice(two_models):
+    pool, log_p = Pool(two_models), guide()
     usual, labels, _ = synthesise(pool, plan(scale=500.0), CPU, log_p)
     wanted = labels.clone()
     wanted[1] = 3  # from class 0 of the same model
     images, asked, hits = synthesise(pool, plan(scale=500.0), CPU, log_p, wanted)
-    assert torch.equal(asked, wanted) and hits.shape == (40,)
+    assert torch.equal(asked, wanted) and hits.shape == (16,)
     assert levels(usual[1], images[1]) > 20  # another class from the same noise
     assert levels(usual[:1], images[:1]) <= 1 and levels(usual[2:], images[2:]) <= 1
-    assert plan().first_of(torch.tensor([0, 3, 4, 19])).tolist() == [0, 0, 4, 16]
+    assert plan().first_of(torch.tensor([0, 3, 4, 7])).tolist() == [0, 0, 4, 4]
 
 
 def test_every_model_draws_its_own_classes(paint_pool):
@@ -84,22 +84,22 @@ def test_models_of_other_sizes_come_out_at_one_size(make_pool, tmp_path):
     assert images.shape == (12, 3, 24, 24) and labels.tolist() == [c for c in range(6) for _ in range(2)]
 
 
-def test_bf16_is_close_to_float32(toy_pool):
-    pool, log_p = Pool(toy_pool), guide()
+def test_bf16_is_close_to_float32(two_models):
+    pool, log_p = Pool(two_models), guide()
     exact, half = (synthesise(pool, plan(precision=p), CPU, log_p)[0].float() for p in ("float32", "bf16"))
     assert float((exact - half).abs().mean()) < 12
     assert float((exact - half).abs().max()) > 0
 
 
-def test_bf16_weights_draw_nearly_the_same(toy_pool):
-    exact = synthesise(Pool(toy_pool), plan(), CPU)[0].float() / 127.5
+def test_bf16_weights_draw_nearly_the_same(two_models):
+    exact = synthesise(Pool(two_models), plan(), CPU)[0].float() / 127.5
     for batch in (3, 8):
-        rough = synthesise(Pool(toy_pool), plan(precision="bf16", batch=batch), CPU)[0].float() / 127.5
+        rough = synthesise(Pool(two_models), plan(precision="bf16", batch=batch), CPU)[0].float() / 127.5
         assert 0 < float((exact - rough).abs().mean()) < 0.02  # on [-1, 1]
 
 
-def test_too_little_memory_changes_no_image(toy_pool, monkeypatch, capsys):
-    expected, real = synthesise(Pool(toy_pool), plan(batch=8), CPU)[0], synthesis.sample
+def test_too_little_memory_changes_no_image(two_models, monkeypatch, capsys):
+    expected, real = synthesise(Pool(two_models), plan(batch=8), CPU)[0], synthesis.sample
 
     def small_machine(network, process, x_t, **options):
         if len(x_t) > 4:
@@ -107,5 +107,5 @@ def test_too_little_memory_changes_no_image(toy_pool, monkeypatch, capsys):
         return real(network, process, x_t, **options)
 
     monkeypatch.setattr(synthesis, "sample", small_machine)
-    assert levels(expected, synthesise(Pool(toy_pool), plan(batch=8), CPU)[0]) <= 1
+    assert levels(expected, synthesise(Pool(two_models), plan(batch=8), CPU)[0]) <= 1
     assert "out of memory: going on with batches of 4" in capsys.readouterr().err

@@ -51,10 +51,10 @@ def test_board(written, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_test_hides_no_training(written, call, few_glyphs, toy_pool, trained, tmp_path):
+def test_a_test_hides_no_training(written, call, few_glyphs, two_models, trained, tmp_path):
     flags = (
         "--pool",
-        toy_pool,
+        two_models,
         "--resume",
         trained / "best_model.pt",
         "--save-dir",
@@ -74,9 +74,9 @@ def test_not_wanted(written, tmp_path):
     assert not written and not list(tmp_path.iterdir())
 
 
-def test_a_run_writes_what_its_log_has(written, call, few_glyphs, toy_pool, tmp_path):
+def test_a_run_writes_what_its_log_has(written, call, few_glyphs, two_models, tmp_path):
     folder = tmp_path / "run"
-    flags = (*TINY, "--pool", toy_pool, "--data-root", tmp_path / "none", "--save-dir", folder)
+    flags = (*TINY, "--pool", two_models, "--data-root", tmp_path / "none", "--save-dir", folder)
     assert call(main, *flags, "--tensorboard")[0] == 0
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         entries = json.loads(line)

@@ -74,7 +74,7 @@ def test_the_state_of_a_training_gives_its_ema(call, picture_folder, tmp_path, m
     picture_folder(tmp_path / "data", {"c0": [10, 200], "c1": [90, 60]})
     monkeypatch.setattr(TrainLoop, "finish", lambda loop: loop.folder)  # which takes the state away
     argv = (
-        "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1,1 --num_heads 1 --steps 4 --batch_size 2 "
+        "--image_size 16 --num_channels 8 --num_res_blocks 1 --channel_mult 1 --num_heads 1 --steps 4 --batch_size 2 "
         "--save_interval 2 --diffusion_steps 4 --noise_schedule cosine --device cpu --lr 1e-2 --ema_rate 0.9"
     ).split()
     call(image_train, "--data_dir", tmp_path / "data", "--save_dir", tmp_path / "out", "--hold_out", 0, *argv)

@@ -36,13 +36,14 @@ CLUSTERS = "--recipe clusters --refresh-every 2 --max-epoch 3".split()
 
 
 @pytest.fixture
-def training(toy_pool, tmp_path, few_glyphs, monkeypatch):
-    """training(*flags): a tiny run of main.py with the toy pool, ready to train; nothing is drawn for people."""
+def training(two_models, toy_pool, tmp_path, few_glyphs, few_rounds, monkeypatch):
+    """training(*flags): a tiny run of main.py, ready to train; nothing is drawn for people."""
     report = SimpleNamespace(write=lambda: None, write_sometimes=lambda: None)
     monkeypatch.setattr(bookkeeping, "Report", lambda *_: report)
 
     def make(*flags):
-        places = ("--save-dir", tmp_path / "run", "--pool", toy_pool, "--data-root", tmp_path / "none")
+        pool = toy_pool if "unguided" in flags else two_models  # without guidance, a model is a class of the five
+        places = ("--save-dir", tmp_path / "run", "--pool", pool, "--data-root", tmp_path / "none")
         return main.Training(parse([*map(str, places), *TINY, *flags], description=""))
 
     return make
@@ -75,11 +76,11 @@ def test_sinkhorn_gives_columns_equal_weight():
     torch.testing.assert_close(shares.sum(1), torch.ones(30))
 
 
-def test_hits(toy_pool):
+def test_hits(two_models):
     def always_five(x, t):
-        return F.log_softmax(10 * F.one_hot(torch.full((len(x),), 5), 20).float() + 0 * x.mean((1, 2, 3))[:, None], 1)
+        return F.log_softmax(10 * F.one_hot(torch.full((len(x),), 5), 8).float() + 0 * x.mean((1, 2, 3))[:, None], 1)
 
-    _, labels, hits = synthesise(Pool(toy_pool), plan(), CPU, always_five)
+    _, labels, hits = synthesise(Pool(two_models), plan(), CPU, always_five)
     assert torch.equal(hits, labels == 5) and int(hits.sum()) == 2
 
 
@@ -104,7 +105,7 @@ def test_a_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
     def look(pool, plan, device, function=None, wanted=None):
         if function is not None:
             last = checkpoint.load(tmp_path / "run" / "last.pt")
-            model = MetaModel(20, features="map", image_size=16)
+            model = MetaModel(8, features="map", image_size=16)
             model.load_state_dict(last["model"])
             x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
             t = torch.full((3,), 7)
@@ -130,7 +131,7 @@ def test_labels_are_read_anew_by_the_network_before(training, spy, tmp_path):
     assert torch.equal(labels[0], drawn) and torch.equal(labels[1], found) and not torch.equal(found, drawn)
     assert torch.equal(labels[2], torch.cat([asked, anew]))
     for each in (found, anew, asked):  # each model's images stay with its classes, as many to one as to another
-        assert torch.equal(each // 4, drawn // 4) and each.bincount().tolist() == [6] * 20
+        assert torch.equal(each // 4, drawn // 4) and each.bincount().tolist() == [6] * 8
 
 
 def test_guided_images_are_asked_for_what_their_noise_shows(training, spy):
@@ -140,7 +141,7 @@ def test_guided_images_are_asked_for_what_their_noise_shows(training, spy):
     run.train()
     (zero, none), (first, plain), (second, wanted) = calls
     assert (zero, first, second) == (0, 1, 1) and none is None and plain is None
-    assert wanted.bincount().tolist() == [4] * 20 and scored == [80, 80]  # of round 1, then of round 0
+    assert wanted.bincount().tolist() == [4] * 8 and scored == [32, 32]  # of round 1, then of round 0
 
 
 def test_each_epoch_has_its_own_draws(training, spy):
