@@ -40,9 +40,12 @@ class Bookkeeping:
         """Resume from last.pt of this folder where it is there, or start from the weights of --resume."""
         last, config = self.folder / "last.pt", self.folder / "config.json"
         state = checkpoint.load_newest(last, device)
-        path = last if state is not None else local(self.s.resume) if self.s.resume else None
-        made_with = read_json(config, dict, "it is written anew, and so are images that only it tells the settings of")
-        self.unknown = made_with is None and path != last and config.exists()
+        if state is not None:
+            path = last
+        else:
+            path = local(self.s.resume) if self.s.resume else None
+        made_with = read_json(config, dict, "it is written again, and the pseudo images are drawn again")
+        self.images_of_unknown_settings = made_with is None and path != last and config.exists()
         if path != last:  # of a run killed in its first epoch, whose pseudo images are there
             check_same(config, made_with or {}, self.resolved(), self.may_change - {"resume"})
         if path is None:
@@ -63,7 +66,7 @@ class Bookkeeping:
         """Open the run folder, and say how the run starts. epochs: in all; skipped: images that could not be read."""
         self.log = RunLog(self.folder, tensorboard=self.s.tensorboard, done=self.epoch, epochs=epochs)
         self.report = Report(self.folder)
-        if self.unknown:
+        if self.images_of_unknown_settings:
             discard(self.folder / "pseudo")
         if self.restored:
             self.log.line(f"resumes from {self.restored}, after epoch {self.epoch}")
@@ -91,7 +94,10 @@ class Bookkeeping:
         self.report.write_sometimes()
 
     def save(self, name: str, learners: Learners, **extra) -> None:
-        """Save the weights with all that is needed to use them; `extra` to resume from them."""
+        """Save the weights with all that is needed to use them.
+
+        extra: entries that only a resumed run needs. With them the file before is kept too, should this one be damaged.
+        """
         if processes.is_first():
             contents = {
                 **learners.state(), **self.found, "settings": self.s.as_dict(), "epoch": self.epoch,

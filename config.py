@@ -58,7 +58,7 @@ class Settings:
     source: str = setting("guided", "images to train on: guided; unguided, with the best labels they can get; "
                           "by_model, unguided and labelled by the model that drew them; real, for reference; none",
                           choices=SOURCES, affects="training")  # fmt: skip
-    recipe: str = setting("paper", "paper: the paper's recipe, mended; clusters: the one that measured better",
+    recipe: str = setting("paper", "paper: the paper's recipe, corrected; clusters: more accurate in our measurements",
                           choices=("paper", "clusters"), affects="training")  # fmt: skip
     data_root: str = setting("", "folder with meta_train, meta_val and meta_test, or one per domain with commas "
                              "between; '': data/DATASET")  # fmt: skip
@@ -191,7 +191,7 @@ class Settings:
                 )
         if self.height != self.width and self.width:
             raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
-        if self.clusters:
+        if self.finds_classes:
             for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
                 if epochs < 2:
                     raise ValueError(
@@ -309,14 +309,14 @@ class Settings:
         return self.source in ("guided", "unguided", "by_model")
 
     @property
-    def clusters(self) -> bool:
-        """Whether images are labelled by clusters first, and by the likeliest class later."""
+    def finds_classes(self) -> bool:
+        """Whether the classes within a model are found by clusters."""
         return self.recipe == "clusters" and self.source in ("guided", "unguided")
 
     @property
-    def by_model(self) -> bool:
-        """Whether images are labelled by the model that drew them, and nothing else."""
-        return self.draws and not self.clusters and self.source != "guided"
+    def labels_by_model(self) -> bool:
+        """Whether an image is labelled by the model that drew it, from first to last."""
+        return self.source == "by_model" or (self.source == "unguided" and self.recipe == "paper")
 
     @property
     def way(self) -> int:
@@ -351,7 +351,7 @@ class Settings:
 
     @property
     def real_per_class(self) -> int:
-        """Real images a class to train the reference on: as many as a pseudo class has that the method trains on."""
+        """Real images per class for the reference: as many as the method trains on per pseudo class."""
         rounds = -(-self.max_epoch // self.refresh_every) if self.recipe == "clusters" else 1
         return rounds * self.samples_per_class
 
@@ -366,7 +366,7 @@ class Settings:
         return f"cuda:{self.gpu_devices}" if self.gpu_devices and self.device == "auto" else self.device
 
     def preset(self) -> dict[str, Any]:
-        """What the fields would be had no flag but the scenario and the recipe been given."""
+        """Return the settings as they are if only --dataset and --recipe are given."""
         return Settings(**_defaults(self.dataset, self.recipe), dataset=self.dataset, recipe=self.recipe).as_dict()
 
     def bare_checkpoint_flags(self) -> dict[str, Any]:

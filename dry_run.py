@@ -46,7 +46,7 @@ def of_training(training: Any) -> None:
     work, guiding = Work(0, 0.0, 0.0), 0.0
     if classes:
         guided = sum(phase.guided for phase in rounds)
-        twice = guided if s.clusters else 0
+        twice = guided if s.finds_classes else 0
         each = s.samples_per_class * s.sample_steps
         work = measure(pool, [count * each * (len(rounds) + twice) for count in classes], s)
         guiding = guided * sum(classes) * each * _guidance_seconds(training) if guided else 0.0
@@ -69,6 +69,23 @@ def of_training(training: Any) -> None:
             f"{TRIAL:.0f} s: {parts}",
         ]
     print(*lines, sep="\n")
+
+
+def opening(training: Any) -> str:
+    """Return a line that says what a `main.Training` is about to do."""
+    s, pool, classes = training.s, training.pool, training.num_classes
+    rounds = len({phase.round for phase in training.phases})
+    images = f"{len(training.validation.class_names)} classes of meta_val to choose by"
+    if s.draws:
+        drawn = sum(training.per_model) * s.samples_per_class
+        images = (
+            f"{rounds} round{'s' * (rounds != 1)} of {drawn:,} images of {classes} classes from {len(pool)} models "
+            f"({s.pool_place}), {images}"
+        )
+    if training.real:
+        images = f"{len(training.real.labels):,} real images of {classes} classes, {images}"
+    epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps"
+    return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {training.device}, {s.run_folder}"
 
 
 def of_testing(s: Settings, pool: Pool | None, support: int) -> None:

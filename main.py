@@ -4,8 +4,8 @@
     python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --nExemplars 1
 
 `Training.train` is the algorithm: synthesise a pseudo dataset, train the meta-model on it, train the class-learner,
-validate, save. `schedule.py` says what each epoch does. The best weights on meta_val are kept. To resume, run the same
-command again.
+validate, save. `schedule.py` says what each epoch does; the class-learner is the paper's recipe's, in the clusters
+recipe the meta-model guides. The best weights on meta_val are kept. To resume, run the same command again.
 """
 
 import time
@@ -39,7 +39,7 @@ from utils.progress import hush
 from utils.remote import local
 from utils.seeding import generator
 
-CALIBRATION = 4  # unguided images per class that a random class-learner is normalised by
+CALIBRATION = 4  # unguided images per class, whose statistics normalise a random class-learner
 
 
 class Training:
@@ -61,15 +61,15 @@ class Training:
             self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.real_per_class, s.workers)
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
-        labels = len(self.per_model) if s.clusters or s.by_model else self.num_classes
+        labels = len(self.per_model) if s.finds_classes or s.labels_by_model else self.num_classes
         s.check_suffices(size, labels, {split: images.counts() for split, images in real.items()})
         contents = {split: digest_of(found.images, found.labels) for split, found in real.items()}
         if self.per_model:
-            contents["pool"] = processes.first_says(self.pool.digest())
-            self.pool.check(self.per_model, s.sample_steps, s.clusters)
+            contents["pool"] = processes.broadcast(self.pool.digest())
+            self.pool.check(self.per_model, s.sample_steps, s.finds_classes)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
-        self.data_key = None
+        self.data, self.data_key = None, None
         self.learners = self.new_learners()
         found = {"num_classes": self.num_classes, "image_size": size, "contents": contents}
         self.books = Bookkeeping(s, found)
@@ -80,25 +80,25 @@ class Training:
         s, books = self.s, self.books
         skipped = self.real.skipped if self.real else {}
         books.begin(self.device, s.start_epoch + len(self.phases), self.validation.skipped, skipped)
-        books.log.line(self.plan_in_words())
+        books.log.line(dry_run.opening(self))
         if s.source == "none":
-            books.record({"epoch": 0, "round": 0, **self.validate()}, self.learners)
-        elif s.source == "guided" and s.recipe == "paper" and books.epoch == 0 and not s.resume:
-            self.calibrate()
+            books.record({"epoch": 0, "round": 0, **self.accuracy()}, self.learners)
+        elif s.source == "guided" and s.recipe == "paper" and books.epoch == s.start_epoch and not s.resume:
+            self.calibrate_guide()
         for phase in self.phases[books.epoch - s.start_epoch :]:
             started = time.perf_counter()
             data = self.pseudo_dataset(phase)
-            if phase.fresh:  # what was learnt from other labels is in the way
+            if phase.fresh:  # only now: the network before has just guided and labelled these images
                 self.learners = self.new_learners()
             made = time.perf_counter()
             rng = generator(s.seed, "epoch", phase.epoch, device=self.device)
             entries = self.learners.train_meta_model(data, phase.rates, rng, phase.epoch)
-            if phase.guided:
+            if phase.guided:  # else nothing has a use for the class-learner
                 entries |= self.learners.train_class_learner(data, phase.rates, rng)
             check_finite(entries, phase.epoch)
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
             if (phase.epoch + 1) % s.validate_every == 0 or phase.epoch + 1 == s.max_epoch:
-                entries |= self.validate()
+                entries |= self.accuracy()
             books.record({"epoch": phase.epoch + 1, "round": phase.round, **entries}, self.learners)
         books.end()
 
@@ -108,13 +108,13 @@ class Training:
             return PaperLearners(self.s, self.num_classes, self.size, self.device, shared_process())
         return ClusterLearners(self.s, self.num_classes, self.size, self.device)
 
-    def calibrate(self) -> None:
+    def calibrate_guide(self) -> None:
         """Normalise a random class-learner by a few unguided images, so that it can guide round 0."""
         few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
         images, _, _ = synthesise(self.pool, few, self.device)
         guides.calibrate(self.learners.model, self.learners.learner, images)
 
-    def validate(self) -> dict[str, float]:
+    def accuracy(self) -> dict[str, float]:
         """Return the accuracy of nearest prototypes on meta_val, with half of its 95 % interval, in percent."""
         s = self.s
         mean, half = validate(self.learners.model, self.validation.images, self.val_episodes, s.way, s.scale_cls)
@@ -137,60 +137,52 @@ class Training:
         if number < phase.round:
             data = PseudoDataset.load(folder)
         else:
-            data = kept(folder, partial(self.synthesise, phase))
+            data = kept(folder, partial(self.new_round, phase))
             self.books.log.board.picture("images", folder / "sheet.png", phase.epoch)
             discard(self.plan(number).folder)  # its images are in the dataset now
         if phase.labels == "clusters":
             return kept_labels(folder / "clusters.npy", data, partial(self.clusters, data))
-        unguided = number == 0 or self.s.source == "unguided"
-        if phase.labels == "asked" and number < phase.round and unguided:
+        if number in phase.relabel:
             return kept_labels(folder / f"labels{phase.round:02d}.npy", data, partial(self.likeliest, data))
         return data
 
-    def synthesise(self, phase: Phase) -> tuple[PseudoDataset, dict]:
-        """Draw the images of the newest round of `phase`. Return them, and what to note of them."""
+    def new_round(self, phase: Phase) -> tuple[PseudoDataset, dict]:
+        """Draw and label the newest round of `phase`. Return it, and what to note of it.
+
+        To ask each noise for its likeliest class, the round is drawn twice: unguided, and guided from the same noise.
+        """
         processes.same_weights(*self.learners.networks.values())
-        self.books.check_pool(processes.first_says(self.pool.digest()))  # the same as before
-        s, plan = self.s, self.plan(phase.round)
-        notes = {"round": phase.round, "source": s.source, "hit_rate": None, "hit_rate_by_class": None}
-        asked = None
-        if s.clusters or not phase.guided:
-            images, labels, _ = synthesise(self.pool, plan, self.device)
-            data = PseudoDataset(images, plan.first_of(labels), self.num_classes)  # stands for all classes of a model
-            if phase.labels != "asked":
+        self.books.check_pool(processes.broadcast(self.pool.digest()))
+        plan, asked = self.plan(phase.round), None  # None: class after class
+        notes = {"round": phase.round, "source": self.s.source, "hit_rate": None, "hit_rate_by_class": None}
+        if not phase.guided or phase.labels == "likeliest":
+            data = self.unguided(plan)
+            if phase.labels == "likeliest":
+                asked = self.likeliest(data)
+                data = replace(data, labels=asked)
+            if not phase.guided:
                 return data, notes
-            asked = self.likeliest(data)  # what the same noise, unguided, comes closest to
-        if not phase.guided:
-            return PseudoDataset(images, asked, self.num_classes), notes
         images, labels, hits = synthesise(self.pool, plan, self.device, self.learners.guide(), asked)
         rate = float(hits.float().mean())
         self.books.log.line(f"round {phase.round}: guided hit rate {100 * rate:.1f} %")
         notes |= {"hit_rate": rate, "hit_rate_by_class": rate_by_class(hits, labels, self.num_classes)}
         return PseudoDataset(images, labels, self.num_classes), notes
 
+    def unguided(self, plan: Synthesis) -> PseudoDataset:
+        """Draw unguided images, labelled by model: the first class of a model stands for all of its classes."""
+        images, classes, _ = synthesise(self.pool, plan, self.device)
+        return PseudoDataset(images, plan.first_of(classes), self.num_classes)
+
     def clusters(self, data: PseudoDataset) -> Tensor:
-        """Share out the images of each model over its classes, by balanced clusters of their features."""
+        """Return new labels (N,): balanced clusters of features, within each model. data: labelled by model."""
         seen = features(self.learners.model, data.images)
         return cluster_classes(seen, data.labels, self.per_model, generator(self.s.seed, "clusters"))
 
     def likeliest(self, data: PseudoDataset) -> Tensor:
-        """Share out the images of each model over its classes, to the likeliest, as many to one as to another."""
+        """Return new labels (N,): the likeliest classes within each model, each class as often as another."""
         scores = guides.clean_scores(self.learners.guide(), data.images, self.device)
-        return processes.first_says(share_out(scores, self.plan(0).first_of(data.labels), self.per_model))
-
-    def plan_in_words(self) -> str:
-        """Return a line that says what is about to happen."""
-        s, rounds = self.s, len({phase.round for phase in self.phases})
-        images = f"{len(self.validation.class_names)} classes of meta_val to choose by"
-        if s.draws:
-            images = (
-                f"{rounds} round{'s' * (rounds != 1)} of {sum(self.per_model) * s.samples_per_class:,} images of "
-                f"{self.num_classes} classes from {len(self.pool)} models ({s.pool_place}), {images}"
-            )
-        if self.real:
-            images = f"{len(self.real.labels):,} real images of {self.num_classes} classes, {images}"
-        epochs = f"{len(self.phases)} epochs of {s.epoch_steps} steps"
-        return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {self.device}, {s.run_folder}"
+        by_model = self.plan(0).first_of(data.labels)
+        return processes.broadcast(share_out(scores, by_model, self.per_model))
 
     def plan(self, stream: int | str) -> Synthesis:
         """Return how this run draws images."""

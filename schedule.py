@@ -1,14 +1,14 @@
 """The schedule of a run as data: what each epoch trains on. `main.py` obeys it, `dry_run.py` counts it.
 
-The paper's recipe:
+The paper's recipe trains the same networks from round to round, on the newest images:
 
-    round 0, 1, 2, ...   images guided by the class-learner, or by nothing; both learners keep learning
+    round 0, 1, 2, ...     images guided by the class-learner; or unguided, labelled by the model that drew them
 
-The clusters recipe trains one network after another, each from new weights, on all images so far:
+The clusters recipe trains one network after another on all images so far, each from the initial weights:
 
     round 0, first half    unguided images, labelled by the model that drew them
-    round 0, second half   the same images, labelled by clusters of what the first network sees
-    round 1, 2, ...        new images, guided by the network before; it also labels the unguided images anew
+    round 0, second half   the same images, labelled by clusters of the first network's features
+    round 1, 2, ...        new images too, guided by the network before; it also labels the unguided images again
 """
 
 import math
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from config import Settings
 
 WARM_UP = 20  # steps over which the rate rises from 0, in the clusters recipe
+NONE = range(0)
 STEPS = ((80, 0.0024), (70, 0.012), (60, 0.06))  # the paper's rates from these epochs of 90 on, as shares of the first
 
 
@@ -27,10 +28,12 @@ class Phase:
     Attributes:
         epoch: its number, from 0.
         rounds: the rounds whose images are trained on; the last one is new.
-        labels: "model", the model that drew an image; "clusters", of features; "asked", the class that it was asked
-            for or, of an unguided image, the likeliest; "real", those of the folders.
-        guided: whether the images of its round are guided.
-        fresh: whether it begins with new weights.
+        labels: of the images. "model": the model that drew it. "asked": the class that guidance asked for, each as
+            often as another. "clusters": clusters of features. "likeliest": the likeliest class by the network before,
+            which guidance also asks for. "real": the folder.
+        guided: whether the images of the newest round are guided.
+        relabel: the rounds before the newest whose images the network before labels again: those that are unguided.
+        fresh: whether it starts again from the initial weights.
         rates: the learning rate of each of its steps.
     """
 
@@ -38,6 +41,7 @@ class Phase:
     rounds: range
     labels: str
     guided: bool
+    relabel: range
     fresh: bool
     rates: tuple[float, ...]
 
@@ -60,27 +64,31 @@ def _paper(s: Settings, epoch: int) -> Phase:
     labels = {"guided": "asked", "real": "real"}.get(s.source, "model")
     progress = 90 * epoch / s.max_epoch
     rate = s.lr * next((factor for start, factor in STEPS if progress >= start), 1.0)
-    return Phase(epoch, range(number, number + 1), labels, s.source == "guided", False, (rate,) * s.epoch_steps)
+    return Phase(epoch, range(number, number + 1), labels, s.source == "guided", NONE, False, (rate,) * s.epoch_steps)
 
 
 def _clusters(s: Settings, epoch: int) -> Phase:
     if s.source == "real":
-        return Phase(epoch, range(1), "real", False, False, _cosine(s, epoch, s.max_epoch))
+        return Phase(epoch, range(1), "real", False, NONE, False, _cosine(s, epoch, s.max_epoch))
     number, half = epoch // s.refresh_every, s.refresh_every // 2
-    start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)
-    labels = "model" if s.source == "by_model" else "asked"
-    if number == 0 and s.source != "by_model":
-        first = epoch < half
-        labels = "model" if first else "clusters"
-        start, stop = (0, min(half, stop)) if first else (half, stop)
+    start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)  # of its network
+    if s.source == "by_model":
+        labels = "model"
+    elif number > 0:
+        labels = "likeliest"
+    elif epoch < half:
+        labels, stop = "model", half
+    else:
+        labels, start = "clusters", half
     rounds = range(s.start_epoch // s.refresh_every, number + 1)
     guided = s.source == "guided" and number > 0
+    relabel = {"guided": range(min(number, 1)), "unguided": range(number)}.get(s.source, NONE)
     fresh = epoch == start and epoch > s.start_epoch
-    return Phase(epoch, rounds, labels, guided, fresh, _cosine(s, epoch - start, stop - start))
+    return Phase(epoch, rounds, labels, guided, relabel, fresh, _cosine(s, epoch - start, stop - start))
 
 
 def _cosine(s: Settings, done: int, total: int) -> tuple[float, ...]:
-    """Return the rates of an epoch of weights that were trained for `done` epochs before it, of `total` in all."""
+    """Return the rates of epoch number `done` of the `total` epochs of a network: a warm-up, then half a cosine."""
     steps = range(done * s.epoch_steps, (done + 1) * s.epoch_steps)
     fall = [0.5 * (1 + math.cos(math.pi * step / (total * s.epoch_steps))) for step in steps]
     return tuple(s.lr * min(1.0, (step + 1) / WARM_UP) * each for step, each in zip(steps, fall, strict=True))

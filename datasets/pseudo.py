@@ -129,7 +129,7 @@ def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapp
 
     All processes of a run call this together, and `make` too; the first one writes.
     """
-    if processes.first_says(not (Path(folder) / "manifest.json").exists()):
+    if processes.broadcast(not (Path(folder) / "manifest.json").exists()):
         dataset, notes = make()
         if processes.is_first():
             dataset.sheet(Path(folder) / "sheet.png", 16)
@@ -144,7 +144,7 @@ def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[],
     All processes of a run call this together. Raises ValueError for a damaged file.
     """
     path = Path(path)
-    if processes.first_says(not path.exists()):
+    if processes.broadcast(not path.exists()):
         labels = make()
         if processes.is_first():
             with atomic_file(path) as file:

@@ -78,7 +78,7 @@ def train_one(s: TrainSettings, device: torch.device) -> None:
     place = path.with_name(FIGURE_FILE)
     loaded = _load(s, _classes(s) if s.class_cond else None)
     here = record(s) | {IMAGES: loaded.images}
-    if processes.first_says(kept(path.parent, here).done):
+    if processes.broadcast(kept(path.parent, here).done):
         say(f"{path} is done")
         if s.dry_run:
             return
@@ -110,7 +110,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         for m, group in enumerate(groups, 1)
     ]
     index = Path(s.pool) / "pool.json"
-    known = processes.first_says(_read(index, "it is written anew"))
+    known = processes.broadcast(_read(index, "it is written anew"))
     if known:
         if known.get("models") != models:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
@@ -133,7 +133,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         return say(f"{s.pool}: all models are trained")
     for m in to_train if s.dry_run else wanted:
         path = subset_path(s.pool, m)
-        done = processes.first_says(standing[m].done)
+        done = processes.broadcast(standing[m].done)
         if done:
             say(f"{path} is done")
             if standing[m].leftover and processes.is_first():

@@ -76,7 +76,7 @@ class TrainLoop:
         processes.meet()  # before the first one saves what the others have just read
         with progress(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
             while self.step < self.settings.steps:
-                if processes.first_says(stopping.asked()):
+                if processes.broadcast(stopping.asked()):
                     self.save()
                     stopping.check()
                 losses.append(self.train_step())
@@ -111,7 +111,7 @@ class TrainLoop:
         if self.device.type == "cuda":
             self.train_step()  # compiles
         taken = []
-        while not taken or processes.first_says(sum(taken) < seconds):
+        while not taken or processes.broadcast(sum(taken) < seconds):
             started = time.perf_counter()
             float(self.train_step())  # waits for the device
             taken.append(time.perf_counter() - started)

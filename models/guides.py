@@ -30,10 +30,11 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> LogProbability:
 def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, int], Tensor], views: int) -> LogProbability:
     """Return log p(c | x), the mean of log softmax g(f(v(x))) over views v: (x (N, 3, H, W), t (N,)) -> (N, C).
 
-    A classifier that looks at the image alone paints marks that only it can see. Views remove them.
+    Guided by one look at an image, sampling draws marks that only this classifier sees; averaged over views, it does
+    not.
 
-    view: (images, number) -> the images changed at random, all alike, differently for each number. The views change
-    with t. The model is put into eval mode.
+    view: (images, number) -> the images changed at random, all alike, differently for each number. The first t, which
+    all images of a batch share in sampling, picks the views. The model is put into eval mode.
     """
     model.eval()
 

@@ -69,7 +69,7 @@ class Learners:
         raise NotImplementedError
 
     def train_class_learner(self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator) -> dict[str, Any]:
-        """Train what guides for an epoch. Here nothing: g guides, which `train_meta_model` trains."""
+        """Train the guide for an epoch. Nothing to do here: g guides, and `train_meta_model` has trained it."""
         return {}
 
     def guide(self) -> guides.LogProbability:
@@ -146,7 +146,7 @@ class PaperLearners(Learners):
         return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}
 
     def train_class_learner(self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator) -> dict[str, Any]:
-        """Train h on as many noised images as f and g have seen, t uniform, at --learner-rate of their rates.
+        """Train h on as many noised images as f and g have seen, with t uniform, at --learner-rate times their rates.
 
         Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent in each quarter of the noise.
         """

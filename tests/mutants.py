@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant("main.py", "data = self.pseudo_dataset(phase)",
            "self.learners = self.new_learners() if phase.fresh else self.learners; data = self.pseudo_dataset(phase)",
            f"{W}::test_a_round_is_drawn_by_what_was_learnt"),
-    Mutant("main.py", 'if phase.labels == "asked" and number < phase.round', "if False",
+    Mutant("main.py", "if number in phase.relabel:", "if False:",
            f"{W}::test_labels_are_read_anew_by_the_network_before"),
     Mutant("main.py", 'if phase.labels == "clusters":', "if False:",
            f"{W}::test_labels_are_read_anew_by_the_network_before"),

@@ -61,10 +61,10 @@ def test_all_processes_ask_for_what_the_first_one_says(call, two_models, tmp_pat
     """Each computes it on its own device, where the last bits may differ, and draws its share of the images."""
     said = torch.arange(8).repeat_interleave(4).view(2, 16).flip(1).flatten()
 
-    def first_says(value):
+    def broadcast(value):
         return said if isinstance(value, torch.Tensor) else value
 
-    monkeypatch.setattr("utils.processes.first_says", first_says)
+    monkeypatch.setattr("utils.processes.broadcast", broadcast)
     flags = (*TINY, "--recipe", "clusters", "--max-epoch", 3, "--refresh-every", 2)
     flags += ("--pool", two_models, "--data-root", tmp_path / "none")
     status, _, err = call(main, *flags, "--save-dir", tmp_path / "run")

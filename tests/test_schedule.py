@@ -39,11 +39,13 @@ def test_the_paper_goes_on_learning():
 def test_networks_of_the_clusters_recipe(source):
     found = of(f"--source {source} --max-epoch 11 --refresh-every 4")
     halves = ["model"] * 4 if source == "by_model" else ["model"] * 2 + ["clusters"] * 2
-    later = "model" if source == "by_model" else "asked"
+    later = "model" if source == "by_model" else "likeliest"
     assert [p.labels for p in found] == halves + [later] * 7
     assert [list(p.rounds) for p in found] == [[0]] * 4 + [[0, 1]] * 4 + [[0, 1, 2]] * 3
     new = [4, 8] if source == "by_model" else [2, 4, 8]
     assert [p.epoch for p in found if p.fresh] == new
+    again = {"guided": [[0], [0]], "unguided": [[0], [0, 1]], "by_model": [[], []]}[source]
+    assert [list(p.relabel) for p in found] == [[]] * 4 + [again[0]] * 4 + [again[1]] * 3
     assert [p.guided for p in found] == [source == "guided" and epoch >= 4 for epoch in range(11)]
 
 

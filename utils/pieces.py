@@ -26,7 +26,7 @@ class Pieces:
         """Return the names of the pieces that this process has still to make, in order."""
         if not self.folder:
             return list(names)
-        missing = processes.first_says([name for name in names if not self._path(name).exists()])
+        missing = processes.broadcast([name for name in names if not self._path(name).exists()])
         return list(processes.own_share(missing))
 
     def keep(self, name: str, value: Any) -> None:

@@ -83,7 +83,7 @@ def meet() -> None:
         dist.all_reduce(torch.zeros(1))  # on the CPU by gloo, so that nothing waits for a GPU
 
 
-def first_says(value: _T) -> _T:
+def broadcast(value: _T) -> _T:
     """Return the first process's value in all: files may change between two looks."""
     box: list[Any] = [value]
     if count() > 1:
