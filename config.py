@@ -65,7 +65,7 @@ class Settings:
     pool: str = setting("", "folder of the pool, or one checkpoint file, or the gs://, az:// or https:// address of "
                         "either; '': ckpt/pools/DATASET, of glyphs and fontchars ckpt/DATASET")  # fmt: skip
     save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot", affects="nothing")
-    resume: str = setting("", "checkpoint (or its address) to start from (main.py) or to test (diffusionmix.py)",
+    resume: str = setting("", "checkpoint, or its address: main.py starts from it, diffusionmix.py tests it",
                           affects="nothing")  # fmt: skip
     nKnovel: int = setting(5, "way: classes per episode", flags=("--way",), low=2)
     nExemplars: int = setting(1, "shot: support images per class", flags=("--shot",), low=1)
@@ -106,7 +106,7 @@ class Settings:
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x)", low=0, group="synthesis")
     views: int = setting(4, "augmented views that guidance looks through, in the clusters recipe", low=1, high=64,
                          group="synthesis")  # fmt: skip
-    refresh_every: int = setting(10, "epochs per round", low=1, group="synthesis")
+    refresh_every: int = setting(10, "epochs per round; 2 or more in the clusters recipe", low=1, group="synthesis")
 
     # pools whose checkpoints do not tell (public ones)
     image_size: int = setting(64, "pixels per side", low=8, high=4096, group="bare checkpoints", affects="training")
@@ -219,7 +219,9 @@ class Settings:
             raise ValueError(f"got --mix-steps {self.mix_steps}, expected at most --mix-level, {self.mix_level}")
         if bool(self.support) != bool(self.query) or (self.out and not self.query):
             given = " and ".join(f"--{name}" for name in ("support", "query", "out") if getattr(self, name))
-            raise ValueError(f"got {given}, expected --support and --query: pictures to learn from, and to label")
+            raise ValueError(
+                f"got {given}, expected both --support, images to learn from, and --query, images to label"
+            )
         if self.tensorboard and find_spec("tensorboard") is None:
             raise ValueError("got --tensorboard, which needs the package tensorboard; pip install tensorboard")
         if self.out and not self.out.endswith(".csv"):
@@ -261,12 +263,12 @@ class Settings:
         counted = {f"{place}/{split}": each for split, each in real.items() if not (capped and split == "meta_train")}
         lacks = [self._lacking(counted)]
         if self.support:
-            lacks.append("got --support and --query, which diffusionmix.py takes, once this has trained a model")
+            lacks.append("got --support and --query, which are for diffusionmix.py, after training")
         if size < 16:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
         fewest = 2 if self.recipe == "clusters" else self.way  # which has no episodes
         if classes < fewest and self.draws:
-            cure = "a larger pool, more --num-classes, or a lower --nKnovel"
+            cure = "a larger pool, more --num-classes, or a lower --way"
             cure = "--recipe paper, or a larger pool" if self.recipe == "clusters" else cure
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
@@ -296,8 +298,11 @@ class Settings:
             way, queries[asked] = min(way, len(counts)), min(queries[asked], min(counts.values()) - self.shot)
         if not lacks:
             return ""
+        if not any(name.endswith("meta_train") for name in real):
+            del queries["train_nTestNovel"]
         flags = {"nKnovel": way, **{name: way * query for name, query in queries.items()}}
-        changed = [f"--{name} {value}" for name, value in flags.items() if value != getattr(self, name)]
+        names = {"nKnovel": "way", "train_nTestNovel": "train-queries", "nTestNovel": "queries"}
+        changed = [f"--{names[name]} {value}" for name, value in flags.items() if value != getattr(self, name)]
         instead = f", or give {' '.join(changed)}" if way > 1 and min(queries.values()) > 0 else ""
         return f"{'; '.join(lacks)}; add some{instead}"
 
@@ -438,8 +443,8 @@ def parse(argv: list[str] | None = None, *, description: str, command: str = "")
         sys.exit(0)
     settings = {**{f.name: f.default for f in fields(Settings)}, **defaults, **given}
     for name in ("train_nTestNovel", "nTestNovel"):
-        if name not in given:  # of another way as many as come closest
-            settings[name] = max(1, settings[name] // settings["nKnovel"]) * settings["nKnovel"]
+        if name not in given:  # of another way as many per class
+            settings[name] = settings[name] // Settings.nKnovel * settings["nKnovel"]
     return Settings(**settings)
 
 
@@ -450,7 +455,7 @@ _EXAMPLES = {
   python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --way 5 --shot 1""",
     "testing": """examples:
   python diffusionmix.py
-  python diffusionmix.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --shot 5
+  python diffusionmix.py --shot 5 --resume ckpt/runs/glyphs/1-shot/best_model.pt
   python diffusionmix.py --support data/few --query data/unlabelled""",
 }
 

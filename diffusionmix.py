@@ -287,12 +287,14 @@ def compare(settings: Settings) -> None:
             raise ValueError(f"{file}: no results of a test; run diffusionmix.py there, or name another file")
         found.append(results)
     one, other = found
+    if paths[0].resolve() == paths[1].resolve():
+        raise ValueError(f"got --compare {paths[1]}, which is this run; name another, or give this one --save-dir")
     if differ := [f"{name} {one[name]!r} and {other[name]!r}" for name in SAME if one[name] != other[name]]:
         raise ValueError(f"got tests of other episodes: {', '.join(differ)}; test both with the same settings")
     difference, half = paired_difference(one["by_episode"], other["by_episode"])
     for path, results in zip(paths, found, strict=True):
         print(f"{path}: {results['accuracy']:.2f} +- {results['ci95']:.2f} %")
-    print(f"difference {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
+    print(f"the first minus the second {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
 
 
 if __name__ == "__main__":

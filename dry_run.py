@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from config import Settings
+from config import Settings, that_affect
 from datasets.pseudo import PseudoDataset
 from guided_diffusion.costs import image_flops
 from guided_diffusion.dist_util import or_too_much, pick_device, smaller
@@ -38,7 +38,11 @@ def of_training(training: Any) -> None:
     if not processes.is_first():
         return
     s, pool, classes, epoch = training.s, training.pool, training.per_model, training.books.epoch
-    lines = [*_settings(s), "", *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch)]
+    lines = [
+        *_settings(s, "training"),
+        "",
+        *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch),
+    ]
     left = training.phases[epoch - s.start_epoch :]
     first = {phase.round: phase for phase in reversed(left)}  # of each round its first epoch that is left
     there = {r for r in first if (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()}
@@ -92,7 +96,7 @@ def of_testing(s: Settings, pool: Pool | None, support: int) -> None:
     """Print what `diffusionmix.py` would do: settings, and the work of its mixes. support: images, of all episodes."""
     if not processes.is_first():
         return
-    lines = _settings(s)
+    lines = _settings(s, "testing")
     if not pool:
         print(*lines, "", "--mix False: no mixes", sep="\n")
         return
@@ -141,9 +145,10 @@ def _seconds_of_one(model: PoolModel, most: int, device: torch.device) -> float:
     return (time.perf_counter() - started) / passed
 
 
-def _settings(s: Settings) -> list[str]:
+def _settings(s: Settings, command: str) -> list[str]:
     places = {"pool": s.pool_place, "data_root": ",".join(map(str, s.data_paths)), "save_dir": str(s.run_folder)}
-    return [f"{name} = {value!r}" for name, value in {**s.as_dict(), **places}.items() if name != "dry_run"]
+    shown = that_affect(command, "both", "nothing") - {"dry_run"}
+    return [f"{name} = {value!r}" for name, value in {**s.as_dict(), **places}.items() if name in shown]
 
 
 def _guidance_seconds(training: Any) -> float:

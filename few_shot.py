@@ -408,9 +408,11 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
     Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
     """
     if not path.exists():
+        found = sorted(map(str, path.parent.parent.parent.glob(f"*/*/{path.name}")))[:3]
+        there = f" (there is {', '.join(found)})" if found else ""
         raise ValueError(
-            f"{path}: no such checkpoint; make it by main.py with the same --dataset, --nExemplars "
-            "and so on, or name one with --resume"
+            f"{path}: no such checkpoint; make it by main.py with the same --dataset and --shot, or name one with "
+            f"--resume{there}"
         )
     state = checkpoint.load(path, device)
     checkpoint.entries(state, path, MODEL_ENTRIES, WHAT)

@@ -55,7 +55,7 @@ class OwnImages:
         print(
             f"labelled {len(self.paths)} images with {len(self.support.class_names)} classes, learnt from "
             f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "
-            f"{self.path.with_suffix('.png')} (the surest {on_sheet})"
+            f"{self.path.with_suffix('.png')} (the surest {on_sheet}, by label)"
         )
 
     def say_what_to_expect(self) -> None:
@@ -63,4 +63,8 @@ class OwnImages:
         logits, labels = self.classifier.left_out_
         if len(labels):
             right = int((logits.argmax(1) == labels).sum())
-            print(f"{right} of {len(labels)} support images are labelled right by the others")
+            share, chance = 100 * right / len(labels), 100 / len(self.support.class_names)
+            print(
+                f"left out in turn, {right} of {len(labels)} support images are labelled right ({share:.0f} %, chance "
+                f"{chance:.0f} %); expect about that share of the rest"
+            )

@@ -98,7 +98,8 @@ def validation(run: Run) -> list[Finding] | None:
     if top - first["val_accuracy"] <= (number(first.get("val_ci95")) or 0):
         return [Finding(
             f"Validation is flat: {first['val_accuracy']:.1f} % in epoch {first['epoch']}, at best {top:.1f} %.",
-            "More epochs will not help. Compare with --source unguided and --source real to see what holds it back.",
+            "If the loss is flat too, more epochs will not help: compare with --source unguided and --source real. "
+            "If it still falls, train longer.",
         )]  # fmt: skip
     if run.finished and top - last["val_accuracy"] > max(half, number(last.get("val_ci95")) or 0):
         return [Finding(

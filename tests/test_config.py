@@ -72,8 +72,8 @@ def test_recipes():
 
 def test_queries_follow_the_way():
     s = read("--nKnovel 4")
-    assert (s.train_nTestNovel, s.nTestNovel) == (28, 72)
-    assert read("--nKnovel 40").train_nTestNovel == 40 and read("--nKnovel 4 --nTestNovel 8").nTestNovel == 8
+    assert (s.train_nTestNovel, s.nTestNovel) == (24, 60)
+    assert read("--way 40").train_nTestNovel == 240 and read("--nKnovel 4 --nTestNovel 8").nTestNovel == 8
 
 
 def test_given_flags_win_over_the_scenario():
@@ -112,7 +112,7 @@ def test_ranges(field):
         ("--features both", "'pooled', 'map'"),
         ("--recipe paper --source by_model", "--source unguided"),
         ("--max-epoch 20", "more than --refresh-every, 20"),
-        ("--support S", "got --support, expected --support and --query"),
+        ("--support S", "got --support, expected both --support"),
         ("--query Q --out P.csv", "got --query and --out, expected"),
         ("--support S --query Q --out P", "ends in .csv"),
     ],
@@ -148,9 +148,9 @@ def test_help_lists_every_field():
         (
             "", {"a": 30, "b": 20, "c": 7, "d": 9},
             "val: got 4 classes, 7 images in class c, too few in 1 more; an episode needs 5 classes of 16 images "
-            "(1 to learn from, 15 to label); add some, or give --nKnovel 4 --train_nTestNovel 24 --nTestNovel 24",
+            "(1 to learn from, 15 to label); add some, or give --way 4 --queries 24",
         ),
-        ("--nExemplars 5", {c: 20 for c in "abcd"}, "--nKnovel 4 --train_nTestNovel 24 --nTestNovel 60"),
+        ("--nExemplars 5", {c: 20 for c in "abcd"}, "--way 4 --queries 60"),
         ("", {"a": 16, "b": 1, "c": 16, "d": 16, "e": 16}, "add some"),
         ("", {"a": 99}, "val: got 1 class; an episode needs 5 classes of 16"),
     ],

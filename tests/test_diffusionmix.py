@@ -88,11 +88,12 @@ def test_compare(test_run, call, trained, two_models, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(other))
     flags = ("--save-dir", tmp_path / "run", "--compare", tmp_path / "other.json")
     status, out, err = call(diffusionmix, *flags)
-    assert status == 0 and "difference +11.50 +- 2.05" in out, err  # of 10, 11, 12, 13
+    assert status == 0 and "+11.50 +- 2.05" in out, err  # of 10, 11, 12, 13
     (tmp_path / "other.json").write_text(json.dumps(dict(other, seed=2)))
     status, _, err = call(diffusionmix, *flags)
     assert status == 2 and "seed 1 and 2" in err
     assert call(diffusionmix, *flags[:3], tmp_path / "none")[0] == 2
+    assert call(diffusionmix, *flags[:3], tmp_path / "run")[0] == 2  # itself
 
 
 def test_episodes_are_there_for_another_method(test_run, tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import diffusionmix
 import few_shot
+import own_images
 from few_shot import RATES, FewShotClassifier
 from guided_diffusion.pool import subset_path
 from models.episode_head import predict
@@ -408,11 +409,11 @@ def test_the_command_and_the_class_agree(label, classifier, tmp_path):
 
 
 def test_the_command_without_mixes_and_with_many_pictures(label, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusionmix, "SHEET", 4)
+    monkeypatch.setattr(own_images, "SHEET", 4)
     folders(tmp_path / "few", *pictures({"a": 1, "b": 2}))
     folders(tmp_path / "more", *pictures({"x": 9}, seed=1))
     status, out, err = label("--mix", "False", pool="no/such/pool")
-    assert status == 0 and err == "" and "(the surest 4)" in out
+    assert status == 0 and err == "" and "the surest 4" in out
     assert len(rows_of(tmp_path / "run" / "predictions.csv")) == 9
 
 
