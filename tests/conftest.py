@@ -162,6 +162,13 @@ def few_glyphs(monkeypatch) -> None:
 
 
 @pytest.fixture
+def enough_memory(monkeypatch) -> None:
+    """Memory for any batch: to count what an image takes costs a second for each network of another shape."""
+    for place in ("pool", "train_util"):
+        monkeypatch.setattr(f"guided_diffusion.{place}.that_fit", lambda flags, most, device, **_: most)
+
+
+@pytest.fixture
 def few_rounds(monkeypatch) -> None:
     """Clusters after two rounds: the others are most of what a tiny run with clusters costs."""
     monkeypatch.setattr(clusters, "balanced_clusters", partial(clusters.balanced_clusters, rounds=2))

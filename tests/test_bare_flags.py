@@ -39,6 +39,7 @@ def drawn(pool):
     return synthesise(pool, plan, CPU)[0]
 
 
+@pytest.mark.usefixtures("enough_memory")
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_flag_draws_what_the_stored_setting_draws(fill, tmp_path, name):
     flags = {**model_and_diffusion_defaults(), **NETWORK, name: OTHERS[name]}

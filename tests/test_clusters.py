@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.clusters import balanced_clusters, share_out
+from tests.conftest import slow
 
 
 def blobs(rng, sizes, spread=0.1, dim=16):
@@ -29,7 +30,7 @@ def test_finds_blobs(count):
     assert torch.bincount(found).tolist() == [20] * count
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *map(slow, range(2, 6))])
 def test_sizes_are_nearly_equal_without_any_structure(seed):
     rng = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(balanced_clusters(torch.randn(100, 8, generator=rng), 5, rng), minlength=5)

@@ -44,15 +44,16 @@ OTHERS = [slow("--recipe clusters --refresh-every 2 --max-epoch 3"), slow("--sou
 
 
 @pytest.mark.parametrize("more", ["--recipe paper", *OTHERS])
-def test_training_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path, more):
-    command = (*flags, *TINY, *more.split(), "--save-dir", tmp_path / "out")
+def test_training_makes_as_many_passes_as_were_said(call, flags, passes, two_models, tmp_path, more):
+    pool = ("--pool", two_models, "--samples-per-class", 8) if "paper" in more else ()
+    command = (*flags, *TINY, *more.split(), *pool, "--save-dir", tmp_path / "out")
     status, out, err = call(main, *command, "--dry-run")
     assert status == 0, err
     assert not (tmp_path / "out").exists()
     said = int(re.search(r"([\d,]+) forward passes", out)[1].replace(",", ""))
     passes.clear()
     assert call(main, *command)[0] == 0
-    calibration = 20 * main.CALIBRATION * 2 if "paper" in more else 0  # a few images before the first round
+    calibration = 8 * main.CALIBRATION * 2 if "paper" in more else 0  # a few images before the first round
     assert sum(passes) - calibration == said
     assert "seed = 1" in out and "disk: 0.1 MB" in out
     assert ("3 epochs of 2 steps in rounds of 2, the last of 1" if "clusters" in more else "2 epochs of 2 steps") in out
@@ -87,8 +88,8 @@ def test_own_pictures(call, flags, trained, tmp_path, passes):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_left(call, flags, tmp_path):
-    command = (*flags, *TINY, "--source", "unguided", "--save-dir", tmp_path / "out")
+def test_what_is_left(call, flags, two_models, tmp_path):
+    command = (*flags, *TINY, "--recipe", "paper", "--pool", two_models, "--save-dir", tmp_path / "out")
     assert call(main, *command)[0] == 0
     out = call(main, *command, "--dry-run")[1]
     assert "2 of 2 epochs are done; what is left:\n0 rounds x" in out and "\n0 forward passes" in out

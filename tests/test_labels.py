@@ -18,11 +18,12 @@ def plain(model):
     return FewShotClassifier(model, head_steps=50, head_scale=30)
 
 
-@pytest.fixture
-def fitted(plain):
+@pytest.fixture(scope="module")
+def fitted(trained):
     """Fitted on three images each of the classes 0, 1 and 2; with the images, and with what it predicts of them."""
     images, labels = pictures({0: 3, 1: 3, 2: 3})
-    return plain.fit(images, labels), images, plain.predict(images)
+    classifier = FewShotClassifier(trained / "best_model.pt", head_steps=50, head_scale=30).fit(images, labels)
+    return classifier, images, classifier.predict(images)
 
 
 def refused(function, *given, names):

@@ -54,15 +54,16 @@ QUICK = ("guided", "none", "clusters")
 
 @pytest.mark.pictures
 @pytest.mark.parametrize("source", [name if name in QUICK else slow(name) for name in SOURCES])
-def test_run_folder(train, tmp_path, monkeypatch, source):
-    folder = tmp_path / "run"
-    out = train(folder, *SOURCES[source])
+def test_run_folder(train, two_models, toy_pool, tmp_path, monkeypatch, source):
+    folder, few = tmp_path / "run", source in QUICK
+    pool, classes = (two_models, 8) if few else (toy_pool, 20)  # five classes, without guidance one for each model
+    out = train(folder, *SOURCES[source], pool=pool)
     draws = source not in ("real", "none", "clusters, real")
     expected = ALWAYS | ({"pseudo"} if draws else set())
     expected -= {"last.previous.pt"} if source == "none" else set()
     assert {path.name for path in folder.iterdir()} == expected
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["num_classes"] == {"real": 40, "clusters, real": 40, "none": 1}.get(source, 20)
+    assert settings["num_classes"] == {"real": 40, "clusters, real": 40, "none": 1}.get(source, classes)
     assert settings["image_size"] == 16
     lines = metrics(folder)
     epochs = 4 if "clusters" in source else 2
@@ -78,19 +79,19 @@ def test_run_folder(train, tmp_path, monkeypatch, source):
             names = {path.name for path in (folder / "pseudo" / f"round{r:02d}").iterdir()}
             assert names == {"images.npy", "labels.npy", "manifest.json", "sheet.png"} | (labels if r == 0 else set())
         data = PseudoDataset.load(folder / "pseudo" / "round01")
-        assert data.images.shape == (80, 3, 16, 16) and data.num_classes == 20
-        every = torch.arange(20).repeat_interleave(4)
+        assert data.images.shape == (4 * classes, 3, 16, 16) and data.num_classes == classes
+        every = torch.arange(classes).repeat_interleave(4)
         if source in ("unguided", "clusters, by_model"):
             assert torch.equal(data.labels, every // 4 * 4)
         elif labels:  # noise is asked for what it shows, not class after class
-            assert torch.equal(data.labels // 4, every // 4) and data.labels.bincount().tolist() == [4] * 20
+            assert torch.equal(data.labels // 4, every // 4) and data.labels.bincount().tolist() == [4] * classes
         else:
             assert torch.equal(data.labels, every)
     for owner in (PaperLearners, ClusterLearners):  # the same command again trains no more
         monkeypatch.setattr(owner, "train_meta_model", None)
     monkeypatch.setattr(main, "synthesise", None)
     weights = checkpoint.load(folder / "last.pt")
-    assert "resumes from" in train(folder, *SOURCES[source])
+    assert "resumes from" in train(folder, *SOURCES[source], pool=pool)
     assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
 
 
@@ -153,10 +154,11 @@ def test_killed_run_goes_on_bit_for_bit(train, two_models, tmp_path, monkeypatch
         }
 
 
-def test_same_seed_same_run(train, two_models, tmp_path):
+@pytest.mark.parametrize("source", ["real", slow("guided")])
+def test_same_seed_same_run(train, two_models, tmp_path, source):
     states = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(tmp_path / name, "--seed", seed, "--max-epoch", 1, pool=two_models)
+        train(tmp_path / name, "--source", source, "--seed", seed, "--max-epoch", 1, pool=two_models)
         states.append(checkpoint.load(tmp_path / name / "last.pt")["model"])
     assert same(states[0], states[1]) and not same(states[0], states[2])
 

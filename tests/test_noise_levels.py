@@ -21,6 +21,7 @@ from guided_diffusion.train_util import TrainLoop, TrainSettings
 from guided_diffusion.unet import UNetModel
 from tests.conftest import TINY, UNET
 
+pytestmark = pytest.mark.usefixtures("enough_memory")
 CPU = torch.device("cpu")
 PROCESSES = [
     dict(noise_schedule="linear"),

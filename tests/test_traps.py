@@ -231,7 +231,7 @@ def watched_features(spy):
     return watched
 
 
-def test_every_network_of_testing_sees_minus_one_to_one(command, custom, ready, monkeypatch):
+def test_every_network_of_testing_sees_minus_one_to_one(command, custom, ready, toy_pool, monkeypatch):
     root, seen, mixed = custom("meta_val", "meta_test"), [], []
     forward, mixes = Conv4.forward, few_shot.diffusion_mixes
 
@@ -246,7 +246,7 @@ def test_every_network_of_testing_sees_minus_one_to_one(command, custom, ready, 
 
     monkeypatch.setattr(Conv4, "forward", spy_conv4)
     monkeypatch.setattr(few_shot, "diffusion_mixes", spy_mix)
-    command(diffusionmix, root)
+    command(diffusionmix, root, pool=toy_pool)
     assert extremes(seen[0]) == (-1.0, 1.0)  # the real images: black is -1, white is 1, nothing is taken away
     assert len(seen) > 5 and all(-1 <= low and high <= 1 for low, high in map(extremes, seen))
     assert extremes(torch.cat(mixed)) == (-1.0, 1.0)
