@@ -109,12 +109,13 @@ Results = dict[tuple[int, str, int], dict]  # (seed, run, shot) -> results of a 
 
 
 def run_all(
-    folder: Path, seeds: list[int], shots: list[int], runs: list[str], train: list[str], test: list[str]
-) -> Results:
+    folder: Path, seeds: list[int], shots: list[int], runs: list[str], train: list[str], test: list[str],
+    mix_shots: list[int] | None = None,
+) -> Results:  # fmt: skip
     """Train and test what is not there yet in <folder>/seed<k>/<run>, and return the results.
 
     runs: of RUNS. The episodes of training have the first of `shots`; `main.py` is not run again for the others. The
-    results of shot n lie in <folder>/seed<k>/<run>/<n>-shot.
+    results of shot n lie in <folder>/seed<k>/<run>/<n>-shot. mix_shots: those with a row of mixes; None: all.
     """
     results = {}
     for seed in seeds:
@@ -124,7 +125,10 @@ def run_all(
             own = ["--save-dir", str(run), "--seed", str(seed), "--nExemplars", str(shots[0])]
             call("main.py", *train, *RUNS[name], *own)  # quick where it is done; refuses other settings
             for shot in shots:
-                results[seed, name, shot] = _tested(run, name, seed, shot, train, test) | {"trained_with": train}
+                mix = mix_shots is None or shot in mix_shots
+                mix = mix and any(ROWS[row] == (name, True) for row in ROWS)
+                flags = [*test, "--nExemplars", str(shot), "--seed", str(seed), "--mix", str(mix)]
+                results[seed, name, shot] = _tested(run, shot, train, flags) | {"trained_with": train}
     return results
 
 
@@ -160,11 +164,10 @@ def rows_of(results: Results) -> list[Row]:
     return [row for shot in sorted({key[2] for key in results}) for row in _rows_of(results, shot)]
 
 
-def _tested(run: Path, name: str, seed: int, shot: int, train: list[str], test: list[str]) -> dict:
+def _tested(run: Path, shot: int, train: list[str], test: list[str]) -> dict:
     """Results of a run at one shot, made where they are not there, with the training's seconds and the machine."""
     place, weights = run / f"{shot}-shot", run / "best_model.pt"
-    mix = str(any(ROWS[row] == (name, True) for row in ROWS))
-    flags = [*_for_testing(train), *test, "--nExemplars", str(shot), "--seed", str(seed), "--mix", mix]
+    flags = [*_for_testing(train), *test]
     given = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag that is given twice
     notes, results = ROOT / place / "made.json", ROOT / place / "results.json"
     if not results.exists() or results.stat().st_mtime < (ROOT / weights).stat().st_mtime:
@@ -184,7 +187,11 @@ def _rows_of(results: Results, shot: int) -> list[Row]:
     values = {}  # row -> seed -> accuracies of the episodes
     for name, (run, mixed) in ROWS.items():
         key = "by_episode" if mixed else "by_episode_without_mix"
-        found = {seed: np.array(one[key], float) for (seed, r, n), one in results.items() if (r, n) == (run, shot)}
+        found = {
+            seed: np.array(one[key], float)
+            for (seed, r, n), one in results.items()
+            if (r, n) == (run, shot) and (not mixed or one["flags"]["--mix"] == "True")
+        }
         if found:
             values[name] = found
     rows = []
@@ -310,6 +317,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the runs (default ckpt/runs/table/DATASET)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5], help="the first is that of training")
+    parser.add_argument(
+        "--mix-shots", type=int, nargs="*", help="shots with a row of mixes, which cost most (default all)"
+    )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS), help="rows to make (default all)")
     parser.add_argument("--small", action="store_true", help="train at the sizes of glyphs, for a CPU")
     parser.add_argument("--publish", action="store_true", help="write benchmarks/RESULTS.md and results.csv")
@@ -330,7 +340,7 @@ def main() -> None:
         parse([*train, *RUNS[name]], description="table")
     dataset = settings.dataset
     folder = args.folder or Path("ckpt/runs/table") / dataset
-    results = run_all(folder, args.seeds, args.shots, runs, train, args.test)
+    results = run_all(folder, args.seeds, args.shots, runs, train, args.test, args.mix_shots)
     if dataset == "custom":  # which says nothing: the folder's name does
         dataset = "+".join(path.name for path in settings.data_paths)
         results = {key: one | {"dataset": dataset} for key, one in results.items()}

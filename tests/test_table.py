@@ -71,6 +71,7 @@ def test_rows(calls, tmp_path):
 def results_of(**by_run):
     """What `_rows_of` takes of two seeds, from accuracies (seeds, episodes) of each run."""
     same = {"dataset": "d", "split": "s", "torch": "2", "hardware": "h", "commit": "c", "training_seconds": 1.0}
+    same["flags"] = {"--mix": "True"}
     return {
         (seed, run, 1): same | {"by_episode": values, "by_episode_without_mix": values}
         for run, table_ in by_run.items()
@@ -180,3 +181,12 @@ def test_what_is_kept_of_other_settings_is_dropped(calls, tmp_path):
     table.keep(run_all(tmp_path, seeds=[1]), path)
     other = {key: one | {"trained_with": ["--lr", "2"]} for key, one in run_all(tmp_path, seeds=[3]).items()}
     assert {key[0] for key in table.keep(other, path)} == {3}
+
+
+def test_no_row_of_mixes_at_shots_that_are_not_mixed(calls, tmp_path):
+    train = ["--dataset", "custom"]
+    results = table.run_all(tmp_path / "runs", [1], [1, 5], RUNS, train, [], [1])
+    assert [r.shot for r in table.rows_of(results) if r.row == "guided + mix"] == [1]
+    tests = [given for script, given in calls if script == "diffusionmix.py" and "/guided/" in given["--save-dir"]]
+    mixed = [(given["--nExemplars"], given["--mix"]) for given in tests]
+    assert mixed == [("1", "True"), ("5", "False")]
