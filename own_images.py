@@ -1,6 +1,7 @@
 """Labelling your own images: `diffusionmix.py --support data/few --query data/unlabelled`."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ class OwnImages:
 
     def __init__(self, settings: Settings):
         """Read them. Raises ValueError for fewer than 2 classes, a class without an image, and nothing to label."""
-        s, self.started = settings, time.perf_counter()
+        s, self.started = _with_a_model(settings), time.perf_counter()
         self.path = Path(s.out or s.run_folder / "predictions.csv")
         check_place(self.path, s.support, s.query)
         self.s, self.fitter = s, HeadFitter(s)
@@ -68,3 +69,12 @@ class OwnImages:
                 f"left out in turn, {right} of {len(labels)} support images are labelled right ({share:.0f} %, chance "
                 f"{chance:.0f} %); expect about that share of the rest"
             )
+
+
+def _with_a_model(s: Settings) -> Settings:
+    """Return settings that name the meta-model that ships beside the pool, where the run has not trained one yet."""
+    ships = Path(s.pool_place) / "meta_model.pt"
+    if s.resume or (s.run_folder / "best_model.pt").exists() or not ships.exists():
+        return s
+    print(f"{s.run_folder} has no model yet; takes {ships}, which ships with the pool")
+    return replace(s, resume=str(ships))

@@ -3,6 +3,7 @@
 import csv
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -462,3 +463,24 @@ def test_too_little_left_is_said_in_one_line(label, tmp_path):
     status, _, err = label()
     assert status == 2 and "few: got 1 class, expected 2 or more" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_model_that_ships_labels_where_none_was_trained(label, model, toy_pool, tmp_path, call):
+    folders(tmp_path / "few", *pictures({"a": 1, "b": 2}))
+    folders(tmp_path / "more", *pictures({"x": 3}, seed=1))
+    pool = shutil.copytree(toy_pool, tmp_path / "pool")
+    places = (
+        "--save-dir",
+        tmp_path / "new",
+        "--support",
+        tmp_path / "few",
+        "--query",
+        tmp_path / "more",
+        "--pool",
+        pool,
+    )
+    assert call(diffusionmix, *places, *FLAGS)[0] == 2  # neither trained nor shipped
+    shutil.copyfile(model, pool / "meta_model.pt")
+    status, out, err = call(diffusionmix, *places, *FLAGS)
+    assert status == 0 and "meta_model.pt" in out, err
+    assert len(rows_of(tmp_path / "new" / "predictions.csv")) == 3
