@@ -1,20 +1,27 @@
 """DDIM (arXiv 2010.02502): the one sampler of pool images, mixes, sample sheets and the memorisation figure."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # x_t (N, C, H, W) and t (N,) -> x_0 (N, C, H, W)
+
+
+class Process(Protocol):
+    """What `ddim` needs of a diffusion: `GaussianDiffusion` has it."""
+
+    num_timesteps: int
+
+    def eps_from_xstart(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor: ...
+
+    def step_back(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
 def ddim(
-    denoise: Denoiser, process: "GaussianDiffusion", noise: Tensor, *, renoise: float = 0.0,
+    denoise: Denoiser, process: Process, noise: Tensor, *, renoise: float = 0.0,
     fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample from `noise` down to x_0, over all timesteps that `process` visits.
