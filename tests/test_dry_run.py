@@ -107,7 +107,7 @@ def test_nothing_to_draw(call, flags, trained, tmp_path):
 
 def test_what_the_run_would_refuse(call, flags, tmp_path):
     status, _, err = call(main, *flags, *TINY, "--nTestNovel", 60, "--save-dir", tmp_path / "out", "--dry-run")
-    assert status == 2 and "or give --nTestNovel 55" in err
+    assert status == 2 and "or give --queries 55" in err
 
 
 @pytest.mark.parametrize("most, passed", [(8, [1, 2, 4, 8, 8]), (3, [1, 2, 3, 3]), (1, [1, 1])])
