@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist workstea
 help:
 	@echo "make install  make $(VENV) with the packages of requirements.txt: 5 GB, a minute or two"
 	@echo "make demo   run the whole method once, small, on the CPU"
-	@echo "make test   ruff, then the quick tests: 7 minutes on 2 cores"
+	@echo "make test   ruff, then the quick tests: 5 minutes on 2 quiet cores"
 	@echo "make test-all  ruff, then all tests"
 	@echo "make soak   kill each command at 100 points and see that it resumes; long"
 	@echo "make mutants  break one line after another in a copy and see that a test fails; 10 minutes"
