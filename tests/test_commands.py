@@ -21,7 +21,7 @@ import main
 import report.__main__ as report
 from benchmarks import demo, ladder, measure, meta_test, meta_train, pretrain, synthesis, table
 from config import parse
-from datasets import published
+from datasets import pseudo, published
 from guided_diffusion.pool import subset_path
 from tests.conftest import ROOT, UNET
 from tests.test_benchmarks import TINY as TINY_BENCHMARKS
@@ -43,6 +43,7 @@ SMALL = {
     "guided_diffusion.image_train": [*SMALL_NETWORK, *"--steps 1 --lr_anneal_steps 1 --batch_size 2".split()],
     "datasets.prepare": [],
     "report": [],
+    "datasets.pseudo": [],
     "benchmarks.synthesis": ["--repeats", "1"],
     "benchmarks.meta_test": ["--repeats", "1"],
     "benchmarks.meta_train": ["--repeats", "1"],
@@ -52,7 +53,7 @@ SMALL = {
 }
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
-    "datasets.prepare": prepare, "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
+    "datasets.prepare": prepare, "datasets.pseudo": pseudo, "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
     "benchmarks.table": table, "benchmarks.ladder": ladder,
 }  # fmt: skip
@@ -134,6 +135,9 @@ def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, 
     if name not in ("main", "benchmarks.demo", "benchmarks.table"):
         for dataset in ("glyphs", "custom"):
             shutil.copytree(trained, place / "ckpt" / "runs" / dataset / "1-shot")
+    if name == "datasets.pseudo":
+        folder = place / "ckpt" / "runs" / "glyphs" / "1-shot" / "pseudo" / "round00"
+        pseudo.PseudoDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2), 2).save(folder, {})
     if measures:
         run_tiny(MODULES[name], place, toy_pool, monkeypatch)
     if "subsets" in flags:
