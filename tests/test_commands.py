@@ -53,7 +53,8 @@ SMALL = {
 }
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
-    "datasets.prepare": prepare, "datasets.pseudo": pseudo, "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
+    "datasets.prepare": prepare, "datasets.pseudo": pseudo,
+    "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
     "benchmarks.table": table, "benchmarks.ladder": ladder,
 }  # fmt: skip
