@@ -75,7 +75,7 @@ MUTANTS = [
     Mutant("models/learners.py", "rate * s.learner_rate for", "rate for", f"{W}::test_rate_of_the_class_learner"),
     Mutant("models/learners.py", "(self.s.image_batch,)", "(96,)", f"{W}::test_how_the_clusters_recipe_learns"),
     Mutant("main.py", "renoise=s.renoise", "renoise=0.0", f"{W}::test_how_images_are_drawn"),
-    Mutant("main.py", "guides.calibrate(self.learners.model, self.learners.learner,", "str((",
+    Mutant("main.py", "guides.calibrate(self.learners.model, self.learners.learner,", "str(",
            f"{W}::test_a_new_class_learner_is_calibrated"),
 ]  # fmt: skip
 
