@@ -19,7 +19,7 @@ from utils.cli import OneLineParser
 SOURCES = ("guided", "unguided", "by_model", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 MOST = 1_000_000  # of a number without a limit of its own
-# settings of older runs that are gone, with what is done now
+# removed settings, each with the value that does what is done now
 GONE = {"sampler": "ddim", "first_labels": "random", "guide_on": "x_t", "ask": "equal", "warm_up": 3, "restart": False,
         "replay": 0, "within_weight": 1.0}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
@@ -108,7 +108,7 @@ class Settings:
                          group="synthesis")  # fmt: skip
     refresh_every: int = setting(10, "epochs per round; 2 or more in the clusters recipe", low=1, group="synthesis")
 
-    # pools whose checkpoints do not tell (public ones)
+    # pools whose checkpoints do not record their settings
     image_size: int = setting(64, "pixels per side", low=8, high=4096, group="bare checkpoints", affects="training")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
     num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down", low=-1,
@@ -325,12 +325,12 @@ class Settings:
 
     @property
     def way(self) -> int:
-        """Classes an episode."""
+        """Classes per episode."""
         return self.nKnovel
 
     @property
     def shot(self) -> int:
-        """Support images a class."""
+        """Support images per class."""
         return self.nExemplars
 
     @property

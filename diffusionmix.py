@@ -86,7 +86,7 @@ class Testing:
         return m < len(self.chosen) and item in self.chosen[m]
 
     def to_show(self, m: int) -> list[int]:
-        """Those of pool model m: of the first episodes, of several classes, of two images."""
+        """Choose the mixes of pool model m to show: of the first episodes, of several classes, of two images."""
         order, _ = self.first_partners(m)
         with_itself = (order == torch.arange(order.shape[1])).flatten().long()
         among = with_itself.argsort(stable=True)[: order.shape[1]].sort().values

@@ -176,7 +176,7 @@ def _epoch_seconds(training: Any) -> float:
 
 
 def _trial(work: Callable[[], object]) -> float:
-    """Seconds of `work`: of its second time, unless the first is long."""
+    """Return the seconds of a second call of `work`, or of the first where it is slow."""
     seconds = 0.0
     for _ in range(2):
         if seconds > TRIAL:

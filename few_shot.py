@@ -44,7 +44,7 @@ MAY_CHANGE = that_affect("nothing") | {"compare", "support", "query", "out", "po
 RATES = (0.05, 0.01, 0.05)  # of the head's three stages
 MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
 RANGES = ((-1, 1), (0, 1))  # that floats may be in
-TOLERANCE = 0.001  # that floats may be out of their range, by rounding
+TOLERANCE = 0.001  # how far rounding may take floats out of their range
 
 
 class HeadFitter:
@@ -376,7 +376,7 @@ class FewShotClassifier:
 
 
 def sharpness(logits: Tensor, labels: Tensor) -> float:
-    """Return the factor of logits with which the mean of the highest probability is the share that is right.
+    """Return the factor of logits that makes the mean highest probability equal the share that is right.
 
     logits: (K, way) of images that the head was not fitted on; labels: (K,) int64. The share is (right + 1) / (K + 2),
     so that a few images that are all right give no certainty. 1 where K is 0. Between 1 and 1000.

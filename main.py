@@ -4,7 +4,7 @@
     python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --nExemplars 1
 
 `Training.train` is the algorithm: synthesise a pseudo dataset, train the meta-model on it, train the class-learner,
-validate, save. `schedule.py` says what each epoch does; the class-learner is the paper's recipe's, in the clusters
+validate, save. `schedule.py` says what each epoch does. Only the paper's recipe has a class-learner; in the clusters
 recipe the meta-model guides. The best weights on meta_val are kept. To resume, run the same command again.
 """
 
@@ -93,7 +93,7 @@ class Training:
             made = time.perf_counter()
             rng = generator(s.seed, "epoch", phase.epoch, device=self.device)
             entries = self.learners.train_meta_model(data, phase.rates, rng, phase.epoch)
-            if phase.guided:  # else nothing has a use for the class-learner
+            if phase.guided:  # only guided rounds use the class-learner
                 entries |= self.learners.train_class_learner(data, phase.rates, rng)
             check_finite(entries, phase.epoch)
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
@@ -179,7 +179,7 @@ class Training:
         return cluster_classes(seen, data.labels, self.per_model, generator(self.s.seed, "clusters"))
 
     def likeliest(self, data: PseudoDataset) -> Tensor:
-        """Return new labels (N,): the likeliest classes within each model, each class as often as another."""
+        """Return new labels (N,): the likeliest classes within each model, equally many images per class."""
         scores = guides.clean_scores(self.learners.guide(), data.images, self.device)
         by_model = self.plan(0).first_of(data.labels)
         return processes.broadcast(share_out(scores, by_model, self.per_model))

@@ -9,14 +9,14 @@ from torch.nn import functional
 from utils.images import to_float
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
-_COLOURS = ("brightness", "contrast", "saturation", "hue", "grayscale", "invert")
+_COLOURS = ("brightness", "contrast", "saturation", "hue", "grayscale")
 _CHUNK = 2**19  # pixel values in one go on a CPU: 2 MiB
-_DRAWS = 20  # uniform numbers an image, drawn whether used or not: a setting never shifts another's numbers
+_DRAWS = 20  # uniform numbers per image, drawn whether used or not: a setting never shifts another's numbers
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How far `augment` may go. `AugmentSettings.identity()` changes nothing.
+    """How far `augment` may go.
 
     Attributes:
         crop_padding: how far a crop may leave the image, as a share of its side; reflected pixels fill in.
@@ -27,7 +27,6 @@ class AugmentSettings:
         brightness, contrast, saturation: the factor is uniform in [1 - value, 1 + value], and at least 0.
         hue: greatest turn either way around the grey axis, as a share of a full turn, at most 0.5.
         grayscale: probability of an image without colour.
-        invert: probability of a negative.
         erase: probability of a rectangle of one random colour.
         erase_area: least and greatest area of that rectangle, as a share of the image's.
 
@@ -45,12 +44,11 @@ class AugmentSettings:
     saturation: float = 0.4
     hue: float = 0.1
     grayscale: float = 0.1
-    invert: float = 0.0
     erase: float = 0.5
     erase_area: tuple[float, float] = (0.02, 0.2)
 
     def __post_init__(self) -> None:
-        at_most = {"crop_padding": 1, "rotate": 180, "hue": 0.5, "grayscale": 1, "invert": 1, "erase": 1}
+        at_most = {"crop_padding": 1, "rotate": 180, "hue": 0.5, "grayscale": 1, "erase": 1}
         for name in ("crop_padding", "rotate", "brightness", "contrast", "saturation", *at_most):
             value, high = getattr(self, name), at_most.get(name, math.inf)
             if not 0 <= value <= high:
@@ -62,46 +60,21 @@ class AugmentSettings:
         if self.aspect < 1:
             raise ValueError(f"got aspect {self.aspect}, expected 1 or more; give the greater side over the smaller")
 
-    @classmethod
-    def identity(cls, **changes: object) -> "AugmentSettings":
-        """Settings that change nothing, except `changes`."""
-        nothing = {"scale": (1.0, 1.0), "aspect": 1.0, "flip": False}
-        for name in ("crop_padding", "rotate", *_COLOURS, "erase"):
-            nothing[name] = 0.0
-        return cls(**(nothing | changes))
-
 
 def augment(
-    images: torch.Tensor,
-    generator: torch.Generator,
-    settings: AugmentSettings | None = None,
-    *,
-    crop: bool = True,
-    flip: bool = True,
-    jitter: float = 0.4,
-    erase: float = 0.5,
-    alike: bool = False,
+    images: torch.Tensor, generator: torch.Generator, settings: AugmentSettings, *, alike: bool = False
 ) -> torch.Tensor:
     """Flip, crop, recolour and erase each image at random, in that order.
 
     Args:
         images: (N, 3, H, W) uint8, or float in [-1, 1].
         generator: where the random numbers come from; N rows of them, whatever the settings.
-        settings: how far to go. The other arguments are a short form, read only where this is None:
-        crop: crop, rescale and shift as by default.
-        flip: mirror half of the images.
-        jitter: strength of brightness, contrast and saturation; a quarter of it for hue and grayscale.
-        erase: probability of an erased rectangle.
+        settings: how far to go.
         alike: change all images in the same way, so that none depends on how many there are.
 
     Returns:
         (N, 3, H, W) float32 in [-1, 1], on the device of `images`.
     """
-    if settings is None:
-        colours = {"brightness": jitter, "contrast": jitter, "saturation": jitter}
-        colours |= {"hue": min(jitter / 4, 0.5), "grayscale": min(jitter / 4, 1.0)}
-        geometry = {} if crop else {"crop_padding": 0.0, "scale": (1.0, 1.0), "aspect": 1.0}
-        settings = AugmentSettings(flip=flip, erase=erase, **colours, **geometry)
     rows = 1 if alike else len(images)
     draws = torch.rand(rows, _DRAWS, generator=generator, device=generator.device).to(images.device)
     draws = draws.expand(len(images), -1)
@@ -151,8 +124,8 @@ def _crop(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) 
 
 
 def _recolour(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
-    # Brightness, contrast, hue, saturation (0 where grayscale) and invert, in that order and without clipping
-    # between them, are one 3x3 matrix and one offset an image: one pass over the pixels instead of six.
+    # Brightness, contrast, hue and saturation (0 where grayscale), in that order and without clipping between
+    # them, are one 3x3 matrix and one offset per image: one pass over the pixels instead of five.
     # On u = (x + 1) / 2, brightness is f * u and contrast c * u + (1 - c) * (the image's mean luma).
     luma = images.new_tensor(_LUMA)
     brightness = _factor(draws[:, 0], settings.brightness)
@@ -160,14 +133,13 @@ def _recolour(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettin
     saturation = _factor(draws[:, 2], settings.saturation)
     turn = _between(draws[:, 3], -1, 1) * settings.hue * 2 * math.pi
     saturation = torch.where(draws[:, 4] < settings.grayscale, torch.zeros_like(saturation), saturation)
-    sign = torch.where(draws[:, 5] < settings.invert, -1.0, 1.0)
 
     mean = images.mean((2, 3)) @ luma  # (N,)
     eye = torch.eye(3, device=images.device)
     grey = luma.expand(3, 3)  # every row gives the luma
     saturate = grey + saturation[:, None, None] * (eye - grey)
-    matrix = (sign * contrast * brightness)[:, None, None] * (saturate @ _hue_rotation(turn))
-    offset = sign * (brightness - 1 + (1 - contrast) * brightness * mean)  # these matrices leave grey alone
+    matrix = (contrast * brightness)[:, None, None] * (saturate @ _hue_rotation(turn))
+    offset = brightness - 1 + (1 - contrast) * brightness * mean  # these matrices leave grey alone
     return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images)
 
 

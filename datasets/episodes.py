@@ -55,7 +55,7 @@ class EpisodeSampler:
         if counts[fewest] < shot + query:
             raise ValueError(
                 f"class {int(self.classes[fewest])} has {int(counts[fewest])} images, an episode needs {shot + query} "
-                f"a class ({shot} support + {query} query); add images or ask for fewer"
+                f"per class ({shot} support + {query} query); add images or ask for fewer"
             )
         largest = int(counts.max())
         self._there = torch.arange(largest, device=labels.device) < counts[:, None]  # (C, largest) bool

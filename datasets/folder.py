@@ -42,7 +42,7 @@ def load_split(
     every_class: bool = False,
     workers: int | None = None,
 ) -> LabelledImages:
-    """Read `<root>/<split>/<class>/*`, one folder a class, into memory.
+    """Read `<root>/<split>/<class>/*`, one folder per class, into memory.
 
     Files that cannot be read, and classes of which none can be, are left out, and one line on stderr says so.
 
@@ -59,7 +59,7 @@ def load_split(
             class folder is empty or holds folders of images.
     """
     folder = Path(root) / split
-    holds = f"it should hold one folder a class with images ({extensions()})"
+    holds = f"it should hold one folder per class with images ({extensions()})"
     if Path(root).is_file():
         require_folder(root, f"expected one with {split}" if split else holds)
     if split and not folder.exists() and (near := place_with(Path(root), split)):

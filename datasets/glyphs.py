@@ -32,7 +32,7 @@ def make_split(split: str, per_class: int, *, seed: int = 0, size: int = 32) -> 
     if split not in SPLIT_CLASSES:
         raise ValueError(f"got glyphs split {split!r}, expected one of {', '.join(SPLIT_CLASSES)}")
     if per_class < 1:
-        raise ValueError(f"got {per_class} images a class, expected 1 or more")
+        raise ValueError(f"got {per_class} images per class, expected 1 or more")
     first = _first_class(split)
     programs = stroke_programs()
     images, labels = [], []

@@ -40,7 +40,7 @@ CIFAR_SIDE, MINI_SIDE = 32, 84  # pixels
 
 
 def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
-    """Draw glyphs into `out`, `per_class` images a class of each split.
+    """Draw glyphs into `out`, `per_class` images per class of each split.
 
     Images that are there are kept, damaged ones drawn again. Raises ValueError, before anything is written, where `out`
     holds others: of another seed, of a greater count, or not made here.
@@ -249,7 +249,7 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
         folder, holds, lambda *_: f"move the folders in it up to {folder}, if they are the classes"
     )
     if not found:
-        raise ValueError(f"{folder}: got no class folders, expected one folder of images a class")
+        raise ValueError(f"{folder}: got no class folders, expected one folder of images per class")
     names = [path.name for path in found]
     left_out.say(folder)
     groups = [names[i : i + classes_per_model] for i in range(0, len(names), classes_per_model)]
@@ -343,7 +343,7 @@ def main() -> None:
 
     flags = what.add_parser("glyphs", help="the set that the program draws")
     flags.add_argument("--out", type=Path, default=Path("data/glyphs"), help="root folder (default data/glyphs)")
-    flags.add_argument("--per-class", type=int, default=600, help="images a class (default 600)")
+    flags.add_argument("--per-class", type=int, default=600, help="images per class (default 600)")
     flags.add_argument("--splits", nargs="+", default=list(SPLIT_CLASSES), choices=list(SPLIT_CLASSES))
     flags.add_argument("--seed", type=int, default=0)
     flags.set_defaults(do=lambda args: glyphs(args.out, args.per_class, args.splits, args.seed))
@@ -387,7 +387,7 @@ def main() -> None:
 
     flags = what.add_parser("subsets", help="which classes each model of a pool learns")
     flags.add_argument("--data-root", type=Path, required=True, help="root folder, with meta_train")
-    flags.add_argument("--classes_per_model", type=int, default=5, help="classes a model (default 5)")
+    flags.add_argument("--classes_per_model", type=int, default=5, help="classes per model (default 5)")
     flags.add_argument("--out", type=Path, help="the JSON file (default <data-root>/subsets.json)")
     flags.set_defaults(
         do=lambda args: subsets(args.data_root, args.classes_per_model, args.out or args.data_root / "subsets.json")

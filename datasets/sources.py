@@ -9,8 +9,8 @@ from datasets.folder import LabelledImages, load_split
 from datasets.fontchars import load_fontchars
 from datasets.glyphs import make_split
 
-GLYPHS_PER_CLASS = 100  # images a class to draw episodes from
-# Sets that need no folder: name -> images of (split, images a class or None, size).
+GLYPHS_PER_CLASS = 100  # images per class to draw episodes from
+# Sets that need no folder: name -> images of (split, images per class or None, size).
 EMBEDDED: dict[str, Callable[[str, int | None, int], LabelledImages]] = {
     "glyphs": lambda split, per_class, size: make_split(split, per_class or GLYPHS_PER_CLASS, size=size),
     "fontchars": lambda split, per_class, size: load_fontchars(split, per_class, size=size),
@@ -28,7 +28,7 @@ def load_real(
     """Images of a split: of `EMBEDDED` where <root>/<split> is not there, else read from it.
 
     roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
-    size: pixels a side; per_class: images a class at most, None for all (100 a class of glyphs); workers: threads.
+    size: pixels a side; per_class: images per class at most, None for all (100 a class of glyphs); workers: threads.
     Raises ValueError where a folder is missing or empty.
     """
     if dataset in EMBEDDED and not (roots[0] / split).is_dir():

@@ -179,7 +179,7 @@ def few(items: Sequence[str]) -> str:
 
 
 def _check(where: Path, found: Mapping[str, Collection], advice: str) -> None:
-    """Raise ValueError where a class of `found` is empty or has not PER_CLASS pictures."""
+    """Raise ValueError where a class of `found` is empty or lacks PER_CLASS images."""
     counts = {name: len(pictures) for name, pictures in found.items()}
     missing = [name for name, count in counts.items() if count == 0]
     if missing:
@@ -189,7 +189,7 @@ def _check(where: Path, found: Mapping[str, Collection], advice: str) -> None:
     wrong = [f"{count} in {name}" for name, count in counts.items() if count != published.PER_CLASS]
     if wrong:
         raise ValueError(
-            f"{where}: got {few(wrong)} of {len(counts)} classes, expected {published.PER_CLASS} a class; {advice}"
+            f"{where}: got {few(wrong)} of {len(counts)} classes, expected {published.PER_CLASS} per class; {advice}"
         )
 
 

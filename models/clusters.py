@@ -48,7 +48,7 @@ def cluster_classes(features: Tensor, first: Tensor, counts: Sequence[int], gene
 
 
 def share_out(scores: Tensor, first: Tensor, counts: Sequence[int]) -> Tensor:
-    """The likeliest class of each image among those of its model, as many images to one as to another: (N,) int64.
+    """Return each image's likeliest class of its model, with equally many images per class: (N,) int64.
 
     scores: (N, C) log p(c | x); first: (N,) the first class of the model that drew each image; counts: classes of each
     model. The shares are balanced as those of `balanced_clusters`, then given out greedily, the surest first.

@@ -13,7 +13,7 @@ PACKAGES = "guided_diffusion|models|datasets|report|utils|benchmarks"
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_names_in_documents(path):
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(rf"`((?:config|main|{PACKAGES})\.[\w.]+)`", text):
+    for name in re.findall(rf"`((?:config|main|schedule|few_shot|{PACKAGES})\.[\w.]+)`", text):
         if name.endswith((".py", ".json", ".html")):
             continue
         parts = name.split(".")

@@ -12,7 +12,6 @@ import diffusionmix
 import few_shot
 import main
 from config import SCENARIOS
-from datasets.augment import AugmentSettings
 from datasets.folder import load_split
 from datasets.pseudo import PseudoDataset
 from guided_diffusion import synthesis
@@ -29,6 +28,7 @@ from models.episode_head import Stage, fit_heads, predict
 from models.guides import log_probability
 from models.meta_model import MetaModel, prototype_scores
 from tests.conftest import TINY, slow
+from tests.test_augment import IDENTITY
 from utils import checkpoint
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_every_network_of_training_sees_minus_one_to_one(command, custom, monkey
 
     monkeypatch.setattr(learners, "meta_loss", spy_meta)
     monkeypatch.setattr(learners, "class_learner_loss", spy_learner)
-    monkeypatch.setattr(learners.Learners, "changes", AugmentSettings.identity())
+    monkeypatch.setattr(learners.Learners, "changes", IDENTITY)
     monkeypatch.setattr(learners, "features", watched_features(spy_look))
     command(main, custom("meta_val", "meta_train"), "--source", source, "--train_epoch_size", 20)
     assert clean and all(-1 <= low and high <= 1 for low, high in map(extremes, clean))
