@@ -278,7 +278,7 @@ def lacks_classes(root):
 
 def lacks_image(root):
     (folders(root, MINI, 84) / "n02" / "n02_1.png").unlink()
-    return "got 2 in n02 of 4 classes, expected 3 a class"
+    return "got 2 in n02 of 4 classes, expected 3 per class"
 
 
 def too_many(root):
@@ -373,7 +373,7 @@ def test_wrong_cifar_is_named(call, tmp_path):
     assert "meta: got 4 classes that are not CIFAR-100's" in fails(other)
     short = batches(tmp_path / "short")
     shutil.copy(short / "cifar-100-python" / "test", short / "cifar-100-python" / "train")
-    assert "got 2 in apple, 2 in train, 2 in otter and 1 more of 4 classes, expected 3 a class" in fails(short)
+    assert "got 2 in apple, 2 in train, 2 in otter and 1 more of 4 classes, expected 3 per class" in fails(short)
     cut = batches(tmp_path / "cut") / "cifar-100-python"
     (cut / "train").write_bytes((cut / "train").read_bytes()[:100])
     assert "train: is cut short" in fails(cut)

@@ -30,7 +30,7 @@ def test_a_folder_that_is_there_is_read(dataset, picture_folder, tmp_path):
 
 
 def test_missing_folder_says_what_it_should_hold(tmp_path):
-    with pytest.raises(ValueError, match="meta_test: no such folder; it should hold one folder a class"):
+    with pytest.raises(ValueError, match="meta_test: no such folder; it should hold one folder per class"):
         load_real("custom", [tmp_path], "meta_test", 16)
 
 
