@@ -11,6 +11,7 @@ Images that cannot be read are left out; skipped_images.csv in the folder of the
 
 A few images of each class are kept back (--hold_out). After the training a line says how near the model's samples lie
 to its training images, and how near those held-out images lie to them. memorisation.json keeps it, or pool.json.
+The loss is in metrics.jsonl beside each model, and report.html in the pool shows all of its models.
 """
 
 import os
@@ -33,6 +34,7 @@ from guided_diffusion.pool import Pool, subset_path  # noqa: E402
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults  # noqa: E402
 from guided_diffusion.train_flags import TrainSettings, create_argparser, parse  # noqa: E402, F401
 from guided_diffusion.train_util import MODEL_FILE, TrainLoop, drop_state  # noqa: E402
+from report import Report  # noqa: E402
 from utils import processes  # noqa: E402
 from utils.cli import run  # noqa: E402
 from utils.images import Skipped, shown  # noqa: E402
@@ -158,6 +160,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         if processes.is_first():
             figure = _figure(own[m], path, loaded, device)
             _write(index, {**contents, **known} if done else contents, m, figure)
+            Report(s.pool).write()
 
 
 def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:

@@ -26,6 +26,7 @@ from utils.atomic import previous
 from utils.images import to_uint8
 from utils.plots import contact_sheet
 from utils.progress import progress
+from utils.run_log import RunLog
 from utils.seeding import generator
 
 USELESS = 10  # average weights whose loss is so many times that of a network that answers 0 are not worth keeping
@@ -72,7 +73,8 @@ class TrainLoop:
         if self.kept.done:
             return self.folder / MODEL_FILE
         self.fit_memory()
-        mean, losses = 0.0, []
+        log, losses = RunLog(self.folder, by="step"), []
+        log.forget_after(self.step)
         processes.meet()  # before the first one saves what the others have just read
         with progress(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
             while self.step < self.settings.steps:
@@ -83,14 +85,11 @@ class TrainLoop:
                 bar.update()
                 saving = self.step % self.settings.save_interval == 0 and self.step < self.settings.steps
                 if saving or self.step % self.settings.log_interval == 0:
-                    mean = float(torch.stack(losses).mean())
-                    losses.clear()
-                    self._check(mean)
-                    bar.set_postfix(loss=f"{mean:.4f}")
+                    bar.set_postfix(loss=f"{self._note(log, losses):.4f}")
                 if saving:
                     self.save()
         if losses:
-            self._check(float(torch.stack(losses).mean()))
+            self._note(log, losses)
         return self.finish()
 
     def fit_memory(self) -> None:
@@ -267,6 +266,14 @@ class TrainLoop:
             for network in (self.model, self.ema):
                 checkpoint.load_state(network, self.kept.model["model"], self.folder / MODEL_FILE)
         self.step = self.kept.step
+
+    def _note(self, log: RunLog, losses: list[torch.Tensor]) -> float:
+        """Write the mean of the losses since the last line to metrics.jsonl, and return it."""
+        mean = float(torch.stack(losses).mean())
+        losses.clear()
+        self._check(mean)
+        log.record({"step": self.step, "loss": mean})
+        return mean
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
