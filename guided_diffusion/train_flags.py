@@ -45,7 +45,7 @@ class TrainSettings:
     """Everything that `image_train.py` can be told. `parse` checks the values."""
 
     data_dir: str = files("", "folder of images, nested as you like; for --pool and --class_cond one folder per class")
-    save_dir: str = files("ckpt/diffusion", "folder of one model: model.pt, samples.png, memorisation.json")
+    save_dir: str = files("ckpt/diffusion", "folder of one model: model.pt, samples.png, metrics.jsonl, memorisation.json")
     pool: str = files("", "make a pool in this folder instead of one model")
     classes_per_model: int = files(5, "classes of each pool model", within=COUNT)
     subsets: str = files("", "train only these pool models, as 1,3,5, to share the work between processes; empty: all")
