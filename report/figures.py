@@ -69,7 +69,8 @@ def rows(runs: Mapping[str, Run]) -> Iterator[tuple[Any, ...]]:
             figures = [number(result.get(key)) for key in _FIGURES]
             if not result.get("pool_models"):
                 figures[:2] = figures[4:] = [None, None]
-            yield name, ", ".join(filter(None, (told, *test))), *figures, number(result.get("episodes"))
+            other = [part for part in test if part not in ("", f"{result.get('shot')}-shot")]
+            yield name, ", ".join((told, *other)), *figures, number(result.get("episodes"))
         if not each.results and (best := each.best()):
             half = number(best.get("val_ci95"))
             yield name, "best on meta_val", None, None, best["val_accuracy"], half, None, None, None

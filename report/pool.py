@@ -33,7 +33,8 @@ def render(folder: Path, written: str) -> Html:
     for m, model in enumerate(models, 1):
         name, place = f"subset{m}", folder / f"subset{m}" / "ckpt"
         words = memorisation(figures.get(name))
-        rows.append((name, _classes(model), _steps(place, index), words, careful(loss, place), careful(samples, place)))
+        drawn = (careful(make, place) or "–" for make in (loss, samples))
+        rows.append((name, _classes(model), _steps(place, index), words, *drawn))
     size = number(index.get("image_size"))
     heading = element(
         "header",
@@ -57,7 +58,7 @@ def memorisation(figure: Any) -> str:
     ratio, near = (number(figure.get(name)) for name in ("ratio", "too_near"))
     if near is None:
         return "not known: no images were held out"
-    far = "" if ratio is None else f"{ratio:.2f} times as far from the training images as unseen images"
+    far = "" if ratio is None else f"samples lie {ratio:.2f} times as far from the training images as unseen images"
     if verdict.copying(figure):
         share = f"{100 * near:.0f} % of the samples are nearer than 95 % of the unseen images"
         return "copies: " + "; ".join(filter(None, (far, share)))

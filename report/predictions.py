@@ -12,7 +12,7 @@ from report.sections import image_tag
 from utils.images import shown
 from utils.predictions import PAGE
 
-SHOWN = 12  # images of a kind, at most
+SHOWN = 10  # images of a kind, at most
 PAIRS = 10  # pairs of classes, at most
 CLOSE = 0.5  # an image is between two classes if the second is so many times as likely as the first, or more
 

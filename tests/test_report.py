@@ -308,9 +308,9 @@ def test_the_report_of_a_pool(call, pool):
     text = ["".join(row.text) for row in rows]
     assert len(rows) == 5 and all(f"<b>{m}, other" in row for m, row in enumerate(text, 1))
     words = (
-        "no sign of copying; 1.02 times",
-        "undertrained: 1.50 times",
-        "copies: 0.40 times",
+        "no sign of copying; samples lie 1.02 times",
+        "undertrained: samples lie 1.50 times",
+        "copies: samples lie 0.40 times",
         "not known",
         "not measured",
     )
