@@ -14,7 +14,7 @@ from utils.predictions import PAGE
 
 SHOWN = 10  # images of a kind, at most
 PAIRS = 10  # pairs of classes, at most
-CLOSE = 0.5  # an image is between two classes if the second is so many times as likely as the first, or more
+CLOSE = 0.5  # an image is between two classes if the second is at least so many times as likely as the first
 
 
 def render(
@@ -74,7 +74,7 @@ def _confusable(names: Sequence[str], order: np.ndarray, probabilities: np.ndarr
         for part in (element("h3", f"{names[a]} or {names[b]}: {_images(len(found))}"), tiles(found[:SHOWN]))
     ]
     told = (
-        f"{'Images' if parts else 'There is no image'} whose second class is at least {CLOSE:g} times as likely as the "
+        f"{'Images' if parts else 'There is no image'} whose second class is at least half as likely as the "
         f"first{', by pair of classes, the closest first: look at these' if parts else ''}."
     )
     return section("Between two classes", told, *parts)

@@ -19,6 +19,7 @@ import report
 import report.__main__ as command
 from config import SCENARIOS, parse
 from models.learners import PaperLearners
+from report import predictions
 from report.folder import Run
 from report.page import element
 from report.pictures import contact_sheet, shown_rounds
@@ -423,6 +424,22 @@ def test_in_a_browser(made, tmp_path, width, what):
     assert found["wide"] <= found["room"], found
     assert not found["broken"] and not found["hidden"] and found["charts"] >= 2
     assert found["images"] > 40 or what == "several"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to show the page in")
+def test_pools_and_labels_in_a_browser(pool, tmp_path):
+    rng = np.random.default_rng(0)
+    images, values = rng.integers(0, 256, (40, 3, 16, 16), np.uint8), rng.dirichlet([1, 1, 1], 40)
+    paths, labels = [Path(f"{'long' * 10}{i}.png") for i in range(40)], np.arange(40) % 3
+    pages = {
+        "pool": report.render_folder(pool),
+        "labels": predictions.render(paths, images, "abc", values, images, labels),
+    }
+    for name, text in pages.items():
+        report.write(text, tmp_path / f"{name}.html")
+        found, console, asked = browse(tmp_path, tmp_path / f"{name}.html", 400)
+        assert found["wide"] <= found["room"] and found["images"] >= 2, found
+        assert not console and not asked and not found["broken"] and not found["hidden"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to show the page in")
