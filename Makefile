@@ -4,11 +4,12 @@ STAMP := $(VENV)/.installed
 # two tests at once, a thread each: more threads in each would wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help install demo test test-all soak mutants table bench clean
+.PHONY: help install demo tour test test-all soak mutants table bench clean
 
 help:
 	@echo "make install  make $(VENV) with the packages of requirements.txt: 5 GB, a minute or two"
 	@echo "make demo   run the whole method once, small, on the CPU"
+	@echo "make tour   install Jupyter into $(VENV) and open docs/tour.ipynb in the browser"
 	@echo "make test   ruff, then the quick tests: 5 minutes on 2 quiet cores"
 	@echo "make test-all  ruff, then all tests"
 	@echo "make soak   kill each command at 100 points and see that it resumes; long"
@@ -30,6 +31,11 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.demo
+
+tour: $(STAMP)
+	$(VENV)/bin/python -c 'import jupyterlab' 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check jupyterlab
+	$(VENV)/bin/python -m jupyterlab docs/tour.ipynb
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet .

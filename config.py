@@ -481,7 +481,7 @@ def _parser(description: str, command: str, defaults: dict[str, Any]) -> OneLine
             *f.metadata["flags"], flag_of(f), dest=f.name, choices=f.metadata["choices"],
             type=_yes_or_no if isinstance(f.default, bool) else type(f.default),
             **(dict(nargs="?", const=True) if isinstance(f.default, bool) else {}),
-            metavar=None if f.metadata["choices"] else {str: "TEXT", bool: "BOOL"}.get(type(f.default), "N"),
+            metavar=None if f.metadata["choices"] else {str: "TEXT", bool: "True|False"}.get(type(f.default), "N"),
             help=f"{text} ({bracket})".replace("%", "%%") if shown else argparse.SUPPRESS,
         )  # fmt: skip
     return parser

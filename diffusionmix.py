@@ -197,6 +197,7 @@ def main() -> None:
             if processes.is_first():
                 own.write(probabilities)
                 own.say_what_to_expect()
+                own.write_page(probabilities)
             discard(settings.run_folder / "own_mixes")
         return None
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder

@@ -9,6 +9,7 @@ import numpy as np
 from config import Settings
 from datasets.folder import load_split
 from few_shot import FewShotClassifier, HeadFitter
+from report import predictions, write
 from utils.class_folders import find_images
 from utils.images import extensions, read_images, shown
 from utils.predictions import check_place, write_predictions
@@ -58,6 +59,14 @@ class OwnImages:
             f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "
             f"{self.path.with_suffix('.png')} (the surest {on_sheet}, by label)"
         )
+
+    def write_page(self, probabilities: np.ndarray) -> None:
+        """Write predictions.html, the images class by class, and print its path."""
+        path, support = self.path.with_suffix(".html"), self.support
+        queries = self.query.transpose(0, 3, 1, 2)
+        learnt = support.class_names, probabilities, support.images.numpy(), support.labels.numpy()
+        write(predictions.render(self.paths, queries, *learnt), path)
+        print(path)
 
     def say_what_to_expect(self) -> None:
         """Print how many support images the others label right."""

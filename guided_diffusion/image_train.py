@@ -11,6 +11,7 @@ Images that cannot be read are left out; skipped_images.csv in the folder of the
 
 A few images of each class are kept back (--hold_out). After the training a line says how near the model's samples lie
 to its training images, and how near those held-out images lie to them. memorisation.json keeps it, or pool.json.
+The loss is in metrics.jsonl beside each model, and report.html in the pool shows all of its models.
 """
 
 import os
@@ -25,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from anywhere
 
+from guided_diffusion import memorisation  # noqa: E402
 from guided_diffusion.dist_util import pick_device  # noqa: E402
 from guided_diffusion.image_datasets import TrainingImages, check_classes, class_folders, load_images  # noqa: E402
 from guided_diffusion.made_with import ENTRY, IMAGES, Kept, check_same, digest, kept, record  # noqa: E402
@@ -32,7 +34,8 @@ from guided_diffusion.memorisation import measure, sentence, split  # noqa: E402
 from guided_diffusion.pool import Pool, subset_path  # noqa: E402
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults  # noqa: E402
 from guided_diffusion.train_flags import TrainSettings, create_argparser, parse  # noqa: E402, F401
-from guided_diffusion.train_util import MODEL_FILE, TrainLoop, drop_state  # noqa: E402
+from guided_diffusion.train_util import MODEL_FILE, SHEET, TrainLoop, drop_state  # noqa: E402
+from report import Report  # noqa: E402
 from utils import processes  # noqa: E402
 from utils.cli import run  # noqa: E402
 from utils.images import Skipped, shown  # noqa: E402
@@ -158,6 +161,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         if processes.is_first():
             figure = _figure(own[m], path, loaded, device)
             _write(index, {**contents, **known} if done else contents, m, figure)
+            Report(s.pool).write()
 
 
 def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
@@ -232,15 +236,17 @@ def training(
 
 def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
     """Say what `models` like that of `loop` take, with `left` steps in all, and about how long."""
-    own, flops, seconds = loop.measure(TRIAL)
+    own, flops, seconds, sheet = loop.measure(TRIAL)
     s = loop.settings
     steps = own if left is None else left
     done = models * s.steps - steps
     begun = f", {done:,} of which are done" if done else ""
+    sheets = models * -(-s.steps // s.save_interval) - done // s.save_interval
+    drawing = (sheets + models * memorisation.SAMPLES / SHEET) * sheet
     return (
         f"{models} model{'s' * (models > 1)} x {s.steps:,} steps{begun} x {s.batch_size} images: "
-        f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds)} on {loop.device}, after a trial of "
-        f"{TRIAL:.0f} s; samples and saves come on top"
+        f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds + drawing)} on {loop.device}, of which "
+        f"{duration(drawing)} draw samples, after a trial of {TRIAL:.0f} s; saves come on top"
     )
 
 

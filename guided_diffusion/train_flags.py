@@ -45,7 +45,7 @@ class TrainSettings:
     """Everything that `image_train.py` can be told. `parse` checks the values."""
 
     data_dir: str = files("", "folder of images, nested as you like; for --pool and --class_cond one folder per class")
-    save_dir: str = files("ckpt/diffusion", "folder of one model: model.pt, samples.png, memorisation.json")
+    save_dir: str = files("ckpt/diffusion", "folder of one model: its weights, samples, loss and memorisation")
     pool: str = files("", "make a pool in this folder instead of one model")
     classes_per_model: int = files(5, "classes of each pool model", within=COUNT)
     subsets: str = files("", "train only these pool models, as 1,3,5, to share the work between processes; empty: all")
@@ -154,7 +154,7 @@ def create_argparser() -> argparse.ArgumentParser:
         notes = [*f.metadata["within"][2:], f"default {f.default!r}"]
         groups[title].add_argument(
             f"--{f.name}", default=f.default, help=f"{f.metadata['help']} ({'; '.join(notes)})",
-            choices=choices or None, metavar="|".join(choices) or "VALUE",
+            choices=choices or None, metavar="|".join(choices) or ("True|False" if yes_or_no else "VALUE"),
             type=str2bool if yes_or_no else {"ema_rate": _one_rate}.get(f.name, type(f.default)),
             **(dict(nargs="?", const=True) if yes_or_no else {}),  # --name is --name True
         )  # fmt: skip
@@ -185,7 +185,7 @@ def str2bool(text: str) -> bool:
     """Return a yes-or-no word as bool. Raises argparse.ArgumentTypeError for any other."""
     words = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
     return words[text.lower()]
 
 

@@ -26,8 +26,10 @@ from utils.atomic import previous
 from utils.images import to_uint8
 from utils.plots import contact_sheet
 from utils.progress import progress
+from utils.run_log import RunLog
 from utils.seeding import generator
 
+SHEET, SHEET_STEPS = 40, 25  # samples of samples.png, and the DDIM steps that they take
 USELESS = 10  # average weights whose loss is so many times that of a network that answers 0 are not worth keeping
 
 
@@ -72,7 +74,8 @@ class TrainLoop:
         if self.kept.done:
             return self.folder / MODEL_FILE
         self.fit_memory()
-        mean, losses = 0.0, []
+        log, losses = RunLog(self.folder, by="step"), []
+        log.forget_after(self.step)
         processes.meet()  # before the first one saves what the others have just read
         with progress(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
             while self.step < self.settings.steps:
@@ -83,14 +86,11 @@ class TrainLoop:
                 bar.update()
                 saving = self.step % self.settings.save_interval == 0 and self.step < self.settings.steps
                 if saving or self.step % self.settings.log_interval == 0:
-                    mean = float(torch.stack(losses).mean())
-                    losses.clear()
-                    self._check(mean)
-                    bar.set_postfix(loss=f"{mean:.4f}")
+                    bar.set_postfix(loss=f"{self._note(log, losses):.4f}")
                 if saving:
                     self.save()
         if losses:
-            self._check(float(torch.stack(losses).mean()))
+            self._note(log, losses)
         return self.finish()
 
     def fit_memory(self) -> None:
@@ -99,8 +99,10 @@ class TrainLoop:
             most = min(self.micro, self.settings.batch_size)
             self.micro = that_fit(self.flags, most, self.device, training=True)
 
-    def measure(self, seconds: float) -> tuple[int, int, float]:
-        """Return the steps left, the operations of one (2 per multiply-add), and its seconds, from a short trial.
+    def measure(self, seconds: float) -> tuple[int, int, float, float]:
+        """Return the steps left, the operations of one (2 per multiply-add), its seconds, and those of a sample sheet.
+
+        They come from a short trial.
 
         seconds: about how long the trial takes. It changes the weights.
         """
@@ -115,7 +117,10 @@ class TrainLoop:
             started = time.perf_counter()
             float(self.train_step())  # waits for the device
             taken.append(time.perf_counter() - started)
-        return left, flops, statistics.median(taken)
+        started = time.perf_counter()
+        self.draw(SHEET, 1)
+        sheet = (time.perf_counter() - started) * min(SHEET_STEPS, self.diffusion.num_timesteps)
+        return left, flops, statistics.median(taken), sheet
 
     def train_step(self) -> torch.Tensor:
         """Take a step of the optimiser and of the EMA; return the mean loss, a scalar on the device."""
@@ -233,9 +238,13 @@ class TrainLoop:
         processes.meet()
         return self.folder / MODEL_FILE
 
-    @torch.no_grad()
-    def sample_sheet(self, count: int = 40, steps: int = 25) -> None:
+    def sample_sheet(self, count: int = SHEET, steps: int = SHEET_STEPS) -> None:
         """Draw `count` DDIM samples of the EMA into samples.png, from the same noise at every save."""
+        contact_sheet(self.draw(count, steps), 10, self.folder / "samples.png")
+
+    @torch.no_grad()
+    def draw(self, count: int, steps: int) -> torch.Tensor:
+        """Return DDIM samples of the EMA, (count, 3, size, size) uint8 on the CPU."""
         size = self.flags["image_size"]
         total = self.diffusion.num_timesteps
         spaced = respaced(self.diffusion, space_timesteps(total, str(min(steps, total))))
@@ -245,7 +254,7 @@ class TrainLoop:
             kwargs["y"] = torch.arange(count, device=self.device) % self.flags["num_classes"]
         with autocast(self.settings.precision, self.device):
             images = spaced.ddim_sample_loop(self.ema, noise.shape, noise=noise, model_kwargs=kwargs)
-        contact_sheet(to_uint8(images.cpu()), 10, self.folder / "samples.png")
+        return to_uint8(images.cpu())
 
     def restore(self) -> None:
         """Load what the folder has, once. Raises ValueError, which names what differs, for what was made otherwise."""
@@ -267,6 +276,14 @@ class TrainLoop:
             for network in (self.model, self.ema):
                 checkpoint.load_state(network, self.kept.model["model"], self.folder / MODEL_FILE)
         self.step = self.kept.step
+
+    def _note(self, log: RunLog, losses: list[torch.Tensor]) -> float:
+        """Write the mean of the losses since the last line to metrics.jsonl, and return it."""
+        mean = float(torch.stack(losses).mean())
+        losses.clear()
+        self._check(mean)
+        log.record({"step": self.step, "loss": mean})
+        return mean
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):

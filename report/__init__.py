@@ -1,4 +1,4 @@
-"""report.html: what a run did, in one file that needs no other. `python -m report RUN` writes it again."""
+"""report.html: what a run did, or what a pool holds, in one file that needs no other. `python -m report` writes it."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from report import sections
+from report import pool, sections
 from report.comparison import render as render_comparison
 from report.folder import Run
 from report.page import Html, page
@@ -19,7 +19,7 @@ SHARE = 0.02  # of a run's time that its reports may take
 
 
 class Report:
-    """The report of a run at work. The first process writes it. Whatever goes wrong here, the run goes on."""
+    """The report of a run or a pool at work. The first process writes it. Whatever goes wrong here, work goes on."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder, self._next = Path(folder), 0.0
@@ -30,7 +30,7 @@ class Report:
             return
         started = time.perf_counter()
         try:
-            write(render(Run.read(self.folder)), self.folder / NAME)
+            write(render_folder(self.folder), self.folder / NAME)
         except Exception as error:  # a report is not worth the run
             print(f"no report ({type(error).__name__}: {' '.join(str(error).split())})", file=sys.stderr)
         took = time.perf_counter() - started
@@ -52,6 +52,11 @@ def render(run: Run, comparison: Path | None = None) -> Html:
     """Return the report of one run. comparison: the page that will compare it with others."""
     parts = [sections.careful(make, run) for make in sections.SECTIONS]
     return page(sections.title(run), sections.heading(run, _now(), comparison), *parts)
+
+
+def render_folder(folder: Path) -> Html:
+    """Return the report of a run or of a pool. Raise ValueError for any other folder."""
+    return pool.render(folder, _now()) if pool.is_pool(folder) else render(Run.read(folder))
 
 
 def render_several(runs: Sequence[Run], folder: Path) -> Html:

@@ -1,12 +1,13 @@
-"""Write the reports of runs again, finished or not, and compare several runs.
+"""Write the reports of runs again, finished or not, and compare several runs; or write the report of a pool.
 
 python -m report ckpt/runs/glyphs/1-shot          # writes report.html into the folder
+python -m report ckpt/pools/mine                  # the models of a pool
 python -m report runs/a runs/b --out both.html    # writes both reports, and one page that compares the runs
 """
 
 from pathlib import Path
 
-from report import NAME, render, render_several, write
+from report import NAME, render, render_folder, render_several, write
 from report.folder import Run
 from utils.cli import OneLineParser, run
 
@@ -14,14 +15,14 @@ from utils.cli import OneLineParser, run
 def main() -> None:
     """Parse, read, write."""
     parser = OneLineParser(prog="python -m report", description="Write the reports of runs again, and compare several.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, help="for one run its report (default RUN/report.html), for several "
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or one pool folder")
+    parser.add_argument("--out", type=Path, help="for one folder its report (default RUN/report.html), for several "
                         "the page that compares them (default report.html)")  # fmt: skip
     args = parser.parse_args()
-    runs = [Run.read(folder) for folder in args.runs]
-    if len(runs) == 1:
-        pages = {args.out or runs[0].folder / NAME: lambda: render(runs[0])}
+    if len(args.runs) == 1:
+        pages = {args.out or args.runs[0] / NAME: lambda: render_folder(args.runs[0])}
     else:
+        runs = [Run.read(folder) for folder in args.runs]
         out = args.out or Path(NAME)
         pages = {each.folder / NAME: lambda each=each: render(each, out) for each in runs}
         pages[out] = lambda: render_several(runs, out.parent)

@@ -4,6 +4,8 @@ import html
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
+from utils.plots import MADE_BY
+
 
 class Html(str):
     """Markup, which is not escaped again."""
@@ -46,12 +48,13 @@ def section(title: str, told: Content, *content: Content) -> Html:
     return element("section", element("h2", title), element("p", told, class_="told") if told else None, *content)
 
 
-def page(title: str, *content: Content) -> Html:
-    """Return the whole document, for narrow and wide screens, light and dark."""
+def page(title: str, *content: Content, made_by: str = MADE_BY) -> Html:
+    """Return the whole document, for narrow and wide screens, light and dark. made_by: the note that marks it."""
     style = resources.files("report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
         element("meta", charset="utf-8"),
+        element("meta", name="generator", content=made_by),
         element("meta", http_equiv="Content-Security-Policy", content=_NOTHING_FROM_OUTSIDE),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),

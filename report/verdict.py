@@ -1,7 +1,8 @@
 """What went wrong in a run, found by rules, each with what to do about it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def copies(run: Run) -> list[Finding] | None:
     figures, found = run.memorisation(), []
     for name, each in figures.items():
         ratio, near = number(each.get("ratio")), number(each.get("too_near"))
-        if (ratio is not None and ratio < _COPY_RATIO) or (near or 0) > _COPY_SHARE:
+        if copying(each):
             parts = [f"{ratio:.2f} times as far from the training images as unseen ones"] if ratio is not None else []
             parts += [f"{100 * near:.0f} % of them nearer than 95 % of those"] if near is not None else []
             found.append(f"{name} ({', '.join(parts)})")
@@ -143,6 +144,12 @@ def copies(run: Run) -> list[Finding] | None:
         f"Samples of the pool copy its training images: {'; '.join(found)}.",
         "They give those images away and vary little. Train these models on more images, or for fewer steps.",
     )]  # fmt: skip
+
+
+def copying(figure: Mapping[str, Any]) -> bool:
+    """Whether samples with this figure of memorisation copy training images."""
+    ratio, near = number(figure.get("ratio")), number(figure.get("too_near"))
+    return (ratio is not None and ratio < _COPY_RATIO) or (near or 0) > _COPY_SHARE
 
 
 def variety(run: Run) -> list[Finding] | None:

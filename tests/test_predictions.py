@@ -3,13 +3,17 @@
 import csv
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import diffusionmix
+from report import predictions
+from report.page import page
 from tests.test_few_shot import folders, pictures
+from tests.test_report import Reader
 
 
 @pytest.fixture
@@ -82,11 +86,59 @@ def test_classes_that_would_be_shown_alike_are_refused(label, tmp_path):
     assert status == 2 and "a\\nb" in err and not (tmp_path / "run").exists()
 
 
+# ---- the page
+
+
+def sections(text):
+    """Each part of a page, with the texts on hover of its images."""
+    return {part.text[0]: part.titles for part in map(Titles, text.split("<section>")[1:])}
+
+
+class Titles(Reader):
+    def __init__(self, text):
+        self.titles = []
+        super().__init__(text)
+
+    def handle_starttag(self, tag, attrs):
+        super().handle_starttag(tag, attrs)
+        self.titles += [dict(attrs)["title"] for _ in range(tag == "img")]
+
+
+def test_the_page_shows_the_surest_the_least_sure_and_the_pairs():
+    values = [[0.9, 0.1, 0], [0.5, 0.4, 0.1], [0.7, 0.3, 0], [0.1, 0.8, 0.1], [0.44, 0.45, 0.11]]
+    images, support = (np.zeros((n, 3, 16, 16), np.uint8) for n in (5, 3))
+    paths = [Path(f"more/{i}.png") for i in range(5)]
+    told = sections(predictions.render(paths, images, ["a", "b", "c"], np.array(values), support, np.array([0, 0, 1])))
+    assert [title.split(": ")[1] for title in told["a"]] == ["a", "a", *(f"more/{i}.png" for i in (0, 2, 1))]
+    assert told["a"][2].startswith("a 90.0 %, b 10.0 %") and told["c"] == []
+    assert [title.split(": ")[1] for title in told["b"]] == ["b", "more/3.png", "more/4.png"]
+    between = told["Between two classes"]  # those whose second probability is half of the first or more
+    assert [title.split(": ")[1] for title in between] == ["more/4.png", "more/1.png"]
+
+
+def test_the_page_needs_nothing_and_text_is_no_markup(label, tmp_path):
+    evil = "<b>&\"'"
+    folders(tmp_path / "few", *pictures({evil: 2, "b": 2}))
+    folders(tmp_path / "<i>more", *pictures({".": 5}, seed=1))
+    assert label("--out", "out/x.csv", query="<i>more")[0] == 0
+    read = Reader((tmp_path / "out" / "x.html").read_text())
+    assert not {"b", "i", "script", "a"} & set(read.tags) and evil in read.headings
+    assert all(name.startswith("data:image/") for name in read.named) and read.tags.count("img") >= 9
+
+
+def test_the_path_of_the_page_is_printed_last(call, few, trained):
+    flags = ("--resume", trained / "best_model.pt", "--save-dir", few / "run", "--mix", "False", "--head-steps", 3)
+    own = ("--support", few / "few", "--query", few / "more", "--device", "cpu")
+    assert call(diffusionmix, *own, *flags)[1].splitlines()[-1] == str(few / "run" / "predictions.html")
+
+
 # ---- what they never take the place of
 
 FOREIGN = {
     "picture beside it": ("out/cat.png", lambda path: Image.new("RGB", (9, 9)).save(path)),
     "picture of another program": ("out/cat.png", lambda path: save_with(path, "Another program")),
+    "page": ("out/cat.html", lambda path: path.write_text("<!doctype html><p>mine</p>")),
+    "report of a run": ("out/cat.html", lambda path: path.write_text(page("Run"))),
     "no picture": ("out/cat.png", lambda path: path.write_text("x")),
     "empty picture": ("out/cat.png", lambda path: path.write_bytes(b"")),
     "table": ("out/cat.csv", lambda path: path.write_text("path,label\nq/cat.png,cat\n")),
@@ -122,7 +174,7 @@ def test_a_file_of_somebody_else_stays(label, few, monkeypatch, kind):
 def test_the_own_file_of_an_earlier_run_is_replaced(label, few):
     assert label("--out", "out/cat.csv")[0] == 0
     first = snapshot(few / "out")
-    assert len(first) == 2 and label("--out", "out/cat.csv", "--head-steps", 30)[0] == 0
+    assert len(first) == 3 and label("--out", "out/cat.csv", "--head-steps", 30)[0] == 0
     assert snapshot(few / "out").keys() == first.keys() and snapshot(few / "out") != first
     with Image.open(few / "out" / "cat.png") as sheet:
         assert sheet.info["Software"]
@@ -191,4 +243,4 @@ def test_a_folder_that_takes_no_file_is_refused_before_the_work(label, few, monk
 def test_a_new_folder_is_made_only_with_the_result(label, few):
     assert label("--out", "new/deep/x.csv", "--dry-run")[0] == 0 and not (few / "new").exists()
     assert label("--out", "new/deep/x.csv")[0] == 0
-    assert {path.name for path in (few / "new" / "deep").iterdir()} == {"x.csv", "x.png"}
+    assert {path.name for path in (few / "new" / "deep").iterdir()} == {"x.csv", "x.png", "x.html"}

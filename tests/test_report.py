@@ -19,6 +19,7 @@ import report
 import report.__main__ as command
 from config import SCENARIOS, parse
 from models.learners import PaperLearners
+from report import predictions
 from report.folder import Run
 from report.page import element
 from report.pictures import contact_sheet, shown_rounds
@@ -278,6 +279,57 @@ def test_no_run_is_one_line_and_status_2(call, tmp_path):
     assert call(command)[0] == 2
 
 
+FIGURES = {
+    "subset1": {"ratio": 1.02, "too_near": 0.05, "held_out": 0.3},
+    "subset2": {"ratio": 1.5, "too_near": 0.0, "held_out": 0.3},
+    "subset3": {"ratio": 0.4, "too_near": 0.6, "held_out": 0.3},
+    "subset4": {"ratio": None, "too_near": None, "held_out": None},
+}
+
+
+@pytest.fixture
+def pool(toy_pool, tmp_path):
+    """Five models with what their training leaves, and with damage."""
+    folder = shutil.copytree(toy_pool, tmp_path / "pool")
+    models = [{"classes": [f"<b>{m}", "other"]} for m in range(1, 6)]
+    index = {"image_size": 16, "steps": 1500, "models": models, "memorisation": FIGURES}
+    (folder / "pool.json").write_text(json.dumps(index))
+    for m in (1, 2):
+        lines = [json.dumps({"step": step, "loss": 1 / step}) for step in range(10, (1501, 1001)[m - 1], 10)]
+        (folder / f"subset{m}" / "ckpt" / "metrics.jsonl").write_text("\n".join(lines) + '\n{"st')
+        Image.new("RGB", (60, 40), (200, 60 * m, 0)).save(folder / f"subset{m}" / "ckpt" / "samples.png")
+    (folder / "subset3" / "ckpt" / "samples.png").write_bytes(b"no picture")
+    (folder / "subset5" / "ckpt" / "model.pt").unlink()
+    return folder
+
+
+def test_the_report_of_a_pool(call, pool):
+    assert call(command, pool) == (0, f"{pool / 'report.html'}\n", "")
+    rows = [Reader(row) for row in (pool / "report.html").read_text().split("<tr>")[2:]]
+    text = ["".join(row.text) for row in rows]
+    assert len(rows) == 5 and all(f"<b>{m}, other" in row for m, row in enumerate(text, 1))
+    words = (
+        "no sign of copying; samples lie 1.02 times",
+        "undertrained: samples lie 1.50 times",
+        "copies: samples lie 0.40 times",
+        "not known",
+        "not measured",
+    )
+    assert all(word in row for word, row in zip(words, text, strict=True))
+    assert "1,500" in text[0] and "1,000 of 1,500" in text[1] and "not trained yet" in text[4]
+    assert [(row.tags.count("svg"), row.tags.count("img")) for row in rows] == [(1, 1), (1, 1), (0, 0), (0, 0), (0, 0)]
+    assert "cannot be shown" in text[2] and rows[0].tags.count("circle") == 100  # thinned out
+    page = Reader((pool / "report.html").read_text())
+    assert "b" not in page.tags and all(name.startswith("data:image/") for name in page.named)
+
+
+@pytest.mark.parametrize("index", [None, "{", "[]", '{"models": 3, "memorisation": [1], "steps": "x"}'])
+def test_a_pool_without_a_sound_index_has_a_report(call, pool, index):
+    (pool / "pool.json").unlink() if index is None else (pool / "pool.json").write_text(index)
+    assert call(command, pool)[0] == 0
+    assert (pool / "report.html").read_text().count('scope="row"') == 4
+
+
 def test_starts_are_noted_where_they_differ(tmp_path):
     def start(**notes):
         note_start(tmp_path, "main.py", torch.device("cpu"), notes)
@@ -372,6 +424,22 @@ def test_in_a_browser(made, tmp_path, width, what):
     assert found["wide"] <= found["room"], found
     assert not found["broken"] and not found["hidden"] and found["charts"] >= 2
     assert found["images"] > 40 or what == "several"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to show the page in")
+def test_pools_and_labels_in_a_browser(pool, tmp_path):
+    rng = np.random.default_rng(0)
+    images, values = rng.integers(0, 256, (40, 3, 16, 16), np.uint8), rng.dirichlet([1, 1, 1], 40)
+    paths, labels = [Path(f"{'long' * 10}{i}.png") for i in range(40)], np.arange(40) % 3
+    pages = {
+        "pool": report.render_folder(pool),
+        "labels": predictions.render(paths, images, "abc", values, images, labels),
+    }
+    for name, text in pages.items():
+        report.write(text, tmp_path / f"{name}.html")
+        found, console, asked = browse(tmp_path, tmp_path / f"{name}.html", 400)
+        assert found["wide"] <= found["room"] and found["images"] >= 2, found
+        assert not console and not asked and not found["broken"] and not found["hidden"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to show the page in")

@@ -1,4 +1,4 @@
-"""Write predictions.csv, the labels of a user's own images, and the sheet beside it."""
+"""Write predictions.csv, the labels of a user's own images, and the sheet beside it; say where they may lie."""
 
 import csv
 import io
@@ -16,6 +16,7 @@ from utils.images import shown, to_float, to_uint8
 from utils.plots import MADE_BY, contact_sheet
 from utils.run_log import cell
 
+PAGE = f"{MADE_BY}: predictions"  # noted in the page of predictions, which marks it as one
 _AGAIN = "give another --out"
 _LONGEST = 1 << 20  # bytes of a first line that are read
 
@@ -23,8 +24,8 @@ _LONGEST = 1 << 20  # bytes of a first line that are read
 def check_place(path: Path, *pictures: str | os.PathLike) -> None:
     """Refuse, before any work, a place where predictions cannot be written or would replace other files.
 
-    `path`, its sheet and the skipped_images.csv beside it never replace a file that this program did not write. None
-    lies in the folders `pictures`, where the sheet would be one of the images.
+    `path`, its sheet, its page and the skipped_images.csv beside it never replace a file that this program did not
+    write. None lies in the folders `pictures`, where the sheet would be one of the images.
 
     Raises ValueError that names the file and --out.
     """
@@ -34,7 +35,8 @@ def check_place(path: Path, *pictures: str | os.PathLike) -> None:
                 raise ValueError(
                     f"{shown(path)}: lies in {shown(folder)}, where its sheet would be one of the pictures; {_AGAIN}"
                 )
-        ours = {path: _is_table, path.with_suffix(".png"): _is_sheet, path.with_name("skipped_images.csv"): _is_list}
+        ours = {path: _is_table, path.with_suffix(".png"): _is_sheet, path.with_suffix(".html"): _is_page,
+                path.with_name("skipped_images.csv"): _is_list}  # fmt: skip
         for file, is_ours in ours.items():
             if file.is_dir():
                 raise ValueError(f"{shown(file)}: is a folder, expected room for a file; {_AGAIN}")
@@ -95,6 +97,11 @@ def _is_sheet(path: Path) -> bool:
             return picture.info.get("Software") == MADE_BY
     except Exception:  # Pillow can raise nearly anything on a strange file
         return False
+
+
+def _is_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return f'content="{PAGE}"'.encode() in file.read(_LONGEST)
 
 
 def _head(path: Path) -> list[str]:

@@ -31,14 +31,16 @@ class RunLog:
         tensorboard: bool = False,
         done: int = 0,
         epochs: int = 0,
+        by: str = "epoch",
     ) -> None:
         """Open the log of `folder`.
 
         tensorboard: write for TensorBoard too.
         done: epochs that a resumed run has done already.
         epochs: epochs in all, for a bar.
+        by: what the entries of metrics.jsonl are numbered by: "epoch", or "step" of pretraining.
         """
-        self.folder = Path(folder)
+        self.folder, self.by = Path(folder), by
         self.folder.mkdir(parents=True, exist_ok=True)
         self.bar = progress(total=epochs, initial=done, desc="epochs", unit="epoch") if epochs > done else None
         self.board = Board(self.folder, wanted=tensorboard, done=done)
@@ -53,9 +55,9 @@ class RunLog:
         """Drop the records of epochs after `epoch`, which a resumed run does again."""
         if self.metrics_path.exists() and processes.is_first():
             lines = _lines(self.metrics_path)
-            if odd := [number for number, line in enumerate(lines[:-1], 1) if _epoch_of(line) == sys.maxsize]:
+            if odd := [number for number, line in enumerate(lines[:-1], 1) if self._number(line) == sys.maxsize]:
                 say_damaged(self.metrics_path, f"{len(odd)} lines are no entries, the first line {odd[0]}; left out")
-            kept = [line + "\n" for line in lines if _epoch_of(line) <= epoch]
+            kept = [line + "\n" for line in lines if self._number(line) <= epoch]
             if len(kept) < len(lines):
                 with atomic_file(self.metrics_path) as file:
                     file.write("".join(kept).encode())
@@ -76,7 +78,10 @@ class RunLog:
             self.bar.set_postfix({} if seen is None else {"meta_val": f"{seen:.1f} %"}, refresh=False)
             self.bar.update()
         self._append(self.metrics_path.name, json.dumps(entries))
-        self.board.scalars({k: v for k, v in entries.items() if k != "epoch"}, entries.get("epoch", 0))
+        self.board.scalars({k: v for k, v in entries.items() if k != self.by}, entries.get(self.by, 0))
+
+    def _number(self, line: str) -> int:
+        return _number_of(line, self.by)
 
     def settings(self, entries: Mapping[str, Any]) -> None:
         """Write `entries` as config.json, whole or not at all."""
@@ -91,17 +96,17 @@ class RunLog:
             file.write(text + "\n")
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl in order of epochs; [] if it is missing.
+def read_metrics(path: str | os.PathLike, by: str = "epoch") -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl in order of epochs, or of what else `by` names; [] if it is missing.
 
     If an epoch is there twice, as after a resume, the later line counts. Half a line of a killed run does not count.
     """
-    path, by_epoch = Path(path), {}
+    path, found = Path(path), {}
     for line in _lines(path) if path.exists() else ():
-        epoch = _epoch_of(line)
-        if epoch != sys.maxsize:
-            by_epoch[epoch] = json.loads(line)
-    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+        number = _number_of(line, by)
+        if number != sys.maxsize:
+            found[number] = json.loads(line)
+    return [found[number] for number in sorted(found)]
 
 
 def read_json(path: str | os.PathLike, kind: type, instead: str = "") -> Any | None:
@@ -199,13 +204,13 @@ def _lines(path: Path) -> list[str]:
     return path.read_bytes().decode("utf-8", "replace").splitlines()
 
 
-def _epoch_of(line: str) -> int:
-    """Return the epoch of a line of metrics.jsonl; sys.maxsize, which is never kept, for half a line."""
+def _number_of(line: str, by: str) -> int:
+    """Return the epoch (or step) of a line of metrics.jsonl; sys.maxsize, which is never kept, for half a line."""
     try:
-        epoch = json.loads(line)["epoch"]
+        number = json.loads(line)[by]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return sys.maxsize
-    return epoch if type(epoch) is int else sys.maxsize
+    return number if type(number) is int else sys.maxsize
 
 
 def _end_last_line(path: Path) -> None:

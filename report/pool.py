@@ -1,0 +1,100 @@
+"""The report of a pool: a row per model with its loss, its samples, and whether it copies its training images."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from report import pictures, verdict
+from report.charts import Chart
+from report.folder import number
+from report.page import Html, element, page, section, table
+from report.sections import careful, image_tag
+from utils.run_log import read_json, read_metrics
+
+FAR = 1.25  # samples that lie so many times as far from the training images as unseen ones need more training
+_CLASSES = 12  # that are named, at most
+_POINTS = 100  # of a curve, at most
+
+
+def is_pool(folder: Path) -> bool:
+    """Whether image_train.py made this folder, or it holds models as in its pools."""
+    return (folder / "pool.json").is_file() or any(folder.glob("subset*/ckpt/model.pt"))
+
+
+def render(folder: Path, written: str) -> Html:
+    """Return the page. Read with care: the pool may be unfinished, and its files may come from anyone."""
+    index = read_json(folder / "pool.json", dict) or {}
+    models, figures = index.get("models"), index.get("memorisation")
+    models = models if isinstance(models, list) else [{} for _ in folder.glob("subset*/ckpt/model.pt")]
+    figures = figures if isinstance(figures, dict) else {}
+    rows = []
+    for m, model in enumerate(models, 1):
+        name, place = f"subset{m}", folder / f"subset{m}" / "ckpt"
+        words = memorisation(figures.get(name))
+        drawn = (careful(make, place) or "–" for make in (loss, samples))
+        rows.append((name, _classes(model), _steps(place, index), words, *drawn))
+    size = number(index.get("image_size"))
+    heading = element(
+        "header",
+        element("h1", f"Pool {folder.resolve().name}"),
+        element("p", str(folder.resolve()), class_="path soft"),
+        element("p", f"{len(rows)} models{f', {size} pixels' if size else ''}. This page was written {written}.",
+                class_="soft"),
+    )  # fmt: skip
+    told = (
+        "Samples should show the classes, in many ways. If they are blurred, or lie far from the training images, "
+        "train longer (--steps). If they copy, train on more images, or for fewer steps."
+    )
+    head = ("model", "classes", "steps", "does it copy?", "loss", "samples")
+    return page(f"Pool {folder.resolve().name}", heading, section("Models", told, table(head, rows, class_="pool")))
+
+
+def memorisation(figure: Any) -> str:
+    """Return in words what the training noted about copying."""
+    if not isinstance(figure, Mapping) or not figure:
+        return "not measured yet"
+    ratio, near = (number(figure.get(name)) for name in ("ratio", "too_near"))
+    if near is None:
+        return "not known: no images were held out"
+    far = "" if ratio is None else f"samples lie {ratio:.2f} times as far from the training images as unseen images"
+    if verdict.copying(figure):
+        share = f"{100 * near:.0f} % of the samples are nearer than 95 % of the unseen images"
+        return "copies: " + "; ".join(filter(None, (far, share)))
+    if ratio is not None and ratio > FAR:
+        far = f"undertrained: {far}"
+    return "; ".join(filter(None, ("no sign of copying", far)))
+
+
+def loss(place: Path) -> Html | None:
+    """Return the curve of the training loss, thinned out to means."""
+    lines = read_metrics(place / "metrics.jsonl", by="step")
+    points = [(each["step"], each["loss"]) for each in lines if number(each.get("loss")) is not None]
+    if not points:
+        return None
+    parts = np.array_split(np.array(points, float), min(_POINTS, len(points)))
+    chart = Chart("training loss", "step")
+    chart.line("", [(float(part[-1, 0]), float(part[:, 1].mean())) for part in parts], 0)
+    return chart.svg()
+
+
+def samples(place: Path) -> Html | None:
+    """Return the sheet of samples."""
+    path = place / "samples.png"
+    return image_tag(pictures.samples(path), f"samples of {place.parent.name}") if path.is_file() else None
+
+
+def _classes(model: Any) -> str:
+    names = model.get("classes") if isinstance(model, dict) else None
+    names = [str(name) for name in names] if isinstance(names, list) else []
+    more = f" and {len(names) - _CLASSES} others" if len(names) > _CLASSES else ""
+    return ", ".join(names[:_CLASSES]) + more or "–"
+
+
+def _steps(place: Path, index: Mapping[str, Any]) -> str:
+    wanted, lines = number(index.get("steps")), read_metrics(place / "metrics.jsonl", by="step")
+    whole = f"{wanted:,}" if wanted else "–"
+    if lines and lines[-1]["step"] != wanted:
+        return f"{lines[-1]['step']:,} of {whole}"
+    return whole if (place / "model.pt").exists() else "not trained yet"
