@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import main
+from guided_diffusion import export
 from guided_diffusion.costs import image_bytes, image_flops
 from guided_diffusion.guidance import sample
 from guided_diffusion.mix import diffusion_mixes
 from guided_diffusion.pool import Pool
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.synthesis import Synthesis, synthesise
 from tests.conftest import TINY
 from utils import checkpoint
@@ -224,3 +226,67 @@ def test_without_the_library_one_line_says_what_to_install(call, alone, tmp_path
     monkeypatch.setitem(sys.modules, "diffusers", None)
     status, _, err = call(main, *TINY, "--pool", alone, "--save-dir", tmp_path, "--num-classes", 5)
     assert status == 2 and "pip install diffusers" in err and err.count("\n") == 1
+
+
+OURS = dict(
+    image_size=16, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", num_heads=1,
+)  # fmt: skip
+EXPRESSIBLE = [
+    {},
+    dict(use_scale_shift_norm=True, resblock_updown=True, learn_sigma=True),
+    dict(num_head_channels=16, use_new_attention_order=True, attention_resolutions="16,8", resblock_updown=True),
+    dict(num_head_channels=16, num_res_blocks=2, channel_mult="1,1,3", noise_schedule="linear", predict_xstart=True),
+    dict(class_cond=True, num_classes=3, use_scale_shift_norm=True, diffusion_steps=500, num_head_channels=32),
+]
+
+
+def own(folder, fill, **changes):
+    """Write a checkpoint of our own, and return its path."""
+    flags = model_and_diffusion_defaults() | dict(num_classes=0, class_cond=False) | OURS | changes
+    weights = fill(create_model_and_diffusion(**flags)[0]).state_dict()
+    checkpoint.save(folder / "model.pt", {"model": weights, "flags": flags, "num_classes": 3})
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("changes", EXPRESSIBLE, ids=repr)
+def test_export_predicts_the_same(call, fill, arr, tmp_path, changes):
+    path, out = own(tmp_path, fill, **changes), tmp_path / "out"
+    status, _, err = call(export, path, out)
+    assert status == 0, err
+    ours, again = Pool(path).load(0), Pool(out).load(0)
+    x, t, y = arr(1, 2, 3, 16, 16), torch.tensor([3, 400]), torch.tensor([0, 2])
+    pipe = diffusers.DDPMPipeline.from_pretrained(out)
+    labels = [y] if ours.class_cond else []
+    with torch.no_grad():
+        expected = ours.network(x, t, *labels)
+        assert float((pipe.unet.eval()(x, t, *labels).sample - expected).abs().max()) < ATOL
+    assert float((again.network(x, t, *labels) - expected).abs().max()) < ATOL
+    assert float(expected.std()) > 0.1  # it depends on the weights
+    betas = torch.from_numpy(ours.diffusion().betas).float()
+    assert float((pipe.scheduler.betas - betas).abs().max()) < 1e-6
+    assert float(abs(again.diffusion().betas - ours.diffusion().betas).max()) < 1e-6
+    drawn = (sample(each.network, each.diffusion("ddim5"), x, local_labels=y if labels else None)
+             for each in (ours, again))  # fmt: skip
+    assert float((next(drawn) - next(drawn)).abs().max()) < 10 * ATOL
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (dict(num_channels=16, channel_mult="1,2,4", attention_resolutions="4"), "groups"),
+        (dict(num_heads=4, attention_resolutions="16,8"), "heads"),
+        (dict(channel_mult="2,2"), "channel_mult"),
+        (dict(timestep_respacing="250"), "timesteps"),
+        (dict(rescale_timesteps=True, diffusion_steps=400), "timesteps"),
+    ],
+    ids=repr,
+)
+def test_export_names_what_it_cannot_express(call, fill, tmp_path, changes, word):
+    status, _, err = call(export, own(tmp_path, fill, **changes), tmp_path / "out")
+    assert status == 2 and word in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_export_keeps_what_is_there(call, fill, tmp_path):
+    path = own(tmp_path, fill)
+    status, _, err = call(export, path, tmp_path)
+    assert status == 2 and "already" in err and sorted(tmp_path.iterdir()) == [path]
