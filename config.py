@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.episodes import too_few
+from models import backbones
 from utils.cli import OneLineParser
 
 SOURCES = ("guided", "unguided", "by_model", "real", "none")
@@ -140,10 +141,10 @@ class Settings:
                               affects="training")  # fmt: skip
 
     # learning
-    backbone: str = setting("conv4", "of the meta-model", choices=("conv4", "resnet12"), group="learning")
+    backbone: str = setting("conv4", f"of the meta-model: {backbones.about()}", group="learning")
     features: str = setting("pooled", "of an image: its feature map, averaged over locations or whole",
                             choices=("pooled", "map"), group="learning")  # fmt: skip
-    drop_rate: float = setting(0.0, "DropBlock of ResNet-12", low=0, high=0.99, group="learning")
+    drop_rate: float = setting(0.0, "DropBlock, where the backbone has it", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
     lr: float = setting(0.1, "learning rate of the meta-model: falls in steps (paper), or as a cosine for each network "
@@ -181,6 +182,7 @@ class Settings:
                 raise ValueError(f"got {flag_of(f)} {value}, expected {_range(low, high)}")
             if value > MOST and f.name != "seed":
                 raise ValueError(f"got {flag_of(f)} {value:g}, expected at most {MOST:,}")
+        backbones.check(self.backbone)
         if self.dataset not in SCENARIOS:
             raise ValueError(f"got --dataset {self.dataset!r}, expected one of {', '.join(SCENARIOS)}")
         for name in ("train_nTestNovel", "nTestNovel"):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guided_diffusion.script_util import create_model
+from guided_diffusion.from_diffusers import create_network
 from utils import processes
 from utils.progress import is_quiet
 
@@ -54,7 +54,7 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
     """Pass images through the network of `flags` on the meta device."""
     size = flags["image_size"]
     with torch.device("meta"), torch.set_grad_enabled(training):
-        network = create_model(**flags)
+        network = create_network(flags)
         t = torch.zeros(images, dtype=torch.int64)
         out = network(torch.zeros(images, 3, size, size), t, *([t] if flags["class_cond"] else []))
         if training:

@@ -11,24 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from guided_diffusion import from_diffusers
 from guided_diffusion.costs import that_fit
 from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 from guided_diffusion.script_util import (
     contents,
     create_gaussian_diffusion,
-    create_model,
     infer_model_flags,
     model_and_diffusion_defaults,
     unwrapped,
 )
-from guided_diffusion.unet import UNetModel
 from utils import checkpoint
 
 _DEFAULTS = model_and_diffusion_defaults()
 _PROCESS_FLAGS = (  # those that matter for sampling
     "diffusion_steps", "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing",
+    "scheduler",
 )  # fmt: skip
 _MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # greatest values of a checkpoint's flags
 _LARGEST = 100_000  # of its other numbers
@@ -46,12 +47,12 @@ class PoolModel:
 
     Attributes:
         network: the U-Net in eval mode, without gradients.
-        flags: every flag of `create_model_and_diffusion` that it was made with.
+        flags: every flag of `create_model_and_diffusion` that it was made with, or those of `from_diffusers.describe`.
         num_classes: how many classes it was trained on, None where its checkpoint does not tell.
-        path: its file.
+        path: its file, or its folder in the format of diffusers.
     """
 
-    network: UNetModel
+    network: nn.Module
     flags: dict[str, Any]
     num_classes: int | None
     path: Path
@@ -81,13 +82,14 @@ class PoolModel:
         kept: "ddim25" and the like, or numbers from 0 on that count the timesteps it was trained on; "" keeps all.
         Raises ValueError for timesteps that it does not have.
         """
-        flags = tuple((name, self.flags[name]) for name in _PROCESS_FLAGS)
+        flags = tuple((name, self.flags[name]) for name in _PROCESS_FLAGS if name in self.flags)
         return _process(flags, kept if isinstance(kept, str) else tuple(kept))
 
 
 @lru_cache(maxsize=8)  # its tables then go to the device once, not once per batch
 def _process(flags: tuple[tuple[str, Any], ...], kept: str | tuple[int, ...]) -> SpacedDiffusion:
-    trained_on = create_gaussian_diffusion(**dict(flags))
+    known = dict(flags)
+    trained_on = from_diffusers.create_process(known) if "scheduler" in known else create_gaussian_diffusion(**known)
     if kept == "":
         return trained_on
     return respaced(trained_on, space_timesteps(trained_on.num_timesteps, kept) if isinstance(kept, str) else kept)
@@ -97,12 +99,14 @@ class Pool:
     """The models of a folder, in the order of their numbers. Each is read when it is asked for.
 
     Our own checkpoints hold their flags. A bare state dict (a public checkpoint, also as safetensors) tells some by its
-    tensors; the others, such as heads, noise schedule and image size, come from `flags`.
+    tensors; the others, such as heads, noise schedule and image size, come from `flags`. A folder in the format of
+    diffusers tells them all. Nothing is written to any.
     """
 
     def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
         """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors); or, for a pool of one, a checkpoint
-        file or a folder with model.pt directly in it.
+        file, a folder with model.pt directly in it, or a folder in the format of diffusers. subset{m} may be such a
+            folder, too; their numbers may start from 0.
 
         Raises ValueError where there is none of these, or where the numbers have a gap.
         """
@@ -117,7 +121,11 @@ class Pool:
                 number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
                 if number:
                     found[int(number[1])] = file
+        folders = {int(f.name[6:]): f for f in self.path.glob("subset*") if f.name[6:].isdecimal()}
+        public = {m: folder for m, folder in folders.items() if from_diffusers.is_model(folder)}
+        found = {**public, **found}
         direct = [self.path / name for name in ("model.pt", "model.safetensors") if (self.path / name).is_file()]
+        direct += [self.path] * from_diffusers.is_model(self.path)
         if direct and not found:
             self.files = direct[:1]
             return
@@ -131,8 +139,9 @@ class Pool:
         if gaps:
             raise ValueError(
                 f"{self.path}: got subsets up to {max(found)} but not {', '.join(map(str, gaps))}; "
-                "give the same image_train.py --pool command again to make them"
-            )
+                + ("number them without a gap" if public else "give the same image_train.py --pool command again to "
+                   "make them")
+            )  # fmt: skip
         self.files = [found[m] for m in sorted(found)]
 
     def __len__(self) -> int:
@@ -142,8 +151,9 @@ class Pool:
         """Return the SHA-256 of all files, in their order, as hex digits."""
         whole = hashlib.sha256()
         for path in self.files:
-            with open(path, "rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+            for file in from_diffusers.files_of(path) if path.is_dir() else [path]:
+                with open(file, "rb") as stream:
+                    whole.update(hashlib.file_digest(stream, "sha256").digest())
         return whole.hexdigest()
 
     def each(
@@ -167,13 +177,12 @@ class Pool:
         Raises CheckpointError for a file that is damaged, is of another kind, or does not fit its flags.
         """
         path = self.files[index]
-        payload = checkpoint.load(path)
-        weights, flags, num_classes = self._describe(payload, path)
+        weights, flags, num_classes, file = self._read(path)
         network = _on_meta(flags, path)
-        checkpoint.check_state(network, weights, path)
-        checkpoint.check_size(weights, path)
+        checkpoint.check_state(network, weights, file)
+        checkpoint.check_size(weights, file)
         network.to_empty(device="cpu")
-        checkpoint.load_state(network, weights, path)
+        checkpoint.load_state(network, weights, file)
         dtype = inference_dtype(precision, torch.device(device), flags["num_channels"])
         layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
         network = network.to(device, dtype, memory_format=layout)
@@ -217,7 +226,7 @@ class Pool:
                     f"expected {-(-num_classes // share)} models; give another --pool or --num-classes"
                 )
             return counts
-        counts = [self._describe(checkpoint.load(path), path)[2] for path in self.files]
+        counts = [self._read(path)[2] for path in self.files]
         if None in counts:
             path = self.files[counts.index(None)]
             raise ValueError(f"{path}: does not tell how many classes it was trained on; give --num-classes")
@@ -247,6 +256,16 @@ class Pool:
                     f"{model.path}: got {count} pseudo classes for a model of {model.flags['num_classes']}; give fewer "
                     "--num-classes"
                 )
+
+    def _read(self, path: Path) -> tuple[Mapping, dict[str, Any], int | None, Path]:
+        """Return weights, flags and number of classes of a model, and the file of its weights."""
+        if not path.is_dir():
+            return *self._describe(checkpoint.load(path), path), path
+        from_diffusers.library()  # before it is missed
+        unsaid = {name: self._flags.get(name, _DEFAULTS[name]) for name in ("image_size", *_PROCESS_FLAGS[:-1])}
+        flags = from_diffusers.describe(path, unsaid)
+        weights, file = from_diffusers.read_weights(path)
+        return weights, flags, flags["num_classes"] or None, file
 
     def _describe(self, payload: Any, path: Path) -> tuple[Mapping, dict[str, Any], int | None]:
         """Return weights, flags and number of classes of a checkpoint, ours or any that holds a state dict."""
@@ -288,10 +307,11 @@ def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
         raise checkpoint.CheckpointError(f"{path}: got flag {name} {got:.40}, expected {kind}; make it again")
 
 
-def _on_meta(flags: Mapping[str, Any], path: Path) -> UNetModel:
+def _on_meta(flags: Mapping[str, Any], path: Path) -> nn.Module:
     """Return the U-Net of `flags` without memory for weights: drawing them is slow, and others replace them at once."""
     try:
         with torch.device("meta"):
-            return create_model(**flags)
+            return from_diffusers.create_network(flags)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); give the flags it has") from error
+        cure = "give another model" if path.is_dir() else "give the flags it has"
+        raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); {cure}") from error

@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import backbones
 from models.class_learner import ClassLearner
-from models.conv4 import Conv4
-from models.resnet12 import resnet12
 
-BACKBONES = ("conv4", "resnet12")
 FEATURES = ("pooled", "map")
 
 
@@ -80,14 +78,14 @@ class MetaModel(nn.Module):
     Args:
         num_classes: C, base classes.
         scale_cls: factor of the cosine scores.
-        backbone: "conv4" (64 channels) or "resnet12" (512 channels).
+        backbone: a name of `backbones.BACKBONES`, or timm:NAME.
         features: "pooled" (D = channels) or "map" (D = channels * H' * W').
         image_size: side in pixels of the images; the size of a map follows from it.
-        drop_rate: of ResNet-12's DropBlock, in [0, 1).
+        drop_rate: of a backbone with DropBlock, in [0, 1).
         generator: CPU generator of the initial weights; torch's global one if None.
 
     Raises:
-        ValueError: unknown backbone or features, or a setting out of range.
+        ValueError: unknown backbone or features, a setting out of range, or images that the backbone does not take.
     """
 
     def __init__(
@@ -102,20 +100,15 @@ class MetaModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if backbone not in BACKBONES:
-            raise ValueError(f"backbone is '{backbone}', expected one of {', '.join(BACKBONES)}: choose one of these")
         if features not in FEATURES:
             raise ValueError(f"features are '{features}', expected one of {', '.join(FEATURES)}: choose one of these")
-        if backbone == "conv4" and drop_rate:
-            raise ValueError(f"drop_rate is {drop_rate} with conv4, expected 0: DropBlock is only in resnet12")
         self.scale_cls = scale_cls
         self.features = features
-        self.base = (
-            Conv4(generator=generator) if backbone == "conv4" else resnet12(drop_rate=drop_rate, generator=generator)
-        )
+        self.base = backbones.build(backbone, drop_rate=drop_rate, generator=generator)
+        height, width = backbones.map_size(backbone, self.base, image_size)
         self.feature_dim = self.channels
         if features == "map":
-            self.feature_dim *= self.base.map_side(image_size) ** 2
+            self.feature_dim *= height * width
             self.classifier = _linear(self.feature_dim, num_classes, generator)
         else:
             self.classifier = ClassLearner(num_classes, self.channels, generator=generator)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from models.meta_model import BACKBONES, FEATURES
+from models import backbones
+from models.meta_model import FEATURES
 
 
 def _whole(low: int, high: int) -> Callable[[Any], bool]:
@@ -31,7 +32,7 @@ def _or_missing(sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
 MODEL_ENTRIES = {
     "model": _mapping, "model_statistics": _mapping, "num_classes": _whole(1, 100_000), "image_size": _whole(8, 4096),
     "settings": lambda value: isinstance(value, Mapping) and _number(value.get("scale_cls"))
-    and value.get("backbone") in BACKBONES and value.get("features", "pooled") in FEATURES,
+    and backbones.is_known(value.get("backbone")) and value.get("features", "pooled") in FEATURES,
     "epoch": _or_missing(_whole(0, 1_000_000)), "val_accuracy": _or_missing(_number),
 }  # fmt: skip
 # to start from

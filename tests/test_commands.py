@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 
 import datasets.prepare as prepare
 import diffusionmix
+import guided_diffusion.export as export
 import guided_diffusion.image_train as image_train
 import main
 import report.__main__ as report
@@ -44,6 +45,7 @@ SMALL = {
     "datasets.prepare": [],
     "report": [],
     "datasets.pseudo": [],
+    "guided_diffusion.export": [],
     "benchmarks.synthesis": ["--repeats", "1"],
     "benchmarks.meta_test": ["--repeats", "1"],
     "benchmarks.meta_train": ["--repeats", "1"],
@@ -53,7 +55,7 @@ SMALL = {
 }
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
-    "datasets.prepare": prepare, "datasets.pseudo": pseudo,
+    "guided_diffusion.export": export, "datasets.prepare": prepare, "datasets.pseudo": pseudo,
     "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
     "benchmarks.table": table, "benchmarks.ladder": ladder,
@@ -149,6 +151,14 @@ def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, 
         wide = make_pool(place / "wide", [4], num_channels=64, num_head_channels=64)
         checkpoint.save("path/to/64x64_diffusion.pt", checkpoint.load(subset_path(wide, 1))["model"])
         flags = [*flags, *SMALL[name], "--image-size", "16"]
+    elif name == "guided_diffusion.export":
+        pytest.importorskip("diffusers")
+        shutil.copyfile(subset_path(make_pool(place / "wide", [4], num_channels=32), 1), "path/to/model.pt")
+    elif "path/to/ddpm-cifar10-32" in flags:
+        from tests.test_from_diffusers import pipeline  # skips without diffusers
+
+        pipeline("path/to/ddpm-cifar10-32")
+        flags = [*flags, *SMALL[name]]
     elif flags[:1] == ["glyphs"]:
         flags = [*flags, "--per-class", "1"]
     else:

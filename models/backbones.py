@@ -1,0 +1,111 @@
+"""The backbones: what --backbone can name, and how each is made. One more is a class and a line here.
+
+A backbone is a `torch.nn.Module`:
+
+- `forward`: images (N, 3, H, W), float32 in [-1, 1], RGB -> a feature map (N, D, H', W'), float, for any H = W that
+  the backbone takes. In eval mode an image's map depends on no other image.
+- `feature_dim`: D.
+- Its initial weights come from the generator that it is built with, so that they depend on --seed alone. What it
+  draws while it trains comes from the attribute `generator`, which training sets to one on the device of the images.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from models.conv4 import Conv4
+from models.resnet12 import resnet12
+from models.timm_backbone import TimmBackbone
+from models.wrn import WideResNet
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How a backbone is made.
+
+    Attributes:
+        build: (drop_rate, generator) -> the module; the CPU generator is of the initial weights, None the global one.
+        about: a few words for --help.
+        drops: whether it uses drop_rate, the share that DropBlock drops; others are built with 0.
+    """
+
+    build: Callable[[float, torch.Generator | None], nn.Module]
+    about: str
+    drops: bool = False
+
+
+BACKBONES: dict[str, Backbone] = {
+    "conv4": Backbone(lambda drop_rate, generator: Conv4(generator=generator), "64 channels"),
+    "resnet12": Backbone(
+        lambda drop_rate, generator: resnet12(drop_rate, generator=generator), "512 channels, with DropBlock", True
+    ),
+    "wrn28-10": Backbone(lambda drop_rate, generator: WideResNet(28, 10, generator=generator), "640 channels, large"),
+}
+_TIMM = re.compile(r"timm:(\w[\w.]*)")  # no address, which timm would fetch
+
+
+def is_known(name: Any) -> bool:
+    """Return whether `name` is one of `BACKBONES`, or timm:NAME."""
+    return isinstance(name, str) and (name in BACKBONES or bool(_TIMM.fullmatch(name)))
+
+
+def check(name: str) -> None:
+    """Raise ValueError for a name that `is_known` does not know."""
+    if not is_known(name):
+        raise ValueError(
+            f"backbone is '{name}', expected one of {', '.join(BACKBONES)}, or timm:NAME: choose one of these"
+        )
+
+
+def about() -> str:
+    """Return all names, with what each is, for --help."""
+    known = [f"{name} ({backbone.about})" for name, backbone in BACKBONES.items()]
+    return f"{', '.join(known)}, or timm:NAME, a convolutional network of the package timm"
+
+
+def build(name: str, *, drop_rate: float = 0.0, generator: torch.Generator | None = None) -> nn.Module:
+    """Return the backbone of that name with random weights.
+
+    drop_rate, generator: as for `Backbone.build`.
+    Raises ValueError for an unknown name, a drop_rate that the backbone does not use or that is out of range, and where
+    the package timm or its network is missing.
+    """
+    check(name)
+    known = BACKBONES.get(name)
+    if drop_rate and not (known and known.drops):
+        drops = " and ".join(each for each, backbone in BACKBONES.items() if backbone.drops)
+        raise ValueError(f"drop_rate is {drop_rate} with {name}, expected 0: DropBlock is only in {drops}")
+    if known:
+        return known.build(drop_rate, generator)
+    return TimmBackbone(_TIMM.fullmatch(name)[1], generator=generator)
+
+
+def map_size(name: str, backbone: nn.Module, size: int) -> tuple[int, int]:
+    """Return H' and W' of the feature map of images with `size` pixels a side. Only shapes pass the backbone.
+
+    Raises ValueError where it does not take such images, or does not give (N, D, H', W').
+    """
+    held = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    shapes = {key: tensor.to("meta") for key, tensor in held.items()}
+    training = backbone.training
+    backbone.eval()  # the batch norm of one image is none
+    try:
+        with torch.no_grad():
+            found = functional_call(backbone, shapes, (torch.zeros(1, 3, size, size, device="meta"),))
+    except (AssertionError, RuntimeError) as error:
+        cause = str(error).split("\n")[0]
+        raise ValueError(f"backbone {name} takes no images of {size} pixels ({cause:.100}): give others") from None
+    finally:
+        backbone.train(training)
+    shape = tuple(getattr(found, "shape", ()))
+    if len(shape) != 4 or shape[1] != backbone.feature_dim or not shape[2] * shape[3]:
+        raise ValueError(
+            f"backbone {name} gives {shape} for an image of {size} pixels, expected (1, {backbone.feature_dim}, H', "
+            "W'): choose a convolutional one, or larger images"
+        )
+    return shape[2], shape[3]
