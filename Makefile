@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+EXTRA := $(VENV)/.extra
 # two tests at once, a thread each: more threads in each would wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
@@ -11,7 +12,7 @@ help:
 	@echo "make demo   run the whole method once, small, on the CPU"
 	@echo "make tour   install Jupyter into $(VENV) and open docs/tour.ipynb in the browser"
 	@echo "make test   ruff, then the quick tests: 5 minutes on 2 quiet cores"
-	@echo "make test-all  ruff, then all tests"
+	@echo "make test-all  ruff, then all tests; installs requirements-extra.txt"
 	@echo "make soak   kill each command at 100 points and see that it resumes; long"
 	@echo "make mutants  break one line after another in a copy and see that a test fails; 10 minutes"
 	@echo "make table  the result tables of glyphs and fontchars: benchmarks/RESULTS.md; a day on 2 cores; resumes"
@@ -24,6 +25,10 @@ $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than 3.11; run make PYTHON=python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(EXTRA): requirements-extra.txt $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extra.txt
 	@touch $@
 
 install: $(STAMP)
@@ -41,7 +46,7 @@ test: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet .
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(EXTRA)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check --quiet .
 	$(PYTEST)
 
