@@ -243,7 +243,7 @@ CASES = [
     (image_train, TRAIN, "--data_dir empty", "empty"),
     (image_train, TRAIN, "--data_dir all-bad", "all-bad c0/0.png"),
     (image_train, TRAIN, "--frob 1", "--frob --help"),
-    (image_train, TRAIN, "--class_cond maybe", "--class_cond maybe true false --help"),
+    (image_train, TRAIN, "--class_cond maybe", "--class_cond maybe True False --help"),
     (image_train, TRAIN, "--class_cond True --data_dir flat", "flat"),
     (image_train, TRAIN, "--steps 0", "steps 0 1"),
     (image_train, TRAIN, "--lr 0", "lr 0"),
