@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+import main
 from config import Settings, parse
 from datasets.pseudo import PseudoDataset
+from few_shot import load_model
 from models import backbones
 from models.learners import ClusterLearners
 from models.meta_model import MetaModel
 from models.wrn import WideResNet
-from tests.conftest import ROOT, same
+from tests.conftest import ROOT, TINY, same
+from utils import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -79,6 +82,17 @@ def test_timm_refuses_what_it_lacks_and_what_is_no_map(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="pip install timm"):
         backbones.build("timm:resnet18")
+
+
+@pytest.mark.usefixtures("few_glyphs")
+def test_a_run_with_timm_can_be_tested(call, tmp_path):
+    pytest.importorskip("timm")
+    status, _, err = call(main, *TINY, "--source", "none", "--backbone", "timm:resnet10t", "--save-dir", tmp_path,
+                          "--pool", tmp_path / "none")  # fmt: skip
+    assert status == 0, err
+    model, _, settings = load_model(tmp_path / "best_model.pt", CPU)
+    saved = checkpoint.load(tmp_path / "best_model.pt")
+    assert settings["backbone"] == "timm:resnet10t" and same(dict(model.state_dict()), dict(saved["model"]))
 
 
 def test_a_backbone_added_as_the_document_says_trains(monkeypatch):
