@@ -26,11 +26,11 @@ def test_every_backbone_keeps_its_contract(name):
     if name.startswith("timm"):
         pytest.importorskip("timm")
     backbone = backbones.build(name, generator=torch.Generator().manual_seed(1)).eval()
-    height, width = backbones.map_size(name, backbone, 32)
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    side = backbone.map_side(40)
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
         maps = backbone(images)
-        assert maps.shape == (2, backbone.feature_dim, height, width) and maps.dtype == torch.float32
+        assert maps.shape == (2, backbone.feature_dim, side, side) and maps.dtype == torch.float32
         assert float((backbone(images[:1]) - maps[:1]).abs().max()) < 1e-4
     again, other = (backbones.build(name, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert same(dict(again.state_dict()), dict(backbone.state_dict()))
