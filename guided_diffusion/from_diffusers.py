@@ -41,7 +41,7 @@ def is_model(folder: Path) -> bool:
         return True
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and "_diffusers_version" in config
 
@@ -106,10 +106,15 @@ def describe(folder: Path, unsaid: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}: got variance_type {process['variance_type']} of a network with {outputs} outputs; "
                 "the two belong together, so download the whole model again"
             )
-        for name, low, high in (("num_train_timesteps", 1, 100_000), ("beta_start", 0, 1), ("beta_end", 0, 1)):
+        for name, above, kinds in (
+            ("num_train_timesteps", 100_001, (int,)), ("beta_start", 1, (int, float)), ("beta_end", 1, (int, float)),
+        ):  # fmt: skip
             value = process.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise CheckpointError(f"{path}: got {name} {value!s:.40}, expected a number from {low} to {high}")
+            if type(value) not in kinds or not 0 < value < above:
+                raise CheckpointError(
+                    f"{path}: got {name} {value!s:.40}, expected {'a number' if float in kinds else 'a whole number'} "
+                    f"above 0 and below {above}; give another model"
+                )
         kept = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
         flags["scheduler"] = json.dumps({name: process[name] for name in kept}, sort_keys=True)
     return flags

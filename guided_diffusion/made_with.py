@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from guided_diffusion.from_diffusers import is_model
 from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.train_flags import WEIGHTS, TrainSettings
 from utils import checkpoint
@@ -60,8 +61,14 @@ def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch
     """Return what `folder` has of a model that is made with `here`: what `record` gives, and the hash of the images.
 
     More steps than before are fine for a finished model, and where the rate is not annealed.
-    Raises ValueError, which names what differs, where the files were made with anything else.
+    Raises ValueError, which names what differs, where the files were made with anything else, and for a folder in a
+    public model.
     """
+    for place in (Path(folder), *Path(folder).parents[:2]):  # of a pool, subset1 is above ckpt
+        if is_model(place):
+            raise ValueError(
+                f"{place}: is a model of diffusers, which stays as it is; give another --save_dir or --pool"
+            )
     model_path, state_path = Path(folder) / MODEL_FILE, Path(folder) / STATE_FILE
     model = checkpoint.load(model_path) if model_path.exists() else None
     state = checkpoint.load_newest(state_path, device)

@@ -192,7 +192,8 @@ class Pool:
         try:
             model.diffusion()
         except ValueError as error:
-            raise checkpoint.CheckpointError(f"{path}: no process is like this ({error}); give its flags") from error
+            cure = _cure(path, "its flags")
+            raise checkpoint.CheckpointError(f"{path}: no process is like this ({error}); {cure}") from error
         return model
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
@@ -313,5 +314,9 @@ def _on_meta(flags: Mapping[str, Any], path: Path) -> nn.Module:
         with torch.device("meta"):
             return from_diffusers.create_network(flags)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        cure = "give another model" if path.is_dir() else "give the flags it has"
+        cure = _cure(path, "the flags it has")
         raise checkpoint.CheckpointError(f"{path}: no U-Net is like this ({error}); {cure}") from error
+
+
+def _cure(path: Path, flags: str) -> str:
+    return "give another model" if path.is_dir() else f"give {flags}"

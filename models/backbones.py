@@ -4,7 +4,7 @@ A backbone is a `torch.nn.Module`:
 
 - `forward`: images (N, 3, H, W), float32 in [-1, 1], RGB -> a feature map (N, D, H', W'), float, for any H = W that
   the backbone takes. In eval mode an image's map depends on no other image.
-- `feature_dim`: D.
+- `feature_dim`: D. `map_side(size)`: H' = W' for images with `size` pixels a side.
 - Its initial weights come from the generator that it is built with, so that they depend on --seed alone. What it
   draws while it trains comes from the attribute `generator`, which training sets to one on the device of the images.
 """
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from models.conv4 import Conv4
 from models.resnet12 import resnet12
@@ -83,29 +82,3 @@ def build(name: str, *, drop_rate: float = 0.0, generator: torch.Generator | Non
     if known:
         return known.build(drop_rate, generator)
     return TimmBackbone(_TIMM.fullmatch(name)[1], generator=generator)
-
-
-def map_size(name: str, backbone: nn.Module, size: int) -> tuple[int, int]:
-    """Return H' and W' of the feature map of images with `size` pixels a side. Only shapes pass the backbone.
-
-    Raises ValueError where it does not take such images, or does not give (N, D, H', W').
-    """
-    held = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    shapes = {key: tensor.to("meta") for key, tensor in held.items()}
-    training = backbone.training
-    backbone.eval()  # the batch norm of one image is none
-    try:
-        with torch.no_grad():
-            found = functional_call(backbone, shapes, (torch.zeros(1, 3, size, size, device="meta"),))
-    except (AssertionError, RuntimeError) as error:
-        cause = str(error).split("\n")[0]
-        raise ValueError(f"backbone {name} takes no images of {size} pixels ({cause:.100}): give others") from None
-    finally:
-        backbone.train(training)
-    shape = tuple(getattr(found, "shape", ()))
-    if len(shape) != 4 or shape[1] != backbone.feature_dim or not shape[2] * shape[3]:
-        raise ValueError(
-            f"backbone {name} gives {shape} for an image of {size} pixels, expected (1, {backbone.feature_dim}, H', "
-            "W'): choose a convolutional one, or larger images"
-        )
-    return shape[2], shape[3]

@@ -42,6 +42,10 @@ class Conv4(nn.Module):
                 nn.init.zeros_(module.bias)
         self.to(memory_format=torch.channels_last)
 
+    def map_side(self, size: int) -> int:
+        """Return the side of the feature map of images with `size` pixels a side."""
+        return size // 2**_STAGES
+
     def forward(self, images: Tensor) -> Tensor:
         """Feature map (N, width, H // 16, W // 16) of images (N, in_channels, H, W), float in [-1, 1].
 

@@ -105,10 +105,10 @@ class MetaModel(nn.Module):
         self.scale_cls = scale_cls
         self.features = features
         self.base = backbones.build(backbone, drop_rate=drop_rate, generator=generator)
-        height, width = backbones.map_size(backbone, self.base, image_size)
+        side = self.base.map_side(image_size)
         self.feature_dim = self.channels
         if features == "map":
-            self.feature_dim *= height * width
+            self.feature_dim *= side**2
             self.classifier = _linear(self.feature_dim, num_classes, generator)
         else:
             self.classifier = ClassLearner(num_classes, self.channels, generator=generator)

@@ -94,6 +94,10 @@ class ResNet12(nn.Module):
                     module.weight, _SLOPE, mode="fan_out", nonlinearity="leaky_relu", generator=generator
                 )
 
+    def map_side(self, size: int) -> int:
+        """Return the side of the feature map of images with `size` pixels a side."""
+        return -(-size // 16)
+
     def forward(self, images: Tensor) -> Tensor:
         """Feature map (N, widths[-1], H', W'), H' = H / 16 rounded up, of images (N, 3, H, W), float in [-1, 1]."""
         h = self.layer2(self.layer1(images))

@@ -1,5 +1,6 @@
 """Convolutional networks of the library timm as backbones, with random weights: pretrained ones have seen data."""
 
+import copy
 from contextlib import nullcontext
 
 import torch
@@ -30,7 +31,24 @@ class TimmBackbone(nn.Module):
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
             self.network = timm.create_model(name, pretrained=False, num_classes=0)
-        self.feature_dim = self.network.num_features
+        self.name, self.feature_dim = name, self.network.num_features
+
+    def map_side(self, size: int) -> int:
+        """Return the side of the feature map of images with `size` pixels a side. Only shapes pass the network.
+
+        Raises ValueError where it takes no such images, or where what it gives is no (N, feature_dim, H', W').
+        """
+        given = f"backbone 'timm:{self.name}', for an image of {size} pixels"
+        network = copy.deepcopy(self.network).to("meta").eval()
+        try:
+            with torch.no_grad():
+                shape = tuple(network.forward_features(torch.zeros(1, 3, size, size, device="meta")).shape)
+        except (AssertionError, RuntimeError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{given}, says: {why:.100}; give another backbone, or other --height") from None
+        if len(shape) != 4 or shape[1] != self.feature_dim or not shape[2]:
+            raise ValueError(f"{given}, gives {shape}, expected (1, {self.feature_dim}, H', W'); give another backbone")
+        return shape[2]
 
     def forward(self, images: Tensor) -> Tensor:
         """Feature map (N, feature_dim, H', W') of images (N, 3, H, W), float in [-1, 1]."""

@@ -60,6 +60,10 @@ class WideResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
 
+    def map_side(self, size: int) -> int:
+        """Return the side of the feature map of images with `size` pixels a side."""
+        return -(-size // 4)
+
     def forward(self, images: Tensor) -> Tensor:
         """Feature map (N, 64 widen, H', W'), H' = H / 4 rounded up, of images (N, 3, H, W), float in [-1, 1]."""
         return F.relu(self.bn(self.groups(self.conv(images))))

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+import main
 from config import Settings, parse
 from datasets.pseudo import PseudoDataset
+from few_shot import load_model
 from models import backbones
 from models.learners import ClusterLearners
 from models.meta_model import MetaModel
 from models.wrn import WideResNet
-from tests.conftest import ROOT, same
+from tests.conftest import ROOT, TINY, same
+from utils import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -23,11 +26,11 @@ def test_every_backbone_keeps_its_contract(name):
     if name.startswith("timm"):
         pytest.importorskip("timm")
     backbone = backbones.build(name, generator=torch.Generator().manual_seed(1)).eval()
-    height, width = backbones.map_size(name, backbone, 32)
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    side = backbone.map_side(40)
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
         maps = backbone(images)
-        assert maps.shape == (2, backbone.feature_dim, height, width) and maps.dtype == torch.float32
+        assert maps.shape == (2, backbone.feature_dim, side, side) and maps.dtype == torch.float32
         assert float((backbone(images[:1]) - maps[:1]).abs().max()) < 1e-4
     again, other = (backbones.build(name, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert same(dict(again.state_dict()), dict(backbone.state_dict()))
@@ -79,6 +82,17 @@ def test_timm_refuses_what_it_lacks_and_what_is_no_map(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="pip install timm"):
         backbones.build("timm:resnet18")
+
+
+@pytest.mark.usefixtures("few_glyphs")
+def test_a_run_with_timm_can_be_tested(call, tmp_path):
+    pytest.importorskip("timm")
+    status, _, err = call(main, *TINY, "--source", "none", "--backbone", "timm:resnet10t", "--save-dir", tmp_path,
+                          "--pool", tmp_path / "none")  # fmt: skip
+    assert status == 0, err
+    model, _, settings = load_model(tmp_path / "best_model.pt", CPU)
+    saved = checkpoint.load(tmp_path / "best_model.pt")
+    assert settings["backbone"] == "timm:resnet10t" and same(dict(model.state_dict()), dict(saved["model"]))
 
 
 def test_a_backbone_added_as_the_document_says_trains(monkeypatch):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffusionmix
 import main
-from guided_diffusion import export
+from guided_diffusion import export, image_train
 from guided_diffusion.costs import image_bytes, image_flops
 from guided_diffusion.guidance import sample
 from guided_diffusion.mix import diffusion_mixes
@@ -73,6 +74,8 @@ def test_the_noise_is_that_of_the_library(alone, arr):
     with torch.no_grad():
         expected = unet()(x, t).sample
     assert float((model.network(x, t) - expected).abs().max()) < ATOL
+    rough = Pool(alone).load(0, precision="bf16").network(x, t)
+    assert rough.dtype == torch.float32 and float((rough - expected).abs().max()) < 0.1 * float(expected.std())
     assert model.image_size == 32 and not model.class_cond
 
 
@@ -140,6 +143,9 @@ def test_main_trains_from_it_and_writes_nothing_there(call, three, tmp_path):
     status, out, err = call(main, *TINY, *flags)
     assert status == 0, err
     assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 2
+    status, out, err = call(diffusionmix, "--resume", tmp_path / "run" / "best_model.pt", *flags[:6], "--episodes", 2,
+                            "--nTestNovel", 10, "--head-steps", 2, "--device", "cpu")  # fmt: skip
+    assert status == 0 and "with mixes" in out, err
     status, out, err = call(main, *TINY, *flags, "--dry-run", "--save-dir", tmp_path / "other")
     assert status == 0 and "TFLOP" in out and not (tmp_path / "other").exists()
     status, _, err = call(main, *TINY, *flags[:4], "--save-dir", tmp_path / "other")
@@ -188,7 +194,7 @@ REFUSED = {
     "scheduler/scheduler_config.json": [
         dict(beta_schedule="sigmoid"), dict(prediction_type="v_prediction"), dict(variance_type="learned"),
         dict(variance_type="learned_range"), dict(trained_betas=[0.1]), dict(rescale_betas_zero_snr=True),
-        dict(num_train_timesteps=0), dict(beta_end=float("nan")),
+        dict(num_train_timesteps=0), dict(num_train_timesteps=1000.5), dict(beta_end=float("nan")), dict(beta_end=1),
     ],
     "model_index.json": [dict(vqvae=["diffusers", "VQModel"])],
 }  # fmt: skip
@@ -220,6 +226,15 @@ def test_a_gap_is_named(three, tmp_path):
     with pytest.raises(ValueError, match="not 1") as caught:
         Pool(pool)
     assert "image_train" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--save_dir", "--pool"])
+def test_pretraining_writes_nothing_there(call, alone, three, picture_folder, tmp_path, flag):
+    data = picture_folder(tmp_path / "data", {"a": [1] * 3, "b": [2] * 3})
+    for folder in (alone, three / "subset1", *[three] * (flag == "--pool")):
+        before = tree(folder)
+        status, _, err = call(image_train, "--data_dir", data, flag, folder, "--classes_per_model", 1)
+        assert status == 2 and "diffusers" in err and tree(folder) == before
 
 
 def test_without_the_library_one_line_says_what_to_install(call, alone, tmp_path, monkeypatch):
