@@ -20,6 +20,7 @@ import guided_diffusion.export as export
 import guided_diffusion.image_train as image_train
 import main
 import report.__main__ as report
+import report.figures as report_figures
 from benchmarks import demo, ladder, measure, meta_test, meta_train, pretrain, synthesis, table
 from config import parse
 from datasets import pseudo, published
@@ -44,6 +45,7 @@ SMALL = {
     "guided_diffusion.image_train": [*SMALL_NETWORK, *"--steps 1 --lr_anneal_steps 1 --batch_size 2".split()],
     "datasets.prepare": [],
     "report": [],
+    "report.figures": [],
     "datasets.pseudo": [],
     "guided_diffusion.export": [],
     "benchmarks.synthesis": ["--repeats", "1"],
@@ -56,7 +58,7 @@ SMALL = {
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
     "guided_diffusion.export": export, "datasets.prepare": prepare, "datasets.pseudo": pseudo,
-    "report": report, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
+    "report": report, "report.figures": report_figures, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
     "benchmarks.table": table, "benchmarks.ladder": ladder,
 }  # fmt: skip
@@ -136,8 +138,8 @@ def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, 
         for pool in ("mine", "emojifs"):
             (place / "ckpt" / "pools" / pool).symlink_to(toy_pool)
     if name not in ("main", "benchmarks.demo", "benchmarks.table"):
-        for dataset in ("glyphs", "custom"):
-            shutil.copytree(trained, place / "ckpt" / "runs" / dataset / "1-shot")
+        for run in ("glyphs/1-shot", "custom/1-shot", "a", "b"):
+            shutil.copytree(trained, place / "ckpt" / "runs" / run)
     if name == "datasets.pseudo":
         folder = place / "ckpt" / "runs" / "glyphs" / "1-shot" / "pseudo" / "round00"
         pseudo.PseudoDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2), 2).save(folder, {})
@@ -163,7 +165,8 @@ def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, 
         flags = [*flags, "--per-class", "1"]
     else:
         flags = [*flags, *SMALL[name]]
-    flags = ["ckpt/runs/glyphs/1-shot" if word == "RUN" else word for word in flags]
+    places = {"RUN": "ckpt/runs/glyphs/1-shot", "POOL": "ckpt/pools/mine"}
+    flags = [places.get(word, word) for word in flags]
     status, out, err = call(MODULES[name], *flags)
     assert status == 0, err
     assert (place / "RESULTS.md").exists() == ("--publish" in flags)
