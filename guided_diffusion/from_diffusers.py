@@ -49,6 +49,7 @@ def is_model(folder: Path) -> bool:
 def files_of(folder: Path) -> list[Path]:
     """Return the files of a model that count: config.json, weights and, where it is there, scheduler_config.json.
 
+    folder: a pipeline, its folder unet, or a folder with all the files.
     Raises CheckpointError for a pipeline of other parts, and where a file is missing.
     """
     if (folder / INDEX).is_file():
@@ -64,7 +65,8 @@ def files_of(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{network}: expected {CONFIG} and {' or '.join(WEIGHTS)} there; download the whole model again"
         )
-    schedulers = [place / SCHEDULER for place in (folder / "scheduler", folder) if (place / SCHEDULER).is_file()]
+    places = [folder / "scheduler", folder, *[folder.parent / "scheduler"] * (folder.name == "unet")]
+    schedulers = [place / SCHEDULER for place in places if (place / SCHEDULER).is_file()]
     return [network / CONFIG, weights[0], *schedulers[:1]]
 
 

@@ -176,6 +176,25 @@ def test_all_in_one_folder_with_old_names_of_attention(copied, alone, arr):
     assert torch.equal(Pool(flat).load(0).network(x, t), Pool(alone).load(0).network(x, t))
 
 
+def test_all_in_one_folder_of_links_as_in_the_download_cache(alone, tmp_path, arr):
+    folder, blobs = tmp_path / "snapshots" / "0", tmp_path / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(tree(alone)):
+        shutil.copy(path, blobs / str(number))
+        (folder / path.name).symlink_to(f"../../blobs/{number}")
+    linked, model = Pool(folder).load(0), Pool(alone).load(0)
+    x, t = arr(1, 2, 3, 32, 32), torch.tensor([3, 900])
+    assert torch.equal(linked.network(x, t), model.network(x, t)) and linked.flags == model.flags
+    assert Pool(folder).digest() == Pool(alone).digest()
+
+
+def test_the_folder_unet_takes_the_scheduler_beside_it(tmp_path):
+    pipeline(tmp_path, scheduler=diffusers.DDPMScheduler(beta_end=0.01, num_train_timesteps=500))
+    process = Pool(tmp_path / "unet").load(0).diffusion()
+    assert process.num_timesteps == 500 and float(process.betas[-1]) == pytest.approx(0.01)
+
+
 def test_without_a_scheduler_the_flags_tell(copied):
     shutil.rmtree(copied / "scheduler")
     edit(copied / "unet" / "config.json", sample_size=None)
