@@ -93,7 +93,7 @@ class Training:
             made = time.perf_counter()
             rng = generator(s.seed, "epoch", phase.epoch, device=self.device)
             entries = self.learners.train_meta_model(data, phase.rates, rng, phase.epoch)
-            if phase.guided:  # only guided rounds use the class-learner
+            if phase.guided:  # a no-op in the clusters recipe, which has none
                 entries |= self.learners.train_class_learner(data, phase.rates, rng)
             check_finite(entries, phase.epoch)
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}

@@ -26,7 +26,7 @@ class Phase:
     """One epoch.
 
     Attributes:
-        epoch: its number, from 0.
+        epoch: its number, from 0; the log counts from 1, so it calls epoch 10 "epoch 11".
         rounds: the rounds whose images are trained on; the last one is new.
         labels: of the images. "model": the model that drew it. "asked": the class that guidance asked for, each as
             often as another. "clusters": clusters of features. "likeliest": the likeliest class by the network before,
