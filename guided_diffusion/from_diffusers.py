@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion
-from guided_diffusion.script_util import create_model
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
 
@@ -73,10 +73,10 @@ def files_of(folder: Path) -> list[Path]:
 def describe(folder: Path, unsaid: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags of a model, by which the pool knows it.
 
-    They are `image_size`, `class_cond`, `num_classes`, `num_channels` and `learn_sigma` as of our own networks, `unet`
-    and `scheduler`, which are JSON, and `unsaid`.
-    unsaid: flags for what the model does not tell: image_size where it has no sample_size, and those of the process
-        where it has no scheduler_config.json.
+    `image_size`, `class_cond`, `num_classes`, `num_channels` and `learn_sigma` mean what they mean for our networks.
+    `unet` and `scheduler` are JSON. The others are those of `unsaid`.
+    unsaid: what holds where the model does not tell: image_size if it has no sample_size, and the flags of the process
+        if it has no scheduler_config.json.
     Raises CheckpointError for a network or a process that the pool cannot use; it names the entry.
     """
     config_path, _, *scheduler = files_of(folder)
@@ -137,10 +137,12 @@ def create_network(flags: Mapping[str, Any]) -> nn.Module:
 
 
 def create_process(flags: Mapping[str, Any]) -> SpacedDiffusion:
-    """Return the process of a model's `scheduler`, over all of its timesteps.
+    """Return the process of `flags`, our own or that of the model's `scheduler`, over all of its timesteps.
 
-    Its variance, which DDIM does not use, is the upper bound or the network's own.
+    The variance of a `scheduler`, which DDIM does not use, is the upper bound or the network's own.
     """
+    if "scheduler" not in flags:
+        return create_gaussian_diffusion(**flags)
     s = json.loads(flags["scheduler"])
     steps, first, last = s["num_train_timesteps"], s["beta_start"], s["beta_end"]
     return SpacedDiffusion(
@@ -157,7 +159,7 @@ def create_process(flags: Mapping[str, Any]) -> SpacedDiffusion:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """Return the state dict of `Network`, with the names of today, and its file. Errors as for `checkpoint.load`."""
+    """Return the state dict of `Network`, under today's names, and its file. Errors as for `checkpoint.load`."""
     path = files_of(folder)[1]
     weights = checkpoint.load(path)
     if not isinstance(weights, Mapping):
@@ -218,7 +220,7 @@ def _check_value(name: str, value: Any, path: Path) -> None:
 
 
 def _today(name: str) -> str:
-    """Return the name that the library has today for an entry of a state dict."""
+    """Return today's name of an entry of a state dict."""
     parts = name.split(".")
     if "attentions" in parts and len(parts) > 1:
         parts[-2] = _OLD_NAMES.get(parts[-2], parts[-2])

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_
 from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 from guided_diffusion.script_util import (
     contents,
-    create_gaussian_diffusion,
     infer_model_flags,
     model_and_diffusion_defaults,
     unwrapped,
@@ -29,7 +27,6 @@ from utils import checkpoint
 _DEFAULTS = model_and_diffusion_defaults()
 _PROCESS_FLAGS = (  # those that matter for sampling
     "diffusion_steps", "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing",
-    "scheduler",
 )  # fmt: skip
 _MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # greatest values of a checkpoint's flags
 _LARGEST = 100_000  # of its other numbers
@@ -82,14 +79,13 @@ class PoolModel:
         kept: "ddim25" and the like, or numbers from 0 on that count the timesteps it was trained on; "" keeps all.
         Raises ValueError for timesteps that it does not have.
         """
-        flags = tuple((name, self.flags[name]) for name in _PROCESS_FLAGS if name in self.flags)
+        flags = tuple((name, self.flags[name]) for name in (*_PROCESS_FLAGS, "scheduler") if name in self.flags)
         return _process(flags, kept if isinstance(kept, str) else tuple(kept))
 
 
 @lru_cache(maxsize=8)  # its tables then go to the device once, not once per batch
 def _process(flags: tuple[tuple[str, Any], ...], kept: str | tuple[int, ...]) -> SpacedDiffusion:
-    known = dict(flags)
-    trained_on = from_diffusers.create_process(known) if "scheduler" in known else create_gaussian_diffusion(**known)
+    trained_on = from_diffusers.create_process(dict(flags))
     if kept == "":
         return trained_on
     return respaced(trained_on, space_timesteps(trained_on.num_timesteps, kept) if isinstance(kept, str) else kept)
@@ -105,8 +101,8 @@ class Pool:
 
     def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
         """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors); or, for a pool of one, a checkpoint
-        file, a folder with model.pt directly in it, or a folder in the format of diffusers. subset{m} may be such a
-            folder, too; their numbers may start from 0.
+        file, a folder with model.pt directly in it, or a folder in the format of diffusers. Each subset{m} may be in
+        that format, too. Numbers may start from 0.
 
         Raises ValueError where there is none of these, or where the numbers have a gap.
         """
@@ -115,16 +111,14 @@ class Pool:
         if self.path.is_file():
             self.files = [self.path]
             return
-        found = {}
-        for name in ("model.safetensors", "model.pt"):  # where both are there, the latter counts
-            for file in self.path.glob(f"subset*/ckpt/{name}"):
-                number = re.fullmatch(r"subset(\d+)", file.parent.parent.name)
-                if number:
-                    found[int(number[1])] = file
-        folders = {int(f.name[6:]): f for f in self.path.glob("subset*") if f.name[6:].isdecimal()}
-        public = {m: folder for m, folder in folders.items() if from_diffusers.is_model(folder)}
-        found = {**public, **found}
-        direct = [self.path / name for name in ("model.pt", "model.safetensors") if (self.path / name).is_file()]
+        names, found = ("model.pt", "model.safetensors"), {}  # of what is there, the first counts
+        for folder in self.path.glob("subset*"):
+            if folder.name[6:].isdecimal():
+                files = [file for name in names if (file := folder / "ckpt" / name).exists()]
+                files += [folder] * from_diffusers.is_model(folder)
+                if files:
+                    found[int(folder.name[6:])] = files[0]
+        direct = [file for name in names if (file := self.path / name).is_file()]
         direct += [self.path] * from_diffusers.is_model(self.path)
         if direct and not found:
             self.files = direct[:1]
@@ -139,9 +133,12 @@ class Pool:
         if gaps:
             raise ValueError(
                 f"{self.path}: got subsets up to {max(found)} but not {', '.join(map(str, gaps))}; "
-                + ("number them without a gap" if public else "give the same image_train.py --pool command again to "
-                   "make them")
-            )  # fmt: skip
+                + (
+                    "number them without a gap"
+                    if any(file.is_dir() for file in found.values())
+                    else "give the same image_train.py --pool command again to make them"
+                )
+            )
         self.files = [found[m] for m in sorted(found)]
 
     def __len__(self) -> int:
@@ -227,7 +224,7 @@ class Pool:
                     f"expected {-(-num_classes // share)} models; give another --pool or --num-classes"
                 )
             return counts
-        counts = [self._read(path)[2] for path in self.files]
+        counts = [self._num_classes(path) for path in self.files]
         if None in counts:
             path = self.files[counts.index(None)]
             raise ValueError(f"{path}: does not tell how many classes it was trained on; give --num-classes")
@@ -262,11 +259,21 @@ class Pool:
         """Return weights, flags and number of classes of a model, and the file of its weights."""
         if not path.is_dir():
             return *self._describe(checkpoint.load(path), path), path
-        from_diffusers.library()  # before it is missed
-        unsaid = {name: self._flags.get(name, _DEFAULTS[name]) for name in ("image_size", *_PROCESS_FLAGS[:-1])}
-        flags = from_diffusers.describe(path, unsaid)
+        flags = self._public_flags(path)
         weights, file = from_diffusers.read_weights(path)
         return weights, flags, flags["num_classes"] or None, file
+
+    def _num_classes(self, path: Path) -> int | None:
+        """Return how many classes a model was trained on, None where it does not tell."""
+        if path.is_dir():  # its config tells; its weights are large
+            return self._public_flags(path)["num_classes"] or None
+        return self._describe(checkpoint.load(path), path)[2]
+
+    def _public_flags(self, folder: Path) -> dict[str, Any]:
+        """Return the flags of a model in the format of diffusers."""
+        from_diffusers.library()  # stops here, by name, where it is missing
+        unsaid = {name: self._flags.get(name, _DEFAULTS[name]) for name in ("image_size", *_PROCESS_FLAGS)}
+        return from_diffusers.describe(folder, unsaid)
 
     def _describe(self, payload: Any, path: Path) -> tuple[Mapping, dict[str, Any], int | None]:
         """Return weights, flags and number of classes of a checkpoint, ours or any that holds a state dict."""

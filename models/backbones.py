@@ -1,4 +1,4 @@
-"""The backbones: what --backbone can name, and how each is made. One more is a class and a line here.
+"""The backbones: what --backbone can name, and how each is made. To add one, write a class and a line here.
 
 A backbone is a `torch.nn.Module`:
 
@@ -28,7 +28,7 @@ class Backbone:
     """How a backbone is made.
 
     Attributes:
-        build: (drop_rate, generator) -> the module; the CPU generator is of the initial weights, None the global one.
+        build: (drop_rate, generator) -> the module. generator: on the CPU, for its weights; None: torch's own.
         about: a few words for --help.
         drops: whether it uses drop_rate, the share that DropBlock drops; others are built with 0.
     """

@@ -105,7 +105,7 @@ class MetaModel(nn.Module):
         self.scale_cls = scale_cls
         self.features = features
         self.base = backbones.build(backbone, drop_rate=drop_rate, generator=generator)
-        side = self.base.map_side(image_size)
+        side = self.base.map_side(image_size)  # for pooled features, too: it refuses images that do not fit
         self.feature_dim = self.channels
         if features == "map":
             self.feature_dim *= side**2

@@ -1,7 +1,6 @@
 """Convolutional networks of the library timm as backbones, with random weights: pretrained ones have seen data."""
 
 import copy
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"backbone is 'timm:{name}', which timm {timm.__version__} lacks: give another name")
         # timm draws from the global generator
-        with torch.random.fork_rng(devices=[]) if generator is not None else nullcontext():
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
             self.network = timm.create_model(name, pretrained=False, num_classes=0)

@@ -50,9 +50,8 @@ class WideResNet(nn.Module):
         self.conv = nn.Conv2d(3, _FIRST, 3, padding=1, bias=False)
         groups, channels = [], _FIRST
         for width, stride in ((_FIRST * widen, 1), (2 * _FIRST * widen, 2), (4 * _FIRST * widen, 2)):
-            blocks = [WideBlock(channels if first else width, width, stride if first else 1)
-                      for first in [True] + [False] * ((depth - 4) // 6 - 1)]  # fmt: skip
-            groups.append(nn.Sequential(*blocks))
+            others = [WideBlock(width, width, 1) for _ in range((depth - 4) // 6 - 1)]
+            groups.append(nn.Sequential(WideBlock(channels, width, stride), *others))
             channels = width
         self.groups = nn.Sequential(*groups)
         self.bn = nn.BatchNorm2d(channels)

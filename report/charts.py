@@ -217,9 +217,9 @@ def losses(runs: Mapping[str, Run]) -> Html | None:
     alone = len(runs) == 1
     chart = Chart("training loss" if alone else "training loss of the meta-model", "epoch")
     for index, (name, run) in enumerate(runs.items()):
-        chart.line("meta-model" if alone else name, _points(run.epochs, "loss"), index)
+        chart.line("meta-model" if alone else name, points_of(run.epochs, "loss"), index)
         if alone:
-            chart.line("class-learner", _points(run.epochs, "class_learner_loss"), 1)
+            chart.line("class-learner", points_of(run.epochs, "class_learner_loss"), 1)
             chart.rounds(run.epochs)
     return chart.svg() if chart.names else None
 
@@ -237,7 +237,7 @@ def levels(run: Run) -> Html | None:
 def training_accuracy(run: Run) -> Html | None:
     """Draw by epoch how often the network names the pseudo class of the images that it trains on."""
     chart = Chart("accuracy on the images it trains on, in %", "epoch")
-    chart.line("network", _points(run.epochs, "base_accuracy"), 0)
+    chart.line("network", points_of(run.epochs, "base_accuracy"), 0)
     return _of_classes(chart, run, run.epochs)
 
 
@@ -284,8 +284,9 @@ def _ends(values: Sequence[float], spare: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _points(epochs: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(each["epoch"], each[name]) for each in epochs if number(each.get(name)) is not None]
+def points_of(entries: Sequence[Mapping[str, Any]], name: str, by: str = "epoch") -> list[tuple[float, float]]:
+    """Return (epoch, value) of the entries that have a number of that name. by: what stands in place of the epoch."""
+    return [(each[by], each[name]) for each in entries if number(each.get(name)) is not None]
 
 
 def _path(points: Iterable[tuple[float, float]], px, py) -> str:

@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from report import pictures
+from report.charts import points_of
 from report.comparison import names
 from report.folder import DAMAGED, Run, number
 from utils.atomic import atomic_file
 from utils.cli import OneLineParser, run
 from utils.images import shown
-from utils.plots import MADE_BY
+from utils.plots import MADE_BY, new_figure
 from utils.run_log import cell
 
 HEAD = ("run", "test", "with_mixes", "with_mixes_ci95", "without_mixes", "without_mixes_ci95", "difference",
@@ -34,11 +35,10 @@ _MOST = 1 << 26  # bytes of a file that are read to see who made it
 
 def curves(runs: Mapping[str, Run]) -> Any | None:
     """Return a figure of the accuracy on meta_val by epoch, a line per run; None where no run was validated."""
-    known = {name: [(e["epoch"], e["val_accuracy"]) for e in each.epochs if number(e.get("val_accuracy")) is not None]
-             for name, each in runs.items()}  # fmt: skip
+    known = {name: points_of(each.epochs, "val_accuracy") for name, each in runs.items()}
     if not any(known.values()):
         return None
-    figure = _figure((5, 3.2))
+    figure = new_figure(5, 3.2)
     axis = figure.subplots()
     for name, points in known.items():
         if points:
@@ -53,7 +53,7 @@ def grid(runs: Mapping[str, Run]) -> Any | None:
     strips = {name: found for name, each in runs.items() if (found := _strips(each)) is not None}
     if not strips:
         return None
-    figure = _figure((2.6 * len(strips), 3.6))
+    figure = new_figure(2.6 * len(strips), 3.6)
     for axis, (name, image) in zip(figure.subplots(1, len(strips), squeeze=False)[0], strips.items(), strict=True):
         axis.imshow(image, interpolation="nearest")
         axis.set_title(_plain(name), fontsize=8)
@@ -117,12 +117,6 @@ def _headed(path: Path) -> bool:
 _OURS: dict[str, Callable[[Path], bool]] = {
     "curves.pdf": _marked, "curves.png": _marked, "images.png": _marked, "table.csv": _headed, "table.tex": _marked,
 }  # fmt: skip
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure  # here, as it is slow to import; Figure needs no display
-
-    return Figure(figsize=size, layout="constrained")
 
 
 def _strips(each: Run) -> np.ndarray | None:

@@ -1,13 +1,13 @@
 """The report of a pool: a row per model with its loss, its samples, and whether it copies its training images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from report import pictures, verdict
-from report.charts import Chart
+from report.charts import Chart, points_of
 from report.folder import number
 from report.page import Html, element, page, section, table
 from report.sections import careful, image_tag
@@ -33,8 +33,9 @@ def render(folder: Path, written: str) -> Html:
     for m, model in enumerate(models, 1):
         name, place = f"subset{m}", folder / f"subset{m}" / "ckpt"
         words = memorisation(figures.get(name))
-        drawn = (careful(make, place) or "–" for make in (loss, samples))
-        rows.append((name, _classes(model), _steps(place, index), words, *drawn))
+        lines = read_metrics(place / "metrics.jsonl", by="step")
+        drawn = (careful(loss, lines) or "–", careful(samples, place) or "–")
+        rows.append((name, _classes(model), _steps(place, lines, index), words, *drawn))
     size = number(index.get("image_size"))
     heading = element(
         "header",
@@ -67,10 +68,9 @@ def memorisation(figure: Any) -> str:
     return "; ".join(filter(None, ("no sign of copying", far)))
 
 
-def loss(place: Path) -> Html | None:
-    """Return the curve of the training loss, thinned out to means."""
-    lines = read_metrics(place / "metrics.jsonl", by="step")
-    points = [(each["step"], each["loss"]) for each in lines if number(each.get("loss")) is not None]
+def loss(lines: Sequence[Mapping[str, Any]]) -> Html | None:
+    """Return the curve of the training loss, thinned out to means. lines: of metrics.jsonl."""
+    points = points_of(lines, "loss", by="step")
     if not points:
         return None
     parts = np.array_split(np.array(points, float), min(_POINTS, len(points)))
@@ -92,8 +92,8 @@ def _classes(model: Any) -> str:
     return ", ".join(names[:_CLASSES]) + more or "–"
 
 
-def _steps(place: Path, index: Mapping[str, Any]) -> str:
-    wanted, lines = number(index.get("steps")), read_metrics(place / "metrics.jsonl", by="step")
+def _steps(place: Path, lines: Sequence[Mapping[str, Any]], index: Mapping[str, Any]) -> str:
+    wanted = number(index.get("steps"))
     whole = f"{wanted:,}" if wanted else "–"
     if lines and lines[-1]["step"] != wanted:
         return f"{lines[-1]['step']:,} of {whole}"

@@ -70,10 +70,15 @@ def curves(metrics_path: str | os.PathLike, path: str | os.PathLike) -> None:
         print(f"{path}: is not drawn ({type(error).__name__}: {' '.join(str(error).split())})", file=sys.stderr)
 
 
-def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of matplotlib, in inches."""
     from matplotlib.figure import Figure  # here, as it is slow to import; Figure needs no display
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    figure = new_figure(8, 4)
     axes = figure.subplots(1, 2)
     shown = {"loss": "training loss", "val_accuracy": "validation accuracy (%)"}
     for axis, (name, title) in zip(axes, shown.items(), strict=True):

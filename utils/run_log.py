@@ -52,12 +52,12 @@ class RunLog:
         return self.folder / "metrics.jsonl"
 
     def forget_after(self, epoch: int) -> None:
-        """Drop the records of epochs after `epoch`, which a resumed run does again."""
+        """Drop the records after `epoch` (or step), which a resumed run does again."""
         if self.metrics_path.exists() and processes.is_first():
             lines = _lines(self.metrics_path)
-            if odd := [number for number, line in enumerate(lines[:-1], 1) if self._number(line) == sys.maxsize]:
+            if odd := [number for number, line in enumerate(lines[:-1], 1) if _number_of(line, self.by) == sys.maxsize]:
                 say_damaged(self.metrics_path, f"{len(odd)} lines are no entries, the first line {odd[0]}; left out")
-            kept = [line + "\n" for line in lines if self._number(line) <= epoch]
+            kept = [line + "\n" for line in lines if _number_of(line, self.by) <= epoch]
             if len(kept) < len(lines):
                 with atomic_file(self.metrics_path) as file:
                     file.write("".join(kept).encode())
@@ -80,9 +80,6 @@ class RunLog:
         self._append(self.metrics_path.name, json.dumps(entries))
         self.board.scalars({k: v for k, v in entries.items() if k != self.by}, entries.get(self.by, 0))
 
-    def _number(self, line: str) -> int:
-        return _number_of(line, self.by)
-
     def settings(self, entries: Mapping[str, Any]) -> None:
         """Write `entries` as config.json, whole or not at all."""
         if processes.is_first():
@@ -97,7 +94,7 @@ class RunLog:
 
 
 def read_metrics(path: str | os.PathLike, by: str = "epoch") -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl in order of epochs, or of what else `by` names; [] if it is missing.
+    """Return the lines of a metrics.jsonl in order of what `by` names; [] if it is missing.
 
     If an epoch is there twice, as after a resume, the later line counts. Half a line of a killed run does not count.
     """
