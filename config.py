@@ -20,7 +20,7 @@ from utils.cli import OneLineParser
 SOURCES = ("guided", "unguided", "by_model", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 MOST = 1_000_000  # of a number without a limit of its own
-# removed settings, each with the value that does what is done now
+# removed settings: only these values still mean what a run does today
 GONE = {"sampler": "ddim", "first_labels": "random", "guide_on": "x_t", "ask": "equal", "warm_up": 3, "restart": False,
         "replay": 0, "within_weight": 1.0}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",

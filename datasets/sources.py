@@ -28,7 +28,7 @@ def load_real(
     """Images of a split: of `EMBEDDED` where <root>/<split> is not there, else read from it.
 
     roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
-    size: pixels a side; per_class: images per class at most, None for all (100 a class of glyphs); workers: threads.
+    size: pixels a side; per_class: images per class at most, None for all (100 per class for glyphs); workers: threads.
     Raises ValueError where a folder is missing or empty.
     """
     if dataset in EMBEDDED and not (roots[0] / split).is_dir():

@@ -245,8 +245,8 @@ def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
     drawing = (sheets + models * memorisation.SAMPLES / SHEET) * sheet
     return (
         f"{models} model{'s' * (models > 1)} x {s.steps:,} steps{begun} x {s.batch_size} images: "
-        f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds + drawing)} on {loop.device}, of which "
-        f"{duration(drawing)} draw samples, after a trial of {TRIAL:.0f} s; saves come on top"
+        f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds + drawing)} on {loop.device} "
+        f"({duration(drawing)} to draw samples), after a trial of {TRIAL:.0f} s; saves come on top"
     )
 
 

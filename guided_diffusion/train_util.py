@@ -29,7 +29,7 @@ from utils.progress import progress
 from utils.run_log import RunLog
 from utils.seeding import generator
 
-SHEET, SHEET_STEPS = 40, 25  # samples of samples.png, and the DDIM steps that they take
+SHEET, SHEET_STEPS = 40, 25  # images in samples.png, and the DDIM steps of each
 USELESS = 10  # average weights whose loss is so many times that of a network that answers 0 are not worth keeping
 
 
@@ -102,9 +102,7 @@ class TrainLoop:
     def measure(self, seconds: float) -> tuple[int, int, float, float]:
         """Return the steps left, the operations of one (2 per multiply-add), its seconds, and those of a sample sheet.
 
-        They come from a short trial.
-
-        seconds: about how long the trial takes. It changes the weights.
+        A short trial tells, which changes the weights. seconds: about how long it takes.
         """
         self.restore()
         self.fit_memory()

@@ -75,7 +75,7 @@ def test_the_estimate_has_the_samples(call, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainLoop, "measure", lambda loop, seconds: (90, 10**12, 0.5, 20.0))
     own = ("--data_dir", folder, "--save_dir", tmp_path / "one", *FLAGS, "--steps", 90, "--save_interval", 40)
     # 90 steps take 45 s, three sheets of 40 samples 60 s, and the 4 samples that are measured at the end 2 s
-    assert "90.0 TFLOP, about 107 s on cpu, of which 62 s draw samples" in call(image_train, *own, "--dry_run")[1]
+    assert "90.0 TFLOP, about 107 s on cpu (62 s to draw samples)" in call(image_train, *own, "--dry_run")[1]
 
 
 def test_fewer_images_at_once_where_memory_is_short(call, folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Write predictions.csv, the labels of a user's own images, and the sheet beside it; say where they may lie."""
+"""Write predictions.csv, the labels of a user's own images, and its sheet; refuse a place where they would do harm."""
 
 import csv
 import io
