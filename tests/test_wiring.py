@@ -169,6 +169,9 @@ def test_how_the_class_learner_learns(training, spy):
     run.train()
     assert process == [2 * (5 + 10)] * 2 and run.learners.process.num_timesteps == 1000  # 4 episodes, 2 per step
     assert [len(t) for t in seen] == process and int(torch.cat(seen).max()) > 900
+    assert (
+        abs(float(torch.cat(seen).float().mean()) - 499.5) < 4 * 1000 / (12 * 60) ** 0.5
+    )  # uniform: 4 standard errors
 
 
 def test_how_the_clusters_recipe_learns(training, spy):
