@@ -153,15 +153,14 @@ class Training:
         """
         processes.same_weights(*self.learners.networks.values())
         self.books.check_pool(processes.broadcast(self.pool.digest()))
-        plan, asked = self.plan(phase.round), None  # None: class after class
+        plan = self.plan(phase.round)
         notes = {"round": phase.round, "source": self.s.source, "hit_rate": None, "hit_rate_by_class": None}
-        if not phase.guided or phase.labels == "likeliest":
-            data = self.unguided(plan)
-            if phase.labels == "likeliest":
-                asked = self.likeliest(data)
-                data = replace(data, labels=asked)
-            if not phase.guided:
-                return data, notes
+        unguided = None if phase.labels == "asked" else self.unguided(plan)
+        if phase.labels == "likeliest":
+            unguided = replace(unguided, labels=self.likeliest(unguided))
+        if not phase.guided:
+            return unguided, notes
+        asked = unguided.labels if unguided else None  # None: class after class
         images, labels, hits = synthesise(self.pool, plan, self.device, self.learners.guide(), asked)
         rate = float(hits.float().mean())
         self.books.log.line(f"round {phase.round}: guided hit rate {100 * rate:.1f} %")
@@ -190,7 +189,7 @@ class Training:
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
             stream=stream, batch=s.sample_batch, scale=s.guidance_scale, renoise=s.renoise, precision=s.precision,
-            guide_on="x_t" if s.recipe == "paper" else "x_0", folder=s.run_folder / "pseudo" / f"batches-{stream}",
+            guide_on=self.learners.guide_on, folder=s.run_folder / "pseudo" / f"batches-{stream}",
         )  # fmt: skip
 
 

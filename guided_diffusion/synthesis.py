@@ -60,41 +60,41 @@ class Synthesis:
 
 def synthesise(
     pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None,
-    wanted: Tensor | None = None,
+    asked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Draw the images of all classes, model by model; several processes share the batches.
 
     log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), for guidance; None draws without.
-    wanted: (N,) the class to ask each image for, one of its model's; None: class after class.
+    asked: (N,) the class to ask each image for, one of its model's; None: class after class.
     Returns the images (N, 3, size, size) uint8; the class asked for (N,) int64, N = C * per_class; and with guidance
     whether `log_probability` gives the image that class at t = 0 (N,) bool, else None.
     """
-    if wanted is None:
-        wanted = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
-    own = [part.to(device) for part in wanted.split([count * plan.per_class for count in plan.classes])]
+    if asked is None:
+        asked = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
+    by_model = [part.to(device) for part in asked.split([count * plan.per_class for count in plan.classes])]
     guided = log_probability is not None
     drawn = work_through(
         pool,
-        [len(asked) for asked in own],
-        partial(_draw, plan, own, log_probability),
+        [len(part) for part in by_model],
+        partial(_draw, plan, by_model, log_probability),
         Pieces(plan.folder and plan.folder / ("guided" if guided else "unguided")),
         batch=plan.batch,
         device=device,
         precision=plan.precision,
         desc="synthesis",
     )
-    return drawn["images"], wanted, drawn.get("hits")
+    return drawn["images"], asked, drawn.get("hits")
 
 
 def _draw(
-    plan: Synthesis, own: Sequence[Tensor], log_probability: LogProbability | None, model: PoolModel, m: int,
+    plan: Synthesis, by_model: Sequence[Tensor], log_probability: LogProbability | None, model: PoolModel, m: int,
     index: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Draw images number `index` of model m, of classes own[m][index]: `images` uint8, and with guidance `hits`.
+    """Draw images number `index` of model m, of classes by_model[m][index]: `images` uint8, and with guidance `hits`.
 
     Raises ValueError where the images are not finite.
     """
-    size, asked = model.image_size, own[m][index]
+    size, asked = model.image_size, by_model[m][index]
     rows = index.tolist()
 
     def drawn_anew(*step: int) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from config import Settings
@@ -16,7 +15,7 @@ from datasets.episodes import Episodes, EpisodeSampler
 from datasets.pseudo import PseudoDataset
 from models import guides
 from models.class_learner import ClassLearner, load_statistics, statistics
-from models.losses import class_learner_loss, meta_loss
+from models.losses import class_learner_loss, class_loss, meta_loss
 from models.meta_model import MetaModel, prototype_scores
 from utils import checkpoint, stopping
 from utils.images import to_float
@@ -37,6 +36,7 @@ class Learners:
     """
 
     changes = AugmentSettings()  # to training images
+    guide_on = "x_t"  # the image that the guide sees: noised, or "x_0", the clean one predicted from it
 
     def __init__(self, settings: Settings, num_classes: int, image_size: int, device: torch.device):
         """num_classes: C; image_size: side in pixels."""
@@ -182,6 +182,7 @@ class ClusterLearners(Learners):
     """Those of the clusters recipe: f and g learn on batches of images, and guide on x_0 through augmented views."""
 
     changes = AugmentSettings(scale=(0.6, 1.0), rotate=12, aspect=1.5, erase=0.2)
+    guide_on = "x_0"
 
     def train_meta_model(
         self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator, epoch: int
@@ -196,9 +197,8 @@ class ClusterLearners(Learners):
 
         def loss_of(step: int) -> tuple[Tensor, Tensor]:
             index = torch.randint(len(data.images), (self.s.image_batch,), generator=rng, device=rng.device)
-            logits = self.model.classify(self.changed(data.images[index.to(data.images.device)], rng))
-            classes = labels[index]
-            return F.cross_entropy(logits, classes), (logits.detach().argmax(1) == classes).float().mean()
+            images = self.changed(data.images[index.to(data.images.device)], rng)
+            return class_loss(self.model, images, labels[index])
 
         loss, right = descend(self.optimizers[0], rates, loss_of, "meta-model").mean(0).tolist()
         return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}

@@ -1,4 +1,4 @@
-"""The losses of the paper's recipe: of the meta-model (f and g) and of the class-learner h."""
+"""The losses: of the meta-model (f and g) in either recipe, and of the paper's class-learner h."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,22 @@ from models.class_learner import ClassLearner, unit_means
 from models.meta_model import MetaModel
 
 
+def class_loss(model: MetaModel, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of g(f(image)) over the C classes, in nats (), and the share that g gets right ().
+
+    images: (N, 3, H, W) float in [-1, 1]; classes: (N,) int64 in [0, C). The loss of the clusters recipe.
+    """
+    logits = model.classify(images)
+    return F.cross_entropy(logits, classes), (logits.detach().argmax(1) == classes).float().mean()
+
+
 def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
     *, way: int, dense_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
+
+    The loss of the paper's recipe.
 
     Args:
         images: (E, S + Q, 3, H, W) float in [-1, 1], support first.

@@ -15,6 +15,7 @@ from models.guides import log_probability, log_probability_of_views
 from models.learners import ClusterLearners, Learners, PaperLearners, check_finite
 from models.losses import class_learner_loss, meta_loss
 from models.meta_model import MetaModel
+from tests.conftest import ROOT
 from utils.images import to_float
 
 CLASSES = 6
@@ -184,3 +185,15 @@ def test_diverged(loss):
     check_finite({"loss": 3.0, "lr": 0.1}, 0)
     with pytest.raises(ValueError, match="epoch 3 at rate 0.1.*what was saved before is whole"):
         check_finite({"loss": 1.0, "class_learner_loss": loss, "lr": 0.1}, 2)
+
+
+def test_another_guidance_as_extending_md_shows():
+    part = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8").split("## Another guidance")[1]
+    code = part.split("```python\n")[1].split("```")[0]
+    names = {"ClusterLearners": ClusterLearners}
+    exec(code, names)
+    settings = Settings(recipe="clusters", features="map", max_epoch=40)
+    sharper, plain = (learners(settings, 3, 16, torch.device("cpu")) for learners in (names["Sharper"], ClusterLearners))
+    x, t = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(4)
+    p, q = plain.guide()(x, t).detach().exp(), sharper.guide()(x, t).detach().exp()
+    assert torch.allclose(q, p**2 / (p**2).sum(1, keepdim=True), atol=1e-5)
