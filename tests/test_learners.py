@@ -193,7 +193,8 @@ def test_another_guidance_as_extending_md_shows():
     names = {"ClusterLearners": ClusterLearners}
     exec(code, names)
     settings = Settings(recipe="clusters", features="map", max_epoch=40)
-    sharper, plain = (learners(settings, 3, 16, torch.device("cpu")) for learners in (names["Sharper"], ClusterLearners))
+    cpu = torch.device("cpu")
+    sharper, plain = (of(settings, 3, 16, cpu) for of in (names["Sharper"], ClusterLearners))
     x, t = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(4)
     p, q = plain.guide()(x, t).detach().exp(), sharper.guide()(x, t).detach().exp()
     assert torch.allclose(q, p**2 / (p**2).sum(1, keepdim=True), atol=1e-5)
