@@ -17,6 +17,14 @@ from utils.plots import curves
 from utils.remote import local
 from utils.run_log import RunLog, read_json, write_skipped
 
+PRECISION = "drawn_in"  # entry of config.json: what --precision auto came to when the run began
+
+
+def kept_precision(s: Settings) -> str | None:
+    """Return the number format in which a run that resumes has drawn its images so far; None for a new run."""
+    kept = (read_json(s.run_folder / "config.json", dict) or {}).get(PRECISION) if s.precision == "auto" else None
+    return kept if kept in ("float32", "bf16") else None
+
 
 class Bookkeeping:
     """The run folder of a training.

@@ -146,7 +146,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
         "mix_level": s.mix_level if pool else 0,
         "mix_steps": s.mix_steps if pool else 0,
         "pool_models": len(pool) if pool else 0,
-        "precision": s.precision,
+        "precision": tests[0].fitter.precision,
         "device": str(device),
         "torch": torch.__version__,
     }
@@ -190,7 +190,7 @@ def main() -> None:
     if settings.support:
         own = OwnImages(settings)
         if settings.dry_run:
-            return dry_run.of_testing(settings, own.fitter.pool, len(own.support.labels))
+            return dry_run.of_testing(settings, own.fitter, len(own.support.labels))
         with locked(settings.run_folder):
             write_skipped(own.path.parent, own.support.skipped, own.skipped)
             probabilities = own.label()
@@ -203,7 +203,7 @@ def main() -> None:
     tests = [Testing(settings, root) for root in settings.data_paths]  # refuses what is wrong before it makes a folder
     if settings.dry_run:
         support = sum(test.episodes.support.numel() for test in tests)
-        return dry_run.of_testing(settings, tests[0].fitter.pool, support)
+        return dry_run.of_testing(settings, tests[0].fitter, support)
     with locked(settings.run_folder):
         if processes.is_first() and not settings.quiet:
             print(opening(settings, tests))

@@ -52,7 +52,7 @@ def of_training(training: Any) -> None:
         guided = sum(phase.guided for phase in rounds)
         twice = guided if s.finds_classes else 0
         each = s.samples_per_class * s.sample_steps
-        work = measure(pool, [count * each * (len(rounds) + twice) for count in classes], s)
+        work = measure(pool, [count * each * (len(rounds) + twice) for count in classes], s, training.precision)
         guiding = guided * sum(classes) * each * _guidance_seconds(training) if guided else 0.0
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [
@@ -89,18 +89,23 @@ def opening(training: Any) -> str:
     if training.real:
         images = f"{len(training.real.labels):,} real images of {classes} classes, {images}"
     epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps"
-    return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {training.device}, {s.run_folder}"
+    device = f"{training.device}, {training.precision}" if s.draws else training.device
+    return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {device}, {s.run_folder}"
 
 
-def of_testing(s: Settings, pool: Pool | None, support: int) -> None:
-    """Print what `diffusionmix.py` would do: settings, and the work of its mixes. support: images, of all episodes."""
+def of_testing(s: Settings, fitter: Any, support: int) -> None:
+    """Print what `diffusionmix.py` would do: settings, and the work of its mixes.
+
+    fitter: a `few_shot.HeadFitter`; support: images, of all episodes.
+    """
     if not processes.is_first():
         return
     lines = _settings(s, "testing")
+    pool = fitter.pool
     if not pool:
         print(*lines, "", "--mix False: no mixes", sep="\n")
         return
-    work = measure(pool, [support * s.mix_steps] * len(pool), s)
+    work = measure(pool, [support * s.mix_steps] * len(pool), s, fitter.precision)
     print(
         *lines, "",
         f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
@@ -109,7 +114,7 @@ def of_testing(s: Settings, pool: Pool | None, support: int) -> None:
     )  # fmt: skip
 
 
-def measure(pool: Pool, forwards: Sequence[int], s: Settings) -> Work:
+def measure(pool: Pool, forwards: Sequence[int], s: Settings, precision: str) -> Work:
     """The work of that many forward passes of each model; its seconds from a trial with the first one.
 
     Several processes share it out; the trial is that of the first.
@@ -119,7 +124,7 @@ def measure(pool: Pool, forwards: Sequence[int], s: Settings) -> Work:
     kinds = [repr(sorted(flags.items())) for flags in every]
     of_kind = {kind: image_flops(flags) for kind, flags in dict(zip(kinds, every, strict=True)).items()}
     flops = [of_kind[kind] for kind in kinds]
-    rate = flops[0] / _seconds_of_one(pool.load(0, device, s.precision), s.sample_batch, device)
+    rate = flops[0] / _seconds_of_one(pool.load(0, device, precision), s.sample_batch, device)
     total = sum(count * cost for count, cost in zip(forwards, flops, strict=True))
     return Work(sum(forwards), total, total / rate / processes.count())
 

@@ -63,6 +63,7 @@ class HeadFitter:
         size: side of the images that it takes, in pixels.
         trained: the settings of its training, as the checkpoint has them, with what the pool said.
         pool: None without mixes.
+        precision: number format in which the pool mixes; without mixes --precision as it is.
     """
 
     def __init__(self, settings: Settings):
@@ -72,6 +73,7 @@ class HeadFitter:
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
+        self.precision = self.pool.precision(s.precision, self.device) if self.pool else s.precision
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 
@@ -81,7 +83,7 @@ class HeadFitter:
         with open(self.path, "rb") as file:
             model = hashlib.file_digest(file, "sha256").hexdigest()
         pool = self.pool.digest() if self.pool else ""
-        made_with = hashlib.sha256(json.dumps([model, pool, digest_of(*data), same]).encode())
+        made_with = hashlib.sha256(json.dumps([model, pool, self.precision, digest_of(*data), same]).encode())
         return Pieces(self.s.run_folder / folder / made_with.hexdigest()[:16])
 
     @torch.no_grad()
@@ -147,7 +149,7 @@ class HeadFitter:
             pieces,
             batch=s.sample_batch,
             device=self.device,
-            precision=s.precision,
+            precision=self.precision,
             desc="mixes",
         )
         features = made["features"].unflatten(0, (len(self.pool), count, shots))

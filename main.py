@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 import dry_run
-from bookkeeping import Bookkeeping
+from bookkeeping import PRECISION, Bookkeeping, kept_precision
 from config import SCENARIOS, Settings, parse
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, kept, kept_labels
@@ -67,11 +67,13 @@ class Training:
         if self.per_model:
             contents["pool"] = processes.broadcast(self.pool.digest())
             self.pool.check(self.per_model, s.sample_steps, s.finds_classes)
+            self.precision = kept_precision(s) or self.pool.precision(s.precision, self.device)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.data, self.data_key = None, None
         self.learners = self.new_learners()
         found = {"num_classes": self.num_classes, "image_size": size, "contents": contents}
+        found |= {PRECISION: self.precision} if self.per_model else {}
         self.books = Bookkeeping(s, found)
         self.books.restore(self.learners, self.device)
 
@@ -188,7 +190,7 @@ class Training:
         s = self.s
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
-            stream=stream, batch=s.sample_batch, scale=s.guidance_scale, renoise=s.renoise, precision=s.precision,
+            stream=stream, batch=s.sample_batch, scale=s.guidance_scale, renoise=s.renoise, precision=self.precision,
             guide_on=self.learners.guide_on, folder=s.run_folder / "pseudo" / f"batches-{stream}",
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,10 +74,12 @@ def unet_settings(size: str) -> dict[str, Any]:
     return {**{name: flags[name] for name in names}, "parameters": parameters}
 
 
-def pool_model(size: str, device: torch.device, precision: str = "float32") -> PoolModel:
-    """A pool model as main.py has it, read from a file: the first that ships, or random weights of the paper's size."""
+@contextlib.contextmanager
+def _pool(size: str) -> Iterator[Pool]:
+    """The pool as main.py has it, in files: the one that ships, or one model of the paper's size, of random weights."""
     if size == "small":
-        return Pool(GLYPHS).load(0, device, precision)
+        yield Pool(GLYPHS)
+        return
     flags = unet_flags(size)
     seed_everything(SEED)
     network = create_model(**flags)
@@ -87,7 +89,19 @@ def pool_model(size: str, device: torch.device, precision: str = "float32") -> P
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         checkpoint.save(path, {"model": network.state_dict(), "flags": flags})
-        return Pool(path).load(0, device, precision)
+        yield Pool(path)
+
+
+def pool_model(size: str, device: torch.device, precision: str = "float32") -> PoolModel:
+    """The first model of that pool."""
+    with _pool(size) as pool:
+        return pool.load(0, device, precision)
+
+
+def settle_precision(args: argparse.Namespace, device: torch.device) -> None:
+    """Replace --precision auto by what it comes to here, as main.py does."""
+    with _pool(args.size) as pool:
+        args.precision = pool.precision(args.precision, device)
 
 
 def plain_model(size: str, device: torch.device) -> PoolModel:

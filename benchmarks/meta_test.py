@@ -105,6 +105,7 @@ def main() -> None:
     """Parse, measure, print."""
     args = measure.parse("Episodes a second of a meta-test with diffusion mixes.")
     device = pick_device(args.device)
+    measure.settle_precision(args, device)
     s = measure.settings(args, device, SIZES, ON_GPU)
     s["batch"] = min(s["batch"], s["episodes"] * s["way"] * s["shot"])
     unet = measure.unet_settings(args.size)
@@ -121,7 +122,7 @@ def main() -> None:
 
     measure.report(
         "meta_test", args, device, {**s, "models": 1, "unet": unet},
-        dtype=inference_dtype(args.precision, device, unet["num_channels"]), unit="episodes",
+        dtype=inference_dtype(args.precision, device), unit="episodes",
         units=s["episodes"], work=work, plain_units=s["plain_episodes"], plain=plain,
     )  # fmt: skip
 

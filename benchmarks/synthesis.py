@@ -59,6 +59,7 @@ def main() -> None:
     """Parse, measure, print."""
     args = measure.parse("Images a second of guided sampling.")
     device = pick_device(args.device)
+    measure.settle_precision(args, device)
     s = measure.settings(args, device, SIZES, ON_GPU)
     if device.type == "cuda":
         s["plain_images"] = s["batch"]
@@ -76,7 +77,7 @@ def main() -> None:
 
     measure.report(
         "synthesis", args, device, {**s, "sampler": "ddim", "models": 1, "unet": unet},
-        dtype=inference_dtype(args.precision, device, unet["num_channels"]),
+        dtype=inference_dtype(args.precision, device),
         unit="images", units=s["batch"], work=work, plain_units=s["plain_images"], plain=plain,
     )  # fmt: skip
 

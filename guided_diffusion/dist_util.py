@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 PRECISIONS = ("auto", "float32", "bf16")
 _T = TypeVar("_T")
-_WIDE = 64  # channels; narrower networks are slower in bf16 on any CPU
+_WIDE = 64  # channels of a network that a GPU compiles
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -50,14 +50,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16) if _wants_bf16(precision, device) else nullcontext()
 
 
-def inference_dtype(precision: str, device: torch.device, channels: int) -> torch.dtype:
+def inference_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the type of the weights of a diffusion model that only draws; its process stays in float32.
 
-    "auto" is bf16 on GPUs that have it, and on CPUs with matrix units (AMX) from 64 channels on.
+    "auto" is bf16 on GPUs that have it. `Pool.precision` finds by a trial what is faster on a CPU.
     """
-    wide = device.type == "cpu" and channels >= _WIDE and torch.cpu._is_amx_tile_supported()
-    bf16 = _wants_bf16(precision, device) or (precision == "auto" and wide)
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if _wants_bf16(precision, device) else torch.float32
+
+
+def may_gain_from_bf16(device: torch.device) -> bool:
+    """Return whether this is a CPU with instructions for bf16. Without them it is emulated, and slow."""
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def worth_compiling(device: torch.device, channels: int) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 
 from guided_diffusion import from_diffusers
 from guided_diffusion.costs import that_fit
-from guided_diffusion.dist_util import compile_in_place, inference_dtype, worth_compiling
+from guided_diffusion.dist_util import compile_in_place, inference_dtype, may_gain_from_bf16, worth_compiling
 from guided_diffusion.respace import SpacedDiffusion, respaced, space_timesteps
 from guided_diffusion.script_util import (
     contents,
@@ -29,6 +30,7 @@ _PROCESS_FLAGS = (  # those that matter for sampling
     "diffusion_steps", "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing",
 )  # fmt: skip
 _MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # greatest values of a checkpoint's flags
+SURELY = 0.9  # of the time in float32: a trial wavers, and the same run shall take the same precision
 _LARGEST = 100_000  # of its other numbers
 _LONGEST = 1000  # characters of its texts
 
@@ -72,6 +74,17 @@ class PoolModel:
         t = torch.zeros(images, dtype=torch.int64, device=device)
         x = torch.zeros(images, 3, self.image_size, self.image_size, device=device)
         float(self.network(x, t, *labels).sum())
+
+    def seconds(self, images: int) -> float:
+        """Return the seconds of a pass of so many images: the shortest of three, or the first that takes a second."""
+        found = []
+        for _ in range(4):  # the first of all is a warm-up
+            started = time.perf_counter()
+            self.trial(images)
+            found.append(time.perf_counter() - started)
+            if len(found) > 1 and found[-1] > 1:
+                break
+        return min(found[1:])
 
     def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
         """Return its process, which visits only `kept` of the timesteps that it was trained on.
@@ -180,7 +193,7 @@ class Pool:
         checkpoint.check_size(weights, file)
         network.to_empty(device="cpu")
         checkpoint.load_state(network, weights, file)
-        dtype = inference_dtype(precision, torch.device(device), flags["num_channels"])
+        dtype = inference_dtype(precision, torch.device(device))
         layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
         network = network.to(device, dtype, memory_format=layout)
         if worth_compiling(torch.device(device), flags["num_channels"]):
@@ -192,6 +205,17 @@ class Pool:
             cure = _cure(path, "its flags")
             raise checkpoint.CheckpointError(f"{path}: no process is like this ({error}); {cure}") from error
         return model
+
+    def precision(self, asked: str, device: torch.device) -> str:
+        """Return the number format to draw in: "float32" or "bf16".
+
+        Where "auto" is asked for on a CPU with instructions for bf16, a trial of the first model in both decides.
+        """
+        if asked != "auto" or not may_gain_from_bf16(device):
+            return "bf16" if inference_dtype(asked, device) == torch.bfloat16 else "float32"
+        exact, half = (self.load(0, device, each) for each in ("float32", "bf16"))
+        images = 2 if exact.seconds(2) > 0.1 else 32  # of a large network; of a small one
+        return "bf16" if half.seconds(images) < SURELY * exact.seconds(images) else "float32"
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
         """Return how many of `batch` images may pass `model` at once, by the memory free when first asked.

@@ -28,8 +28,8 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("card", CARDS)
 def test_bf16_only_where_the_chosen_card_has_it(gpus, card):
     device, native = torch.device("cuda", card), CARDS[card][0] >= 8
-    assert inference_dtype("auto", device, 128) == (torch.bfloat16 if native else torch.float32)
-    assert inference_dtype("bf16", device, 128) == torch.bfloat16
+    assert inference_dtype("auto", device) == (torch.bfloat16 if native else torch.float32)
+    assert inference_dtype("bf16", device) == torch.bfloat16
     assert isinstance(autocast("auto", device), torch.autocast) == native
 
 

@@ -42,7 +42,7 @@ def test_results(test_run):
     assert set(KEYS) <= results.keys()
     expected = dict(
         dataset="glyphs", split="meta_test", way=5, shot=1, query=2, episodes=4, seed=1, mix_steps=2, pool_models=2,
-        device="cpu", precision="auto", torch=torch.__version__,
+        device="cpu", precision="float32", torch=torch.__version__,
     )  # fmt: skip
     assert {name: results[name] for name in expected} == expected
     mixed, plain = results["by_episode"], results["by_episode_without_mix"]
