@@ -253,16 +253,16 @@ def as_text(rows: list[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        change = _figure(r.difference, r.difference_ci95, r.difference_seeds_ci95, "+.2f")
+        change = figure(r.difference, r.difference_ci95, r.difference_seeds_ci95, "+.2f")
         named = f"{change} ({r.against or 'the row above'})" if change else ""
         lines.append(
-            f"| {r.shot} | {r.row} | {_figure(r.accuracy, r.ci95, r.seeds_ci95, '.2f')} | {named} "
-            f"| {_figure(r.closed, r.closed_ci95, r.closed_seeds_ci95, '.0f')} | {float(r.seconds):.0f} |"
+            f"| {r.shot} | {r.row} | {figure(r.accuracy, r.ci95, r.seeds_ci95, '.2f')} | {named} "
+            f"| {figure(r.closed, r.closed_ci95, r.closed_seeds_ci95, '.0f')} | {float(r.seconds):.0f} |"
         )
     return "\n".join(lines)
 
 
-def _figure(value: float | str, ci95: float | str, seeds_ci95: float | str, form: str) -> str:
+def figure(value: float | str, ci95: float | str, seeds_ci95: float | str, form: str) -> str:
     """A figure with its half-widths over episodes and over seeds, those that are known; "" for none."""
     if value == "":
         return ""
@@ -366,7 +366,12 @@ def _training_seconds(path: Path) -> float:
 
 def call(script: str, *flags: str) -> None:
     """Run a script of the project; exit as it does where it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=ROOT, check=False)
+    execute(sys.executable, str(ROOT / script), *flags)
+
+
+def execute(*words: str) -> None:
+    """Run a command in the top folder; exit as it does where it fails."""
+    done = subprocess.run(words, cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

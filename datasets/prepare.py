@@ -285,6 +285,11 @@ def _file_names() -> list[str]:
     return [f"{index:05d}.png" for index in range(published.PER_CLASS)]
 
 
+def is_complete(out: Path, classes: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether `out` has every image of `classes` (split -> names)."""
+    return all(_is_complete(out / split / name) for split, names in classes.items() for name in names)
+
+
 def _is_complete(folder: Path) -> bool:
     return folder.is_dir() and set(_file_names()) <= {path.name for path in folder.iterdir() if path.stat().st_size}
 
