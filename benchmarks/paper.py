@@ -33,7 +33,7 @@ NAMES = [name for name, scenario in SCENARIOS.items() if {*scenario.images} <= {
 SHOTS = (1, 5)  # of the tests; one training serves both, as in benchmarks.table
 PER_MODEL = 5  # classes that a pool model learns; of 64, the last of 13 models has 4
 NETWORK = [word for name, value in PAPER.items() for word in (f"--{name}", str(value))] + ["--random_flip", "True"]
-OWN = {"--dataset", "--data-root", "--pool", "--source", "--save-dir", "--resume", "--seed", "--nExemplars", "--shot"}
+OWN = "-d --dataset --data-root --pool --source --save-dir --resume --seed --nExemplars --shot".split()  # set here
 TASK = "@TASK@"  # stands for the number of a task of an array job
 FIGURES = Path(__file__).with_name("published.json")
 HEAD = ("method", "1 shot, %", "5 shots, %", "source")
@@ -65,7 +65,7 @@ def models(domain: str) -> int:
 def plan(a: Namespace, array: bool = False) -> dict[str, list[Step]]:
     """Return the steps of each stage, in order. array: a step stands for every model of a pool, or for every seed."""
     many = ["torchrun", "--standalone", "--nproc_per_node", str(a.gpus)] if a.gpus > 1 else ["python"]
-    condition, joined, before = a.scenario[:2].replace("ci", "un"), f"ckpt/pools/{a.scenario}", 0
+    condition, joined, before = "co" if a.scenario.startswith("co_") else "un", f"ckpt/pools/{a.scenario}", 0
     stages = {stage: [] for stage in ("data", "pool", "train", "test", "table")}
     for domain, source in a.data.items():
         pool = f"ckpt/pools/{condition}_{domain}"
@@ -166,10 +166,12 @@ def show(a: Namespace) -> None:
 
 def arguments(argv: list[str]) -> Namespace:
     """Return the settings of a command line. Raises ValueError for any that a later step would refuse."""
-    parts, at = {"": [], "--pretrain": [], "--test": []}, ""
+    parts, at = {None: [], "--pretrain": [], "--test": []}, None
     for word in argv:
-        at = word if word in parts else at
-        parts[at] += [word] if word not in parts else []
+        if word in parts:
+            at = word
+        else:
+            parts[at].append(word)
     parser = OneLineParser(prog="python -m benchmarks.paper", description=__doc__.splitlines()[0])
     parser.add_argument("--scenario", required=True, choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--data", default="", help="CIFAR-100 ('': download it), or miniImageNet; of cifar_mini both, "
@@ -180,7 +182,7 @@ def arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--print", choices=("torchrun", "sbatch"), help="print the commands for one machine, or those "
                         "that submit jobs to Slurm, and stop")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="only make the table, of the results that are there")
-    a, a.train = parser.parse_known_args(parts[""])
+    a, a.train = parser.parse_known_args(parts[None])
     a.pretrain, a.test, a.folder = parts["--pretrain"], parts["--test"], a.folder or Path("ckpt/runs/paper", a.scenario)
     domains, sources = SCENARIOS[a.scenario].images, a.data.split(",")
     sources = sources * len(domains) if sources == [""] else sources
