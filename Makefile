@@ -5,7 +5,7 @@ EXTRA := $(VENV)/.extra
 # two tests at once, a thread each: more threads in each would wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help install demo tour test test-all soak mutants table bench clean
+.PHONY: help install demo tour test test-all soak mutants table paper bench clean
 
 help:
 	@echo "make install  make $(VENV) with the packages of requirements.txt: 5 GB, a minute or two"
@@ -17,6 +17,8 @@ help:
 	@echo "make mutants  break one line after another in a copy and see that a test fails; 10 minutes"
 	@echo "make table  the result tables of glyphs and fontchars: benchmarks/RESULTS.md; a day on 2 cores; resumes"
 	@echo "            DATA_ROOT=data/mine POOL=ckpt/pools/mine adds that of your images, tested on their meta_val"
+	@echo "make paper SCENARIO=un_cifarfs DATA=path/to/cifar100  a row of the paper's table, from the data on; resumes"
+	@echo "            GPUS=4 uses 4 GPUs; FLAGS='--print sbatch' prints the commands for Slurm and runs nothing"
 	@echo "make bench  how fast sampling, testing and training are on the CPU, small: 5 minutes on 2 quiet cores"
 	@echo "make clean  remove caches; runs, data and $(VENV) stay"
 	@echo "PYTHON=...  the Python (3.11 or newer) that makes $(VENV); now $(PYTHON)"
@@ -63,6 +65,10 @@ ifdef DATA_ROOT
 	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root $(DATA_ROOT) \
 		$(if $(POOL),--pool $(POOL)) --test --split meta_val
 endif
+
+paper: $(STAMP)
+	@$(VENV)/bin/python -m benchmarks.paper --scenario $(SCENARIO) $(if $(DATA),--data "$(DATA)") \
+		$(if $(GPUS),--gpus $(GPUS)) $(FLAGS)
 
 bench: $(STAMP)
 	@for work in synthesis meta_test meta_train pretrain; do \

@@ -155,10 +155,11 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
 
 def show(a: Namespace) -> None:
     """Print the table, and write paper.html."""
-    rows, title, out = rows_of(a), f"{a.scenario}, 5-way", a.folder / "paper.html"
+    rows, title, out = rows_of(a), f"{a.scenario}, {a.way}-way", a.folder / "paper.html"
     none = f"no published figure on file; add one to benchmarks/{FIGURES.name}" if len(rows) == 2 else ""
-    lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
-    print("", f"{title}. {INTERVALS}", "", *lines, *filter(None, ["", none]), f"\n{out}", sep="\n")
+    print("", f"{title}. {INTERVALS}", "", sep="\n")
+    print(*(f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)), "", sep="\n")
+    print(*filter(None, [none]), f"{out}", sep="\n")
     runs = {f"seed {seed}": Run.read(ROOT / a.folder / f"seed{seed}") for seed in a.seeds}
     beside = section("Ours and published", INTERVALS, table(HEAD, rows, class_="numbers"), element("p", none))
     write(page(title, element("h1", title), beside, *compared(runs)), ROOT / out)
@@ -192,7 +193,7 @@ def arguments(argv: list[str]) -> Namespace:
         raise ValueError(f"got --gpus {a.gpus}, expected 1 or more")
     if taken := [word for word in (*a.train, *a.test) if word.partition("=")[0].replace("_", "-") in OWN]:
         raise ValueError(f"got {taken[0]}, which this command sets itself; leave it out, or see --seeds and --folder")
-    parse(["--dataset", a.scenario, *a.train, *a.test], description="")
+    a.way = parse(["--dataset", a.scenario, *a.train, *a.test], description="").way
     train_flags.parse([*NETWORK, *a.pretrain])
     a.data = dict(zip(domains, sources, strict=True))
     return a

@@ -21,7 +21,7 @@ import guided_diffusion.image_train as image_train
 import main
 import report.__main__ as report
 import report.figures as report_figures
-from benchmarks import demo, ladder, measure, meta_test, meta_train, pretrain, synthesis, table
+from benchmarks import demo, ladder, measure, meta_test, meta_train, paper, pretrain, synthesis, table
 from config import parse
 from datasets import pseudo, published
 from guided_diffusion.pool import subset_path
@@ -53,6 +53,7 @@ SMALL = {
     "benchmarks.meta_train": ["--repeats", "1"],
     "benchmarks.pretrain": ["--repeats", "1"],
     "benchmarks.demo": [],
+    "benchmarks.paper": [],
     "benchmarks.ladder": SMALL_RUN,
 }
 MODULES = {
@@ -60,7 +61,7 @@ MODULES = {
     "guided_diffusion.export": export, "datasets.prepare": prepare, "datasets.pseudo": pseudo,
     "report": report, "report.figures": report_figures, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
-    "benchmarks.table": table, "benchmarks.ladder": ladder,
+    "benchmarks.table": table, "benchmarks.ladder": ladder, "benchmarks.paper": paper,
 }  # fmt: skip
 
 
