@@ -34,6 +34,7 @@ SHOTS = (1, 5)  # of the tests; one training serves both, as in benchmarks.table
 PER_MODEL = 5  # classes that a pool model learns; of 64, the last of 13 models has 4
 NETWORK = [word for name, value in PAPER.items() for word in (f"--{name}", str(value))] + ["--random_flip", "True"]
 OWN = "-d --dataset --data-root --pool --source --save-dir --resume --seed --nExemplars --shot".split()  # set here
+FREE = {"cifarfs"}  # what can be downloaded
 TASK = "@TASK@"  # stands for the number of a task of an array job
 FIGURES = Path(__file__).with_name("published.json")
 HEAD = ("method", "1 shot, %", "5 shots, %", "source")
@@ -70,7 +71,8 @@ def plan(a: Namespace, array: bool = False) -> dict[str, list[Step]]:
     for domain, source in a.data.items():
         pool = f"ckpt/pools/{condition}_{domain}"
         words = ["python", "-m", "datasets.prepare", domain, "--out", f"data/{domain}"]
-        stages["data"].append(Step([*words, *(["--from", source] if source else [])], Path("data", domain)))
+        if source or domain in FREE:
+            stages["data"].append(Step([*words, *(["--from", source] if source else [])], Path("data", domain)))
         if pool != joined:  # a link for each model, so that the pools of both data sets serve other scenarios, too
             link = f"{joined}/subset$((m + {before}))"
             each = f"[ -d {link} ] || ln -sfn ../{Path(pool).name}/subset$m {link}"
@@ -100,8 +102,10 @@ def sbatch(a: Namespace) -> list[str]:
     seeds = f"--array={','.join(map(str, a.seeds))} --gpus-per-node={a.gpus} "
 
     def submit(name: str, options: str, steps: list[Step], known: str = "") -> None:
-        wrap = shlex.quote(" && ".join(step.line for step in steps).replace(TASK, "$SLURM_ARRAY_TASK_ID"))
-        lines.append(f"{name}={known}$(sbatch --parsable --job-name={a.scenario}-{name} {options}--wrap {wrap})")
+        wrap = " && ".join(step.line for step in steps).replace(TASK, "$SLURM_ARRAY_TASK_ID") or "true"
+        lines.append(
+            f"{name}={known}$(sbatch --parsable --job-name={a.scenario}-{name} {options}--wrap {shlex.quote(wrap)})"
+        )
 
     submit("data", "", stages["data"])
     for domain, step in zip(a.data, stages["pool"], strict=True):
@@ -141,10 +145,10 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
         found[shot] = [read_json(path, dict) for path in paths]
         if None in found[shot]:
             raise ValueError(f"{paths[found[shot].index(None)]}: no results; give the command without --table")
-    rows = []
+    way, seeds, rows = found[1][0]["way"], " ".join(map(str, a.seeds)), []
     for name, key in (("ours, with mixes", "by_episode"), ("ours, without mixes", "by_episode_without_mix")):
         cells = (figure(*over_seeds([each[key] for each in found[shot]]), ".2f") for shot in SHOTS)
-        rows.append((name, *cells, f"{a.folder}, seeds {' '.join(map(str, a.seeds))}"))
+        rows.append((name, *cells, f"{way}-way, seeds {seeds}, {a.folder}"))
     known: dict[tuple[str, str], dict[int, str]] = {}
     for each in (read_json(FIGURES, dict, "no figures are taken") or {}).get(a.scenario, []):
         key = (each["method"], f"{each['paper']}, {each['table']}, {each['url']}")
@@ -155,7 +159,7 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
 
 def show(a: Namespace) -> None:
     """Print the table, and write paper.html."""
-    rows, title, out = rows_of(a), f"{a.scenario}, {a.way}-way", a.folder / "paper.html"
+    rows, title, out = rows_of(a), a.scenario, a.folder / "paper.html"
     none = f"no published figure on file; add one to benchmarks/{FIGURES.name}" if len(rows) == 2 else ""
     print("", f"{title}. {INTERVALS}", "", sep="\n")
     print(*(f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)), "", sep="\n")
@@ -193,9 +197,12 @@ def arguments(argv: list[str]) -> Namespace:
         raise ValueError(f"got --gpus {a.gpus}, expected 1 or more")
     if taken := [word for word in (*a.train, *a.test) if word.partition("=")[0].replace("_", "-") in OWN]:
         raise ValueError(f"got {taken[0]}, which this command sets itself; leave it out, or see --seeds and --folder")
-    a.way = parse(["--dataset", a.scenario, *a.train, *a.test], description="").way
+    parse(["--dataset", a.scenario, *a.train, *a.test], description="")
     train_flags.parse([*NETWORK, *a.pretrain])
     a.data = dict(zip(domains, sources, strict=True))
+    for domain, source in a.data.items():
+        if not (a.table or source or domain in FREE or prepare.is_complete(ROOT / "data" / domain, classes_of(domain))):
+            raise ValueError(f"got no --data for {domain}, which cannot be downloaded; give the place of a copy")
     return a
 
 

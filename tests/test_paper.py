@@ -169,6 +169,7 @@ def test_data_that_is_there_needs_no_source(place, made, call):
                                   test_prepare.pixels(name, index, side=4))  # fmt: skip
     assert call(paper, "--scenario", "co_miniimagenet")[0] == 0
     assert made[0][1] == "guided_diffusion/image_train.py" and made[0][-2:] == ["--class_cond", "True"]
+    assert call(paper, "--scenario", "co_miniimagenet", "--print", "sbatch")[1].splitlines()[0].endswith("--wrap true)")
 
 
 def test_published_figures_stand_beside_ours(place, made, call, monkeypatch):
@@ -278,6 +279,8 @@ def test_the_published_sets_need_13_models():
         ("--scenario un_cifarfs --test --shot 3", "--shot"),
         ("--scenario un_cifarfs --max-epch 3", "--max-epoch"),
         ("--scenario un_cifarfs --pretrain --image_size x", "image_size"),
+        ("--scenario un_miniimagenet --print sbatch", "no --data for miniimagenet"),
+        ("--scenario un_miniimagenet --table", "seed1/1-shot/results.json"),
         ("--scenario un_cifarfs --table", "seed1/1-shot/results.json"),
     ],
 )
