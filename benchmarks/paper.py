@@ -37,6 +37,7 @@ OWN = "-d --dataset --data-root --pool --source --save-dir --resume --seed --nEx
 FREE = {"cifarfs"}  # what can be downloaded
 TASK = "@TASK@"  # stands for the number of a task of an array job
 FIGURES = Path(__file__).with_name("published.json")
+TOLD = f"{INTERVALS} Published figures have the interval of their source."
 HEAD = ("method", "1 shot, %", "5 shots, %", "source")
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 
@@ -161,11 +162,11 @@ def show(a: Namespace) -> None:
     """Print the table, and write paper.html."""
     rows, title, out = rows_of(a), a.scenario, a.folder / "paper.html"
     none = f"no published figure on file; add one to benchmarks/{FIGURES.name}" if len(rows) == 2 else ""
-    print("", f"{title}. {INTERVALS}", "", sep="\n")
+    print("", f"{title}. {TOLD}", "", sep="\n")
     print(*(f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *rows)), "", sep="\n")
     print(*filter(None, [none]), f"{out}", sep="\n")
     runs = {f"seed {seed}": Run.read(ROOT / a.folder / f"seed{seed}") for seed in a.seeds}
-    beside = section("Ours and published", INTERVALS, table(HEAD, rows, class_="numbers"), element("p", none))
+    beside = section("Ours and published", TOLD, table(HEAD, rows, class_="numbers"), element("p", none, class_="told"))
     write(page(title, element("h1", title), beside, *compared(runs)), ROOT / out)
 
 
