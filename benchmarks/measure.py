@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -141,29 +141,34 @@ def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
     return 2e-9 * side**3 / statistics.median(timed(lambda: a @ b, device, 5))
 
 
+class Timed(NamedTuple):
+    """What is timed. make: called when its turn comes, so that the memory of one is not that of the other; it returns
+    a function of which a call does `units` images or episodes."""
+
+    units: int
+    make: Callable[[], Callable[[], object]]
+
+
 def report(
     name: str, args: argparse.Namespace, device: torch.device, chosen: Mapping[str, Any], *, dtype: torch.dtype,
-    unit: str, units: int, work: Callable[[], Callable[[], object]],
-    plain_units: int, plain: Callable[[], Callable[[], object]],
+    unit: str, work: Timed, plain: Timed,
 ) -> None:  # fmt: skip
     """Measure and print the JSON line.
 
-    chosen: the settings; dtype: what --precision came to; unit: "images" or "episodes"; work, plain: make what is
-    timed, when its turn comes, so that the memory of one is not that of the other. A call of theirs does `units` and
-    `plain_units` units.
+    chosen: the settings; dtype: what --precision came to; unit: "images" or "episodes"; plain: the work done plainly.
     """
     with contextlib.redirect_stdout(sys.stderr):
         _say(f"{name}, {args.size}, {device}: counting the work of a run")
-        run = work()
+        run = work.make()
         flops = count_flops(run)
         _say(f"{flops / 1e9:.4g} GFLOP; a warm-up, {args.repeats} timed runs")
         seconds = timed(run, device, args.repeats)
         peak = _peak_memory(device)
         del run
-        rate, achieved = units / statistics.median(seconds), flops / statistics.median(seconds) / 1e9
+        rate, achieved = work.units / statistics.median(seconds), flops / statistics.median(seconds) / 1e9
         _say(f"{rate:.4g} {unit} a second; the plain way")
-        plain_seconds = timed(plain(), device, args.repeats)
-        plain_rate = plain_units / statistics.median(plain_seconds)
+        plain_seconds = timed(plain.make(), device, args.repeats)
+        plain_rate = plain.units / statistics.median(plain_seconds)
         _say(f"{plain_rate:.4g} {unit} a second; the machine's own rate")
         own = {key: matmul_gflops(each, device) for key, each in _DTYPES.items()}
     line = {
@@ -183,7 +188,7 @@ def report(
         "peak_memory_mb": peak,
         "seconds": seconds,
         "plain_seconds": plain_seconds,
-        "settings": {**chosen, f"{unit}_timed": units, f"plain_{unit}_timed": plain_units, **_float32_on(device)},
+        "settings": {**chosen, f"{unit}_timed": work.units, f"plain_{unit}_timed": plain.units, **_float32_on(device)},
     }
     print(json.dumps(_rounded(line)), flush=True)
 

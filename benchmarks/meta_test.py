@@ -123,7 +123,7 @@ def main() -> None:
     measure.report(
         "meta_test", args, device, {**s, "models": 1, "unet": unet},
         dtype=inference_dtype(args.precision, device), unit="episodes",
-        units=s["episodes"], work=work, plain_units=s["plain_episodes"], plain=plain,
+        work=measure.Timed(s["episodes"], work), plain=measure.Timed(s["plain_episodes"], plain),
     )  # fmt: skip
 
 

@@ -96,8 +96,9 @@ def main() -> None:
 
     measure.report(
         "meta_train", args, device, {**s, "backbone": "conv4"},
-        dtype=torch.float32, unit="episodes", units=s["episodes"], work=lambda: Training(s, device).epoch,
-        plain_units=s["plain_episodes"], plain=plain,
+        dtype=torch.float32, unit="episodes",
+        work=measure.Timed(s["episodes"], lambda: Training(s, device).epoch),
+        plain=measure.Timed(s["plain_episodes"], plain),
     )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def main() -> None:
     measure.report(
         "pretrain", args, device, {**s, "models": 1, "unet": measure.unet_settings(args.size)},
         dtype=torch.bfloat16 if bf16 else torch.float32, unit="images",
-        units=images, work=work, plain_units=images, plain=plain,
+        work=measure.Timed(images, work), plain=measure.Timed(images, plain),
     )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def main() -> None:
     measure.report(
         "synthesis", args, device, {**s, "sampler": "ddim", "models": 1, "unet": unet},
         dtype=inference_dtype(args.precision, device),
-        unit="images", units=s["batch"], work=work, plain_units=s["plain_images"], plain=plain,
+        unit="images", work=measure.Timed(s["batch"], work), plain=measure.Timed(s["plain_images"], plain),
     )  # fmt: skip
 
 
