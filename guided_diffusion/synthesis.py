@@ -71,12 +71,12 @@ def synthesise(
     """
     if asked is None:
         asked = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
-    by_model = [part.to(device) for part in asked.split([count * plan.per_class for count in plan.classes])]
+    by_model = asked.split([count * plan.per_class for count in plan.classes])
     guided = log_probability is not None
     drawn = work_through(
         pool,
         [len(part) for part in by_model],
-        partial(_draw, plan, by_model, log_probability),
+        partial(_draw, plan, by_model, device, log_probability),
         Pieces(plan.folder and plan.folder / ("guided" if guided else "unguided")),
         batch=plan.batch,
         device=device,
@@ -87,18 +87,18 @@ def synthesise(
 
 
 def _draw(
-    plan: Synthesis, by_model: Sequence[Tensor], log_probability: LogProbability | None, model: PoolModel, m: int,
-    index: Tensor,
+    plan: Synthesis, by_model: Sequence[Tensor], device: torch.device, log_probability: LogProbability | None,
+    model: PoolModel, m: int, index: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Draw images number `index` of model m, of classes by_model[m][index]: `images` uint8, and with guidance `hits`.
 
     Raises ValueError where the images are not finite.
     """
-    size, asked = model.image_size, by_model[m][index]
+    size, asked = model.image_size, by_model[m][index].to(device)
     rows = index.tolist()
 
     def drawn_anew(*step: int) -> Tensor:
-        return noise((3, size, size), rows, plan.seed, "synthesis", plan.stream, m, *step).to(asked.device)
+        return noise((3, size, size), rows, plan.seed, "synthesis", plan.stream, m, *step).to(device, non_blocking=True)
 
     images = sample(
         model.network,
