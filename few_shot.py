@@ -174,7 +174,9 @@ class HeadFitter:
         mixed = self.mixed(images, support, partners[m], member, m, part)
         if member.image_size != self.size:
             mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
-        kept = [i for i, item in enumerate(part.tolist()) if keep(m, item)]
+        kept = torch.tensor(
+            [i for i, item in enumerate(part.tolist()) if keep(m, item)], dtype=torch.int64, device=mixed.device
+        )
         return {"features": self.features(mixed), "pictures": to_uint8(mixed[kept]).cpu()}
 
     def mixed(

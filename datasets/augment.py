@@ -61,23 +61,29 @@ class AugmentSettings:
             raise ValueError(f"got aspect {self.aspect}, expected 1 or more; give the greater side over the smaller")
 
 
-def augment(
-    images: torch.Tensor, generator: torch.Generator, settings: AugmentSettings, *, alike: bool = False
-) -> torch.Tensor:
-    """Flip, crop, recolour and erase each image at random, in that order.
+def draw(rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Return the random numbers that change `rows` images, (rows, 20) in [0, 1), on the generator's device."""
+    return torch.rand(rows, _DRAWS, generator=generator, device=generator.device)
+
+
+def augment(images: torch.Tensor, generator: torch.Generator, settings: AugmentSettings) -> torch.Tensor:
+    """Do as `augment_by`, each image by random numbers of its own, drawn from `generator` whatever the settings."""
+    return augment_by(images, draw(len(images), generator), settings)
+
+
+def augment_by(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
+    """Flip, crop, recolour and erase each image, in that order, as random numbers say.
 
     Args:
         images: (N, 3, H, W) uint8, or float in [-1, 1].
-        generator: where the random numbers come from; N rows of them, whatever the settings.
+        draws: (N, 20) from `draw`; or (1, 20), which changes all images alike, so that none depends on how many there
+            are.
         settings: how far to go.
-        alike: change all images in the same way, so that none depends on how many there are.
 
     Returns:
         (N, 3, H, W) float32 in [-1, 1], on the device of `images`.
     """
-    rows = 1 if alike else len(images)
-    draws = torch.rand(rows, _DRAWS, generator=generator, device=generator.device).to(images.device)
-    draws = draws.expand(len(images), -1)
+    draws = draws.to(images.device).expand(len(images), -1)
     if images.is_cuda or not len(images):
         return _augment(images, draws, settings)
     # On a CPU a few images at a time stay in its cache; which share a chunk changes nothing.
@@ -127,7 +133,7 @@ def _recolour(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettin
     # Brightness, contrast, hue and saturation (0 where grayscale), in that order and without clipping between
     # them, are one 3x3 matrix and one offset per image: one pass over the pixels instead of five.
     # On u = (x + 1) / 2, brightness is f * u and contrast c * u + (1 - c) * (the image's mean luma).
-    luma = images.new_tensor(_LUMA)
+    luma = torch.stack([images.new_full((), each) for each in _LUMA])  # filled there: a GPU waits for no copy
     brightness = _factor(draws[:, 0], settings.brightness)
     contrast = _factor(draws[:, 1], settings.contrast)
     saturation = _factor(draws[:, 2], settings.saturation)

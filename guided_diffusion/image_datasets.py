@@ -49,7 +49,8 @@ class TrainingImages:
         if flip:
             mirrored = torch.rand(size, generator=rng) < 0.5
             images[mirrored] = images[mirrored].flip(-1)
-        return images.to(device), self.labels[index].to(device)
+        # sent ahead: no step waits until a GPU has done the one before
+        return images.to(device, non_blocking=True), self.labels[index].to(device, non_blocking=True)
 
 
 def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | None = None) -> TrainingImages:

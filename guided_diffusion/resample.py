@@ -24,7 +24,7 @@ class UniformSampler:
         p = self.probabilities()
         t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
         weights = 1.0 / (self.num_timesteps * p[t])
-        return t.to(device), weights.to(device=device, dtype=torch.float32)
+        return t.to(device, non_blocking=True), weights.float().to(device, non_blocking=True)
 
     def update_with_local_losses(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Learn from the unweighted losses (N,) seen at timesteps (N,); uniform sampling ignores them."""

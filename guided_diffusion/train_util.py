@@ -148,7 +148,8 @@ class TrainLoop:
         images, labels = self.data.batch(s.batch_size, self.step, s.seed, flip=s.random_flip, device=self.device)
         rng = generator(s.seed, "noise", self.step)
         t, weights = self.sampler.sample(len(images), self.device, rng)
-        return images, labels, t, weights, torch.randn(images.shape, generator=rng).to(self.device)
+        noise = torch.randn(images.shape, generator=rng).to(self.device, non_blocking=True)
+        return images, labels, t, weights, noise
 
     def gradients(
         self, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, noise: torch.Tensor

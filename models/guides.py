@@ -27,19 +27,20 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> LogProbability:
     return function
 
 
-def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, int], Tensor], views: int) -> LogProbability:
+def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, Tensor], Tensor], views: int) -> LogProbability:
     """Return log p(c | x), the mean of log softmax g(f(v(x))) over views v: (x (N, 3, H, W), t (N,)) -> (N, C).
 
     Guided by one look at an image, sampling draws marks that only this classifier sees; averaged over views, it does
     not.
 
-    view: (images, number) -> the images changed at random, all alike, differently for each number. The first t, which
-    all images of a batch share in sampling, picks the views. The model is put into eval mode.
+    view: (images, number (1,) int64) -> the images changed at random, all alike, differently for each number. View i
+    at t is number views * t + i; the first t, which all images of a batch share in sampling, picks them. It stays on
+    the device: to read it, every step would wait for a GPU. The model is put into eval mode.
     """
     model.eval()
 
     def function(x: Tensor, t: Tensor) -> Tensor:
-        first = views * int(t[0]) if len(t) else 0
+        first = views * t[:1].long()
         seen = [F.log_softmax(model.classify(view(x, first + i)), dim=1) for i in range(views)]
         return torch.stack(seen).mean(0)
 

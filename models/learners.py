@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import Settings
-from datasets.augment import AugmentSettings, augment
+from datasets.augment import AugmentSettings, augment, augment_by, draw
 from datasets.episodes import Episodes, EpisodeSampler
 from datasets.pseudo import PseudoDataset
 from models import guides
@@ -23,6 +24,7 @@ from utils.metrics import accuracy, mean_confidence_interval
 from utils.progress import progress
 from utils.seeding import generator
 
+LEVELS = 1000  # of noise: the t that a guide gets is below
 VIEW = AugmentSettings(flip=False, scale=(0.75, 1.0), rotate=8, aspect=1.2, erase=0.0)  # what guidance looks through
 
 
@@ -206,11 +208,18 @@ class ClusterLearners(Learners):
     def guide(self) -> guides.LogProbability:
         """Return log p(c | x) by g through --views views, which change with t."""
 
-        def view(images: Tensor, number: int) -> Tensor:
-            rng = generator(self.s.seed, "view", number, device=self.device)
-            return augment(images, rng, VIEW, alike=True)
+        draws = view_draws(self.s.seed, self.s.views * LEVELS, self.device)
+
+        def view(images: Tensor, number: Tensor) -> Tensor:
+            return augment_by(images, draws[number], VIEW)
 
         return guides.log_probability_of_views(self.model, view, self.s.views)
+
+
+@lru_cache(maxsize=2)  # for a run asks again every round
+def view_draws(seed: int, count: int, device: torch.device) -> Tensor:
+    """Return the random numbers of views number 0 to count - 1 of a run, (count, 20), on the device."""
+    return torch.cat([draw(1, generator(seed, "view", number, device=device)) for number in range(count)])
 
 
 def descend(

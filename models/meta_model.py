@@ -26,18 +26,13 @@ def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
         (E, way, D), of unit length.
 
     Raises:
-        ValueError: wrong shapes, a label out of range, or a class without an image.
+        ValueError: wrong shapes. Labels are not looked at: every training step would wait for a GPU.
     """
     _check_way(way)
     if features.ndim != 3 or labels.shape != features.shape[:2]:
         got = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
         raise ValueError(f"support features are {got}, expected (E, S, D) with labels (E, S): give each image a label")
-    member = (labels[..., None] == torch.arange(way, device=labels.device)).to(features.dtype)  # (E, S, way)
-    counts = member.sum(1)  # (E, way)
-    if not bool(((counts > 0).all(1) & (counts.sum(1) == labels.shape[1])).all()):
-        raise ValueError(
-            f"support labels do not cover 0..{way - 1}: every class of an episode needs an image, no other"
-        )
+    member = _members(labels, way).to(features.dtype)
     # The counts cancel in the normalisation, so the sum serves as the mean.
     with _full_precision(features):
         return F.normalize(member.transpose(1, 2) @ features, dim=-1)
@@ -62,6 +57,11 @@ def prototype_scores(
         ValueError: wrong shapes, a label out of range, or a class without a support image.
     """
     prototypes = class_prototypes(support_embeddings, support_labels, way)
+    member = _members(support_labels, way)
+    if not bool(member.any(1).all() & member.any(2).all()):
+        raise ValueError(
+            f"support labels do not cover 0..{way - 1}: every class of an episode needs an image, no other"
+        )
     if query_embeddings.ndim != 3 or query_embeddings.shape[::2] != support_embeddings.shape[::2]:
         got, expected = tuple(query_embeddings.shape), f"({len(prototypes)}, Q, {prototypes.shape[-1]})"
         raise ValueError(f"query embeddings are {got}, expected {expected}: embed both sides of the same episodes")
@@ -192,7 +192,7 @@ class MetaModel(nn.Module):
             each location of a query's map to each prototype, times `scale_cls`. Both float32, episode by episode.
 
         Raises:
-            ValueError: wrong shapes or labels.
+            ValueError: wrong shapes. Of labels see `class_prototypes`.
         """
         _check_episodes(support, support_labels, query, way)
         shots = support.shape[:2]
@@ -217,6 +217,11 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 def _full_precision(x: Tensor) -> torch.autocast:
     """Cosines near 1 differ in digits that 16-bit products lose."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _members(labels: Tensor, way: int) -> Tensor:
+    """Return which image is of which class (E, S, way) bool, of labels (E, S)."""
+    return labels[..., None] == torch.arange(way, device=labels.device)
 
 
 def _check_way(way: int) -> None:

@@ -88,10 +88,10 @@ class FakeCuda:
             frame = frame.f_back
         self.waits.append(f"{what}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
 
-    def move(self, tensor: Tensor, gpu: bool, non_blocking: bool = False) -> None:
-        """Note that a copy of a tensor goes to the other device. Only one that is sent ahead does not wait."""
+    def move(self, gpu: bool, non_blocking: bool | None) -> None:
+        """Note a copy to the GPU or to the CPU. Only one that is sent ahead does not wait."""
         if not (gpu and non_blocking):
-            self.wait(f"{'to the GPU' if gpu else 'from the GPU'} {tuple(tensor.shape)}")
+            self.wait("to the GPU" if gpu else "from the GPU")
 
 
 @contextmanager
@@ -154,7 +154,7 @@ class _Operations(TorchDispatchMode):
         if name == "copy_":
             gpu = on_gpu(args[0])
             if gpu != on_gpu(args[1]):
-                self.cuda.move(args[1], gpu, (*args, kwargs.get("non_blocking"))[2])
+                self.cuda.move(gpu, (*args, kwargs.get("non_blocking"))[2])
             return func(*args, **kwargs)
         here = any(map(on_gpu, given)) if given else _makes_on_gpu.get()
         if here and any(each.dim() and not on_gpu(each) for each in given):
@@ -184,7 +184,7 @@ def _patch_tensors(patch: pytest.MonkeyPatch, cuda: FakeCuda) -> None:
         format_of = {} if layout is None else {"memory_format": layout}
         out = base.to(tensor, dtype or tensor.dtype, copy=copy or moves, **format_of)
         if moves:
-            cuda.move(tensor, gpu, non_blocking)
+            cuda.move(gpu, non_blocking)
             put(out, gpu)
         return out
 

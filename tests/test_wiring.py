@@ -13,7 +13,7 @@ import few_shot
 import guided_diffusion.image_train as image_train
 import main
 from config import Settings, parse
-from datasets.augment import augment
+from datasets.augment import augment_by, draw
 from datasets.pseudo import PseudoDataset
 from few_shot import HeadFitter
 from guided_diffusion.guidance import sample
@@ -110,7 +110,7 @@ def test_a_round_is_drawn_by_what_was_learnt(training, spy, tmp_path):
             x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
             t = torch.full((3,), 7)
             numbers = [generator(1, "view", 4 * 7 + i) for i in range(4)]
-            views = [augment(x, rng, learners.VIEW, alike=True) for rng in numbers]
+            views = [augment_by(x, draw(1, rng), learners.VIEW) for rng in numbers]
             learnt = sum(F.log_softmax(model.eval().classify(view), 1) for view in views) / 4
             return plan.stream, function(x, t), learnt
 
