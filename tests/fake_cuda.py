@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from guided_diffusion import noise_levels, pool
 
@@ -49,8 +48,14 @@ def put(out: Any, gpu: bool) -> Any:
 
 
 def tensors_in(items: Any) -> list[Tensor]:
-    """Return the tensors in nested containers."""
-    return [each for each in tree_leaves(items) if isinstance(each, Tensor)]
+    """Return the tensors in nested lists, tuples and dicts."""
+    if isinstance(items, Tensor):
+        return [items]
+    if isinstance(items, dict):
+        items = items.values()
+    elif not isinstance(items, list | tuple):
+        return []
+    return [found for each in items for found in tensors_in(each)]
 
 
 def is_gpu(device: torch.device | str | int | None) -> bool | None:
