@@ -80,7 +80,7 @@ class Learners:
 
     def changed(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """Return training images (N, 3, H, W) uint8 changed at random, as float in [-1, 1] on the device."""
-        return augment(images.to(self.device), rng, replace(self.changes, flip=self.s.flip))
+        return augment(images.to(self.device, non_blocking=True), rng, replace(self.changes, flip=self.s.flip))
 
     def state(self) -> dict[str, Any]:
         """Return the weights, with the statistics that their state dicts leave out."""
@@ -206,7 +206,7 @@ class ClusterLearners(Learners):
         return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}
 
     def guide(self) -> guides.LogProbability:
-        """Return log p(c | x) by g through --views views, which change with t."""
+        """Return log p(c | x) by g through --views views, which change with t, from 0 to 999."""
 
         draws = view_draws(self.s.seed, self.s.views * LEVELS, self.device)
 

@@ -6,7 +6,7 @@ is the GPU's is noted at its storage, which views, saved activations and gradien
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -28,7 +28,7 @@ ANSWERS = {
     "unique_consecutive", "unique_dim", "bincount", "repeat_interleave",
 }  # fmt: skip
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}  # and by a mask, whose True entries are counted
-MEMORY = 8 * 2**30  # bytes, all of them free
+H100 = {0: (9, 0)}  # cards: their compute capability
 
 _makes_on_gpu = ContextVar("makes_on_gpu", default=False)  # where tensors that are made from nothing are
 
@@ -81,10 +81,12 @@ class FakeCuda:
 
     Attributes:
         waits: each time that the host waits for the GPU: for what, and at which line of the program.
+        chosen: the cards that were made the current one. Tensors are all on card 0.
     """
 
     def __init__(self) -> None:
         self.waits: list[str] = []
+        self.chosen: list[int | None] = []
 
     def wait(self, what: str) -> None:
         """Note that the host waits for the GPU."""
@@ -100,13 +102,17 @@ class FakeCuda:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[FakeCuda]:
-    """Put a GPU into this machine. Tables that are kept per device are forgotten before and after."""
+def fake_cuda(cards: Mapping[int, tuple[int, int]] = H100, memory: int = 2**33) -> Iterator[FakeCuda]:
+    """Put GPUs into this machine. Tables that are kept per device are forgotten before and after.
+
+    cards: number -> compute capability; memory: free bytes of each.
+    """
     cuda = FakeCuda()
     _device._device_constructors()  # which torch keeps, before they are replaced
     with pytest.MonkeyPatch.context() as patch, _Made(), _Operations(cuda):
         _patch_tensors(patch, cuda)
         _patch_torch(patch, cuda)
+        _patch_answers(patch, cuda, cards, memory)
         try:
             _forget_tables()
             yield cuda
@@ -211,13 +217,14 @@ def _patch_tensors(patch: pytest.MonkeyPatch, cuda: FakeCuda) -> None:
         patch.setattr(Tensor, function.__name__, function, raising=False)
     patch.setattr(Tensor, "cpu", lambda tensor: to(tensor, CPU), raising=False)
     patch.setattr(Tensor, "cuda", lambda tensor: to(tensor, GPU), raising=False)
+    patch.setattr(Tensor, "pin_memory", lambda tensor: tensor, raising=False)
     patch.setattr(Tensor, "is_cuda", property(on_gpu), raising=False)
     where = base.device.__get__
     patch.setattr(Tensor, "device", property(lambda tensor: GPU if on_gpu(tensor) else where(tensor)), raising=False)
 
 
 def _patch_torch(patch: pytest.MonkeyPatch, cuda: FakeCuda) -> None:
-    """Have torch make tensors and generators on the GPU, read checkpoints onto it, and say that there is one."""
+    """Have torch make tensors and generators on the GPU, and read checkpoints onto it."""
 
     def maker(make: Callable) -> Callable:
         def make_there(*args, device=None, **kwargs):
@@ -247,10 +254,19 @@ def _patch_torch(patch: pytest.MonkeyPatch, cuda: FakeCuda) -> None:
     patch.setattr(torch, "Generator", Generator)
     patch.setattr(torch, "load", load)
     patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group)
+
+
+def _patch_answers(
+    patch: pytest.MonkeyPatch, cuda: FakeCuda, cards: Mapping[int, tuple[int, int]], memory: int
+) -> None:
+    """Have torch.cuda say what it says where there are such cards."""
     answers = dict(
-        is_available=lambda: True, set_device=lambda device: None, current_device=lambda: 0, empty_cache=lambda: None,
-        get_device_capability=lambda device=None: (9, 0), get_device_name=lambda device=None: "no GPU",
-        is_current_stream_capturing=lambda: False, mem_get_info=lambda device=None: (MEMORY, MEMORY),
+        is_available=lambda: True, current_device=lambda: 0, empty_cache=lambda: None,
+        set_device=lambda device: cuda.chosen.append(torch.device(device).index),
+        get_device_capability=lambda device=None: cards[torch.device(device).index],
+        is_bf16_supported=lambda including_emulation=True: True,  # of any card, as torch emulates it
+        get_device_name=lambda device=None: "fake", mem_get_info=lambda device=None: (memory, memory),
+        is_current_stream_capturing=lambda: False,
     )  # fmt: skip
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer)

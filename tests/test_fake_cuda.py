@@ -215,10 +215,22 @@ def test_a_step_waits_for_nothing(at, loop):
 
 
 def test_importance_sampling_waits_for_the_losses(tmp_path):
-    """The next timesteps depend on them."""
-    with fake_cuda() as cuda:
-        pretrain(tmp_path, 3, schedule_sampler="loss-second-moment")
-    assert {where.split(", ")[1].split(":")[0] for where in cuda.waits if "tolist" in where} == {"resample.py"}
+    """The next timesteps depend on them. Nothing else is waited for."""
+    counts = []
+    for steps in (3, 6):
+        with fake_cuda() as cuda:
+            pretrain(tmp_path, steps, schedule_sampler="loss-second-moment")
+        counts.append(Counter(cuda.waits))
+    assert counts[1] - counts[0] and all("resample.py" in where for where in counts[1] - counts[0])
+
+
+def test_episodes_of_more_images_than_the_gpu_holds_are_sent_ahead():
+    counts = []
+    for steps in (3, 6):
+        with fake_cuda(memory=1000) as cuda:
+            train(paper(), steps)
+        counts.append(Counter(cuda.waits))
+    assert counts[0] == counts[1]
 
 
 # ---- what the fake GPU sees
