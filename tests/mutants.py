@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 W = "tests/test_wiring.py"
+WAITS = "tests/test_fake_cuda.py::test_a_step_waits_for_nothing"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant("models/guides.py", "views * t[:1].long()", "views * int(t[0])", WAITS),
+    Mutant("datasets/augment.py", "torch.stack([images.new_full((), each) for each in _LUMA])",
+           "images.new_tensor(_LUMA)", WAITS),
+    Mutant("guided_diffusion/train_util.py", "generator=rng).to(self.device, non_blocking=True)",
+           "generator=rng).to(self.device)", WAITS),
+    Mutant("guided_diffusion/synthesis.py", "*step).to(device, non_blocking=True)", "*step).to(device)", WAITS),
+    Mutant("guided_diffusion/synthesis.py", "by_model[m][index].to(device)", "by_model[m].to(device)[index]",
+           "tests/test_fake_cuda.py::test_training_gives_what_it_gives_on_a_cpu"),
     Mutant("models/clusters.py", "log_shares - log_shares.logsumexp(0, keepdim=True)", "log_shares",
            f"{W}::test_sinkhorn_gives_columns_equal_weight"),
     Mutant("guided_diffusion/synthesis.py", "(guess == asked)", "(guess == guess)", f"{W}::test_hits"),
