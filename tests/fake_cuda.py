@@ -20,6 +20,7 @@ from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_diffusion import noise_levels, pool
+from models import learners
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # what a GPU cannot do without an answer to the host: a number, or how large a result is
@@ -123,6 +124,7 @@ def fake_cuda(cards: Mapping[int, tuple[int, int]] = H100, memory: int = 2**33) 
 def _forget_tables() -> None:
     pool._process.cache_clear()
     noise_levels.shared_process.cache_clear()
+    learners.view_draws.cache_clear()
 
 
 class _Made(TorchFunctionMode):
