@@ -54,7 +54,6 @@ def unet(num_classes: int = 0) -> dict:
     return {**model_and_diffusion_defaults(), **PAPER, "class_cond": num_classes > 0, "num_classes": num_classes}
 
 
-@cache
 def parameters(num_classes: int = 0) -> int:
     """Return how many weights the paper's network has."""
     with torch.device("meta"):

@@ -162,6 +162,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
             figure = _figure(own[m], path, loaded, device)
             _write(index, {**contents, **known} if done else contents, m, figure)
             Report(s.pool).write()
+    say(f"{s.pool}: {len(wanted)} of {len(groups)} models are trained; see report.html")
 
 
 def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
@@ -236,6 +237,7 @@ def training(
 
 def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
     """Say what `models` like that of `loop` take, with `left` steps in all, and about how long."""
+    say(f"a trial of about {TRIAL:.0f} s ...")
     own, flops, seconds, sheet = loop.measure(TRIAL)
     s = loop.settings
     steps = own if left is None else left
@@ -252,11 +254,12 @@ def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
 
 def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) -> dict[str, Any]:
     """Measure and print how near the samples of a finished model lie to its training images."""
+    say(f"{path}: draws {memorisation.SAMPLES} images to see whether it copies ...")
     figure = measure(
         Pool(path).load(0, device), loaded.data.images, loaded.held_out, mirrored=s.random_flip, seed=s.seed,
         precision=s.precision, device=device,
     )  # fmt: skip
-    print(f"{path}: {sentence(figure)}")
+    say(f"{path}: {sentence(figure)}")
     return figure
 
 

@@ -107,9 +107,9 @@ def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tens
 
 def sentence(figure: dict[str, float | None]) -> str:
     """Return the figure as one line."""
-    text = f"its samples lie {figure['samples']:.3f} from the nearest training image"
     if figure["held_out"] is None:
-        return f"{text}; no images were held out to compare with: that takes classes of 20 images, or --held_out_dir"
+        return "no images were held out to tell whether it copies: that takes classes of 20 images, or --held_out_dir"
+    text = f"its samples lie {figure['samples']:.3f} from the nearest training image"
     ratio = "none" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
     return (
         f"{text}, held-out images {figure['held_out']:.3f}: ratio {ratio}; "

@@ -108,17 +108,35 @@ class TrainLoop:
         self.fit_memory()
         left = self.settings.steps - self.step
         flops = self.settings.batch_size * image_flops(self.flags, training=True)
+        step, images = self._seconds_of_step(seconds)
+        count = min(SHEET, max(2, images))
+        started = time.perf_counter()
+        self.draw(count, 1)
+        pass_of_sheet = (time.perf_counter() - started) * SHEET / count
+        return left, flops, step, pass_of_sheet * min(SHEET_STEPS, self.diffusion.num_timesteps)
+
+    def _seconds_of_step(self, trial: float) -> tuple[float, int]:
+        """Return the seconds of a step, and how many images were passed at once to know them.
+
+        On a CPU a step of a large network takes minutes: then a part of it tells, the first that takes a tenth of
+        `trial` seconds.
+        """
+        share, images = [processes.own_share(part) for part in self.batch()], 1
+        while self.device.type != "cuda" and images < len(share[0]):
+            started = time.perf_counter()
+            float(self.gradients(*(part[:images] for part in share)))
+            taken = time.perf_counter() - started
+            if processes.broadcast(taken > trial / 10):
+                return taken * len(share[0]) / images, images
+            images *= 2
         if self.device.type == "cuda":
             self.train_step()  # compiles
-        taken = []
-        while not taken or processes.broadcast(sum(taken) < seconds):
+        steps = []
+        while not steps or processes.broadcast(sum(steps) < trial):
             started = time.perf_counter()
             float(self.train_step())  # waits for the device
-            taken.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        self.draw(SHEET, 1)
-        sheet = (time.perf_counter() - started) * min(SHEET_STEPS, self.diffusion.num_timesteps)
-        return left, flops, statistics.median(taken), sheet
+            steps.append(time.perf_counter() - started)
+        return statistics.median(steps), len(share[0])
 
     def train_step(self) -> torch.Tensor:
         """Take a step of the optimiser and of the EMA; return the mean loss, a scalar on the device."""

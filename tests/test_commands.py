@@ -21,7 +21,7 @@ import guided_diffusion.image_train as image_train
 import main
 import report.__main__ as report
 import report.figures as report_figures
-from benchmarks import demo, ladder, measure, meta_test, meta_train, paper, pretrain, synthesis, table
+from benchmarks import demo, ladder, measure, meta_test, meta_train, paper, pretrain, scale, synthesis, table
 from config import parse
 from datasets import pseudo, published
 from guided_diffusion.pool import subset_path
@@ -55,13 +55,14 @@ SMALL = {
     "benchmarks.demo": [],
     "benchmarks.paper": [],
     "benchmarks.ladder": SMALL_RUN,
+    "benchmarks.scale": [],
 }
 MODULES = {
     "main": main, "diffusionmix": diffusionmix, "guided_diffusion.image_train": image_train,
     "guided_diffusion.export": export, "datasets.prepare": prepare, "datasets.pseudo": pseudo,
     "report": report, "report.figures": report_figures, "benchmarks.synthesis": synthesis, "benchmarks.demo": demo,
     "benchmarks.meta_test": meta_test, "benchmarks.meta_train": meta_train, "benchmarks.pretrain": pretrain,
-    "benchmarks.table": table, "benchmarks.ladder": ladder, "benchmarks.paper": paper,
+    "benchmarks.table": table, "benchmarks.ladder": ladder, "benchmarks.paper": paper, "benchmarks.scale": scale,
 }  # fmt: skip
 
 
@@ -111,7 +112,8 @@ def place(tmp_path, picture_folder, few_glyphs, monkeypatch):
 def run_tiny(module, place, toy_pool, monkeypatch):
     """Have a measurement measure next to nothing."""
     monkeypatch.setattr(measure, "GLYPHS", toy_pool)
-    monkeypatch.setattr(measure, "PAPER", UNET)
+    for each in (measure, scale):
+        monkeypatch.setattr(each, "PAPER", UNET)
     if module in TINY_BENCHMARKS:
         monkeypatch.setattr(measure, "MATRIX", {"cpu": 32})
         for size in ("paper", "small"):

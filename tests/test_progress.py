@@ -69,6 +69,8 @@ def test_a_quiet_run_says_one_line(call, two_models, picture_folder, tmp_path):
     assert len((tmp_path / "run" / "log_train.txt").read_text().splitlines()) > 2
 
 
-@pytest.mark.parametrize("seconds, text", [(90, "90 s"), (700, "12 min"), (12_240, "3.4 h"), (1e7, "2,777.8 h")])
+@pytest.mark.parametrize(
+    "seconds, text", [(90, "90 s"), (700, "12 min"), (12_240, "3.4 h"), (1e7, "116 days"), (1e9, "11,574 days")]
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text

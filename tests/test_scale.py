@@ -1,5 +1,7 @@
 """The estimate for GPUs: what is counted, and what follows from it."""
 
+from functools import cache
+
 import pytest
 
 from benchmarks import scale
@@ -50,7 +52,9 @@ def test_refused(call, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--gpus", 1), ("--gpus", 8, "--card", "a100")])
-def test_docs_show_what_it_prints(call, flags):
-    status, out, _ = call(scale, *flags)
-    assert status == 0 and all(line in (ROOT / "docs" / "scale.md").read_text() for line in out.splitlines())
+def test_docs_show_what_it_prints(call, monkeypatch):
+    monkeypatch.setattr(scale, "cost", cache(scale.cost))  # the same for any cards
+    shown = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    for flags in ((), ("--gpus", 8, "--card", "a100")):
+        status, out, _ = call(scale, *flags)
+        assert status == 0 and {*out.splitlines()} <= {*shown}

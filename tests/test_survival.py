@@ -1,6 +1,6 @@
 """Runs that are killed go on and end as if nothing had happened; several processes give what one gives.
 
-KILLS=100 in the environment, or `make soak`, kills each command at that many points in place of 20.
+KILLS=100 in the environment, or `make soak`, kills each command at that many points in place of 12.
 """
 
 import json
@@ -18,7 +18,7 @@ from tests.conftest import ROOT, same
 from utils import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.pictures]
-KILLS = int(os.environ.get("KILLS", 20))
+KILLS = int(os.environ.get("KILLS", 12))
 TIMES = ("seconds", "synthesis_seconds")
 
 

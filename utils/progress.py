@@ -36,10 +36,12 @@ def progress(*items, total: int | None = None, desc: str, unit: str, **options) 
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as text: 90 s, 12 min or 3.4 h."""
+    """Return seconds as text: 90 s, 12 min, 3.4 h or 5 days."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 class _Lines:
