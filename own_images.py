@@ -72,11 +72,13 @@ class OwnImages:
         """Print how many support images the others label right."""
         logits, labels = self.classifier.left_out_
         if len(labels):
+            from scipy.stats import binomtest  # here, as it takes a second to import
+
             right = int((logits.argmax(1) == labels).sum())
-            share, chance = 100 * right / len(labels), 100 / len(self.support.class_names)
+            low, high = (100 * each for each in binomtest(right, len(labels)).proportion_ci(method="wilson"))
             print(
-                f"left out in turn, {right} of {len(labels)} support images are labelled right ({share:.0f} %, chance "
-                f"{chance:.0f} %); expect about that share of the rest"
+                f"left out in turn, {right} of {len(labels)} support images are labelled right (chance "
+                f"{100 / len(self.support.class_names):.0f} %); expect {low:.0f} to {high:.0f} % right of the rest"
             )
 
 

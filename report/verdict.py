@@ -13,6 +13,7 @@ _LOW = 0.5  # a hit rate below this is low
 _COPY_RATIO, _COPY_SHARE = 0.7, 0.25  # samples nearer to the training images than this are copies
 _ALIKE = 0.1  # of the variance over all images: a class with less is one image over and over
 _LOOKED_AT = 20  # images per class
+_FEW = 10  # images per class in a round: fewer than these teach little
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,16 @@ def validation(run: Run) -> list[Finding] | None:
                 "change --lr; if the images show nothing, train the pool longer.",
             )]  # fmt: skip
     if top - first["val_accuracy"] <= (number(first.get("val_ci95")) or 0):
+        flat = f"Validation is flat: {first['val_accuracy']:.1f} % in epoch {first['epoch']}, at best {top:.1f} %."
+        if best is first:
+            flat = (
+                f"Validation never rose above epoch {first['epoch']}: {top:.1f} %, at the end "
+                f"{last['val_accuracy']:.1f} %."
+            )
         return [Finding(
-            f"Validation is flat: {first['val_accuracy']:.1f} % in epoch {first['epoch']}, at best {top:.1f} %.",
+            flat,
             "If the loss is flat too, more epochs will not help: compare with --source unguided and --source real. "
-            "If it still falls, train longer.",
+            "If the loss still falls, train longer.",
         )]  # fmt: skip
     if run.finished and top - last["val_accuracy"] > max(half, number(last.get("val_ci95")) or 0):
         return [Finding(
@@ -178,6 +185,19 @@ def variety(run: Run) -> list[Finding] | None:
     )]  # fmt: skip
 
 
+def number_of_images(run: Run) -> list[Finding] | None:
+    """Find rounds of few images per class."""
+    each = number(run.settings.get("samples_per_class"))
+    if each is None or not run.rounds():
+        return None
+    if each >= _FEW:
+        return []
+    return [Finding(
+        f"A round has few images: {each} per class.",
+        "They teach little, whatever else is right. Raise --samples-per-class; small scenarios take 40.",
+    )]  # fmt: skip
+
+
 def mixes(run: Run) -> list[Finding] | None:
     """Find tests in which the mixes made things worse."""
     mixed = [each for each in run.results.values() if each.get("pool_models")]
@@ -201,6 +221,7 @@ RULES: dict[str, Rule] = {
     "validation": validation,
     "the epoch that was kept": chosen_epoch,
     "copies in the pool": copies,
+    "the number of images": number_of_images,
     "variety within a class": variety,
     "mixes": mixes,
 }

@@ -16,7 +16,7 @@ from tests.test_report import Reader
 
 SETTINGS = {
     "source": "guided", "recipe": "clusters", "dataset": "custom", "seed": 1, "nKnovel": 5, "nExemplars": 1,
-    "num_classes": 4, "max_epoch": 6, "refresh_every": 2, "samples_per_class": 3, "sample_steps": 2, "renoise": 0.0,
+    "num_classes": 4, "max_epoch": 6, "refresh_every": 2, "samples_per_class": 40, "sample_steps": 2, "renoise": 0.0,
     "image_size": 8, "contents": {"meta_val": "a", "pool": "b"},
 }  # fmt: skip
 RESULT = {"dataset": "custom", "split": "meta_test", "way": 5, "shot": 1, "query": 15, "episodes": 4, "seed": 1}
@@ -76,7 +76,8 @@ def test_a_good_run_has_no_finding(write):
     nothing, looked = found(write(rates=[0.9, 0.8, 1.0, 0.7]))
     assert nothing == set()
     assert looked == {
-        "the guide", "the hit rate", "validation", "the epoch that was kept", "variety within a class",
+        "the guide", "the hit rate", "validation", "the epoch that was kept", "the number of images",
+        "variety within a class",
     }  # fmt: skip
 
 
@@ -88,6 +89,16 @@ def test_a_guide_at_chance(write, recipe):
     assert "the guide" not in found(write("other", base=chance, recipe=recipe, source="unguided"))[1]
     name = verdict.findings(Run.read(write("again", base=chance, recipe=recipe)))["the guide"][0].what
     assert ("class-learner" in name) == (recipe == "paper")  # the other recipe has none
+
+
+@pytest.mark.parametrize("count, wrong", [(3, True), (9, True), (40, False)])
+def test_few_images(write, count, wrong):
+    assert ("the number of images" in found(write(samples_per_class=count))[0]) == wrong
+
+
+def test_a_fall_from_the_first_epoch_is_not_called_flat(write):
+    told = verdict.findings(Run.read(write(accuracies=(60, 55, 54, 53, 53, 52))))["validation"][0].what
+    assert "flat" not in told and "60.0" in told and "52.0" in told
 
 
 @pytest.mark.parametrize("rates, count", [([0.3, 0.2, 0.4, 0.1], 1), ([1.0, 0.0, 1.0, 1.0], 1), ([0, 0, 0.1, 0.2], 2)])
