@@ -14,8 +14,8 @@ from utils.cli import run
 
 FOLDER = Path("ckpt/runs/demo")
 TRAIN = (
-    "--dataset fontchars --samples-per-class 16 --sample-steps 10 --views 2 --max-epoch 12 --refresh-every 6 "
-    "--train_epoch_size 320 --image-batch 24 --validate-every 12"
+    "--dataset fontchars --samples-per-class 16 --sample-steps 8 --views 2 --max-epoch 12 --refresh-every 6 "
+    "--train_epoch_size 240 --image-batch 24 --validate-every 12"
 ).split()
 TEST = "--episodes 200".split()
 
