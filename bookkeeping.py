@@ -77,7 +77,8 @@ class Bookkeeping:
         if self.images_of_unknown_settings:
             discard(self.folder / "pseudo")
         if self.restored:
-            self.log.line(f"resumes from {self.restored}, after epoch {self.epoch}")
+            stands = f"after epoch {self.epoch} of {self.s.max_epoch}"
+            self.log.line(f"{'is finished' if self.epoch == self.s.max_epoch else 'resumes'} {stands}: {self.restored}")
         write_skipped(self.folder, *skipped)
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)
@@ -89,7 +90,9 @@ class Bookkeeping:
 
         entries: what is noted of the epoch, with `epoch`, `round`, and `val_accuracy` where it was validated.
         """
-        text = f"epoch {entries['epoch']} round {entries['round']} loss {entries.get('loss', float('nan')):.3f}"
+        text = "random weights:"  # of --source none
+        if "loss" in entries:
+            text = f"epoch {entries['epoch']} round {entries['round']} loss {entries['loss']:.3f}"
         self.epoch = entries["epoch"]
         if "val_accuracy" in entries:
             text += f" meta_val {entries['val_accuracy']:.2f} +- {entries['val_ci95']:.2f}"

@@ -91,7 +91,7 @@ def test_run_folder(train, two_models, toy_pool, tmp_path, monkeypatch, source):
         monkeypatch.setattr(owner, "train_meta_model", None)
     monkeypatch.setattr(main, "synthesise", None)
     weights = checkpoint.load(folder / "last.pt")
-    assert "resumes from" in train(folder, *SOURCES[source], pool=pool)
+    assert ("resumes" if source in ("none",) else "is finished") in train(folder, *SOURCES[source], pool=pool)
     assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
 
 
@@ -175,7 +175,7 @@ def test_other_settings_do_not_go_on(train, two_models, tmp_path, monkeypatch):
     assert "last.pt: was made with seed 1 (got 2)" in train(folder, "--seed", 2, status=2)
     for other in (1, 3):  # the rates' schedule depends on it
         assert f"max_epoch 2 (got {other})" in train(folder, "--max-epoch", other, status=2)
-    assert "resumes from" in train(folder, "--sample-batch", 3)
+    assert "is finished" in train(folder, "--sample-batch", 3)
 
 
 def test_resume_starts_from_weights(train, two_models, tmp_path):
