@@ -88,7 +88,7 @@ class Settings:
     # the machine
     gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",),
                                group="machine")  # fmt: skip
-    precision: str = setting("auto", "of the diffusion models; auto: the faster one, by a trial",
+    precision: str = setting("auto", "of the diffusion models; auto: the faster one",
                              choices=("auto", "float32", "bf16"), group="machine", affects="both")  # fmt: skip
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0, high=1024, group="machine")
     sample_batch: int = setting(250, "images per batch of the diffusion models; halved where memory is short", low=1,

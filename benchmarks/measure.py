@@ -142,8 +142,10 @@ def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 class Timed(NamedTuple):
-    """What is timed. make: called when its turn comes, so that the memory of one is not that of the other; it returns
-    a function of which a call does `units` images or episodes."""
+    """What is timed. make: returns a function; each call of that does `units` images or episodes.
+
+    `make` is called when its turn comes, so that the memory of one is not counted for the other.
+    """
 
     units: int
     make: Callable[[], Callable[[], object]]

@@ -11,14 +11,15 @@ run on a GPU. docs/scale.md has the tables.
 import argparse
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import PAPER
+from benchmarks.measure import unet_flags, unet_settings
+from benchmarks.paper import NAMES, SHOTS
 from config import SCENARIOS, Settings, parse
 from guided_diffusion.costs import image_bytes, image_flops
-from guided_diffusion.script_util import create_model, model_and_diffusion_defaults
 from guided_diffusion.train_flags import TrainSettings
 from models.meta_model import MetaModel
 from schedule import phases
@@ -28,8 +29,17 @@ PEAK = {  # dense TFLOP/s of the maker's data sheets: bf16, TF32
     "h100": (989.0, 494.0),  # H100 SXM
     "a100": (312.0, 156.0),  # A100 SXM
 }
-NAMES = ("un_cifarfs", "co_cifarfs", "un_miniimagenet", "co_miniimagenet", "cifar_mini")
-SHOTS = (1, 5)  # of the tests
+
+
+class Network(NamedTuple):
+    """A pool model: operations of one image, forward and with the backward pass; how many weights it has.
+
+    Labels of a class-conditional one add no operations and next to no weights.
+    """
+
+    forward: int
+    training: int
+    weights: int
 
 
 @dataclass(frozen=True)
@@ -49,17 +59,6 @@ class Cost:
     disk: float
 
 
-def unet(num_classes: int = 0) -> dict:
-    """Return the flags of the paper's 64x64 network, class-conditional where there are classes."""
-    return {**model_and_diffusion_defaults(), **PAPER, "class_cond": num_classes > 0, "num_classes": num_classes}
-
-
-def parameters(num_classes: int = 0) -> int:
-    """Return how many weights the paper's network has."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in create_model(**unet(num_classes)).parameters())
-
-
 @cache
 def learner_flops(features: str, backbone: str, size: int) -> tuple[int, int]:
     """Return the operations of one image of the meta-model: forward, and with the backward pass."""
@@ -73,12 +72,10 @@ def learner_flops(features: str, backbone: str, size: int) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def cost(s: Settings, steps: int, batch: int) -> Cost:
-    """Count a scenario. steps, batch: of pretraining each model."""
+def cost(s: Settings, network: Network, steps: int, batch: int) -> Cost:
+    """Count a scenario. steps, batch: of pretraining each model, which are all like `network`."""
     scenario, plan = SCENARIOS[s.dataset], phases(s)
     models, images = -(-s.num_classes // scenario.per_model), s.num_classes * s.samples_per_class
-    of_each = scenario.per_model if s.recipe == "paper" else 0  # co_: class-conditional
-    forward, training = image_flops(unet(of_each)), image_flops(unet(of_each), training=True)
     look, learn = learner_flops(s.features, s.backbone, s.image_size)
     rounds = {phase.round: phase.guided for phase in plan}
     guided = sum(rounds.values())
@@ -89,19 +86,20 @@ def cost(s: Settings, steps: int, batch: int) -> Cost:
         per_step = s.train_batch * (s.way * s.shot + s.train_nTestNovel) * (learn + 2 * look)
     return Cost(
         models=models,
-        pretraining=models * steps * batch * training,
-        drawing=drawn * images * s.sample_steps * forward,
+        pretraining=models * steps * batch * network.training,
+        drawing=drawn * images * s.sample_steps * network.forward,
         guiding=guided * images * s.sample_steps * views * learn,
         learning=len(plan) * s.epoch_steps * per_step,
-        testing=sum(SHOTS) * s.way * s.episodes * models * s.mix_steps * forward,
-        disk=4 * models * parameters(of_each) + len(rounds) * images * 3 * s.image_size**2,
+        testing=sum(SHOTS) * s.way * s.episodes * models * s.mix_steps * network.forward,
+        disk=4 * models * network.weights + len(rounds) * images * 3 * s.image_size**2,
     )
 
 
 def hours(c: Cost, gpus: int, card: str, efficiency: float, learner_efficiency: float) -> tuple[float, float, float]:
     """Return the hours of pretraining, of a training and of its tests, on `gpus` cards.
 
-    Cards share the models of the pool, the images of a round and the mixes. Each learns the same.
+    Cards share the models of the pool (as the jobs of `paper.sbatch`), the images of a round and the mixes. Each learns
+    the same.
     """
     bf16, tf32 = (3600e12 * peak for peak in PEAK[card])
     pretraining = c.pretraining / c.models * -(-c.models // gpus) / (bf16 * efficiency)
@@ -136,7 +134,9 @@ def main() -> None:
 
 def tables(args: argparse.Namespace) -> list[str]:
     """Return the lines of both tables."""
-    costs = {name: cost(parse(["--dataset", name], description=""), args.steps, args.batch) for name in NAMES}
+    flags, weights = unet_flags("paper"), unet_settings("paper")["parameters"]
+    network = Network(image_flops(flags), image_flops(flags, training=True), weights)
+    costs = {name: cost(parse(["--dataset", name], description=""), network, args.steps, args.batch) for name in NAMES}
     lines = [
         "| scenario | models | pretraining, PFLOP | drawing | guiding | learning | tests | disk, GB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -145,7 +145,6 @@ def tables(args: argparse.Namespace) -> list[str]:
         work = (c.pretraining, c.drawing, c.guiding, c.learning, c.testing)
         lines.append(f"| {name} | {c.models} | " + " | ".join(f"{each / 1e15:,.0f}" for each in work)
                      + f" | {c.disk / 1e9:.1f} |")  # fmt: skip
-    weights, flags = parameters(), unet()
     lines += [
         "",
         f"Memory of a card: {(20 * weights + args.batch * image_bytes(flags, training=True)) / 1e9:.0f} GB to pretrain "

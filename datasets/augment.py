@@ -67,12 +67,12 @@ def draw(rows: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, generator: torch.Generator, settings: AugmentSettings) -> torch.Tensor:
-    """Do as `augment_by`, each image by random numbers of its own, drawn from `generator` whatever the settings."""
+    """Change each image as `augment_by` does, by numbers of its own. As many are drawn whatever the settings."""
     return augment_by(images, draw(len(images), generator), settings)
 
 
 def augment_by(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
-    """Flip, crop, recolour and erase each image, in that order, as random numbers say.
+    """Flip, crop, recolour and erase each image, in that order, by given random numbers.
 
     Args:
         images: (N, 3, H, W) uint8, or float in [-1, 1].

@@ -162,7 +162,9 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
             figure = _figure(own[m], path, loaded, device)
             _write(index, {**contents, **known} if done else contents, m, figure)
             Report(s.pool).write()
-    say(f"{s.pool}: {len(wanted)} of {len(groups)} models are trained; see report.html")
+    if to_train:
+        trained = sum(subset_path(s.pool, m).exists() for m in range(1, len(groups) + 1))
+        say(f"{s.pool}: {trained} of {len(groups)} models are trained; see report.html")
 
 
 def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:

@@ -30,7 +30,7 @@ _PROCESS_FLAGS = (  # those that matter for sampling
     "diffusion_steps", "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing",
 )  # fmt: skip
 _MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # greatest values of a checkpoint's flags
-SURELY = 0.9  # of the time in float32: a trial wavers, and the same run shall take the same precision
+SURELY = 0.9  # share of the time in float32 that bf16 must stay below: trials waver
 _LARGEST = 100_000  # of its other numbers
 _LONGEST = 1000  # characters of its texts
 

@@ -24,7 +24,7 @@ from utils.metrics import accuracy, mean_confidence_interval
 from utils.progress import progress
 from utils.seeding import generator
 
-LEVELS = 1000  # of noise: the t that a guide gets is below
+LEVELS = 1000  # noise levels; a guide is asked at t from 0 to 999
 VIEW = AugmentSettings(flip=False, scale=(0.75, 1.0), rotate=8, aspect=1.2, erase=0.0)  # what guidance looks through
 
 
@@ -216,7 +216,7 @@ class ClusterLearners(Learners):
         return guides.log_probability_of_views(self.model, view, self.s.views)
 
 
-@lru_cache(maxsize=2)  # for a run asks again every round
+@lru_cache(maxsize=2)  # a run asks again every round
 def view_draws(seed: int, count: int, device: torch.device) -> Tensor:
     """Return the random numbers of views number 0 to count - 1 of a run, (count, 20), on the device."""
     return torch.cat([draw(1, generator(seed, "view", number, device=device)) for number in range(count)])

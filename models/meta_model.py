@@ -26,7 +26,7 @@ def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
         (E, way, D), of unit length.
 
     Raises:
-        ValueError: wrong shapes. Labels are not looked at: every training step would wait for a GPU.
+        ValueError: wrong shapes. Labels are not checked: every training step would wait for a GPU.
     """
     _check_way(way)
     if features.ndim != 3 or labels.shape != features.shape[:2]:
@@ -192,7 +192,7 @@ class MetaModel(nn.Module):
             each location of a query's map to each prototype, times `scale_cls`. Both float32, episode by episode.
 
         Raises:
-            ValueError: wrong shapes. Of labels see `class_prototypes`.
+            ValueError: wrong shapes. Labels are not checked, as in `class_prototypes`.
         """
         _check_episodes(support, support_labels, query, way)
         shots = support.shape[:2]

@@ -112,8 +112,7 @@ def place(tmp_path, picture_folder, few_glyphs, monkeypatch):
 def run_tiny(module, place, toy_pool, monkeypatch):
     """Have a measurement measure next to nothing."""
     monkeypatch.setattr(measure, "GLYPHS", toy_pool)
-    for each in (measure, scale):
-        monkeypatch.setattr(each, "PAPER", UNET)
+    monkeypatch.setattr(measure, "PAPER", UNET)
     if module in TINY_BENCHMARKS:
         monkeypatch.setattr(measure, "MATRIX", {"cpu": 32})
         for size in ("paper", "small"):

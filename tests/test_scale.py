@@ -11,10 +11,9 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Networks of 7 (forward) and 20 (training) operations, learners of 2 and 5, 1,000 weights."""
-    monkeypatch.setattr(scale, "image_flops", lambda flags, training=False: 20 if training else 7)
+    """Learners of 2 (forward) and 5 (training) operations; returns a network of 7 and 20, with 1,000 weights."""
     monkeypatch.setattr(scale, "learner_flops", lambda *_: (2, 5))
-    monkeypatch.setattr(scale, "parameters", lambda classes: 1000)
+    return scale.Network(forward=7, training=20, weights=1000)
 
 
 def settings(*flags):
@@ -22,7 +21,7 @@ def settings(*flags):
 
 
 def test_clusters(counted):
-    c = scale.cost(settings("--dataset", "un_cifarfs", "--max-epoch", "60"), steps=100, batch=3)
+    c = scale.cost(settings("--dataset", "un_cifarfs", "--max-epoch", "60"), counted, steps=100, batch=3)
     assert (c.models, c.pretraining) == (13, 13 * 100 * 3 * 20)
     images = 52 * 10  # three rounds of 20 epochs; the last two are drawn unguided, then guided
     assert c.drawing == 5 * images * 25 * 7 and c.guiding == 2 * images * 25 * 4 * 5
@@ -32,7 +31,7 @@ def test_clusters(counted):
 
 
 def test_paper(counted):
-    c = scale.cost(settings("--dataset", "co_cifarfs", "--max-epoch", "20"), steps=100, batch=3)
+    c = scale.cost(settings("--dataset", "co_cifarfs", "--max-epoch", "20"), counted, steps=100, batch=3)
     images = 64 * 10  # two rounds of 10 epochs, both guided, through one view
     assert c.drawing == 2 * images * 25 * 7 and c.guiding == 2 * images * 25 * 5
     assert c.learning == 20 * 2 * 32 * (5 + 30) * (5 + 2 * 2)
