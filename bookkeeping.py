@@ -15,7 +15,7 @@ from utils.environment import note_start
 from utils.pieces import discard
 from utils.plots import curves
 from utils.remote import local
-from utils.run_log import RunLog, read_json, write_skipped
+from utils.run_log import RunLog, read_json, read_metrics, write_skipped
 
 PRECISION = "drawn_in"  # entry of config.json: what --precision auto came to when the run began
 
@@ -117,11 +117,16 @@ class Bookkeeping:
             checkpoint.save(self.folder / name, contents, keep_old=bool(extra))
 
     def end(self) -> None:
-        """Write what is only there at the end."""
+        """Write what is only there at the end, and say how the run ended."""
         if processes.is_first():
             curves(self.log.metrics_path, self.folder / "curves.png")
         self.report.write()
-        self.log.line(f"best on meta_val {self.best:.2f} %; {self.folder}, see report.html", closing=True)
+        seen = [each for each in read_metrics(self.log.metrics_path) if each.get("val_accuracy") == self.best]
+        epoch = f" in epoch {seen[0]['epoch']}" if seen and self.s.source != "none" else ""
+        self.log.line(
+            f"best on meta_val {self.best:.2f} %{epoch}, chance is {100 / self.s.way:.0f} %; {self.folder}, "
+            "see report.html", closing=True,
+        )  # fmt: skip
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings with what pool and images said, for config.json."""

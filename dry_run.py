@@ -1,14 +1,15 @@
 """--dry-run: what a command would do, and about how long that takes, before it is done."""
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 
-from config import Settings, that_affect
+from config import Settings, flag_of, that_affect
 from datasets.pseudo import PseudoDataset
 from guided_diffusion.costs import image_flops
 from guided_diffusion.dist_util import or_too_much, pick_device, smaller
@@ -31,18 +32,14 @@ class Work:
 
 
 def of_training(training: Any) -> None:
-    """Print what is left of a `main.Training`: settings, the work of its rounds, seconds in all.
+    """Print what is left of a `main.Training`: the work of its rounds, seconds in all, settings that were given.
 
     It takes steps with the learners, which are of no use after that.
     """
     if not processes.is_first():
         return
     s, pool, classes, epoch = training.s, training.pool, training.per_model, training.books.epoch
-    lines = [
-        *_settings(s, "training"),
-        "",
-        *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch),
-    ]
+    lines = [opening(training), *[f"{epoch} of {s.max_epoch} epochs are done; what is left:"] * (epoch > s.start_epoch)]
     left = training.phases[epoch - s.start_epoch :]
     first = {phase.round: phase for phase in reversed(left)}  # of each round its first epoch that is left
     there = {r for r in first if (s.run_folder / "pseudo" / f"round{r:02d}" / "manifest.json").exists()}
@@ -57,7 +54,7 @@ def of_training(training: Any) -> None:
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [
             f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
-            + f", {twice} of the rounds drawn twice: unguided, then guided" * bool(twice),
+            + ", each guided round drawn twice: unguided, then guided" * bool(twice),
             _work(work),
             f"disk: {_bytes(images * 3 * training.size**2)} of images in {s.run_folder / 'pseudo'}",
         ]
@@ -69,10 +66,9 @@ def of_training(training: Any) -> None:
         lines += [
             f"{len(left)} epochs of {s.epoch_steps} steps in rounds of {s.refresh_every}"
             + f", the last of {last} alone" * bool(last),
-            f"about {duration(work.seconds + guiding + learning)} on {training.device}, after trials of "
-            f"{TRIAL:.0f} s: {parts}",
+            f"about {duration(work.seconds + guiding + learning)} on {training.device}, after trials: {parts}",
         ]
-    print(*lines, sep="\n")
+    print(*lines, _given(s, "training"), sep="\n")
 
 
 def opening(training: Any) -> str:
@@ -88,30 +84,30 @@ def opening(training: Any) -> str:
         )
     if training.real:
         images = f"{len(training.real.labels):,} real images of {classes} classes, {images}"
-    epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps"
+    mirrored = "mirrors images" if s.flip else "mirrors no images"
+    epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps, {mirrored}"
+    if not training.phases:
+        epochs = "random weights, nothing to train"
     device = f"{training.device}, {training.precision}" if s.draws else training.device
     return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {device}, {s.run_folder}"
 
 
 def of_testing(s: Settings, fitter: Any, support: int) -> None:
-    """Print what `diffusionmix.py` would do: settings, and the work of its mixes.
+    """Print what `diffusionmix.py` would do: the work of its mixes, and settings that were given.
 
     fitter: a `few_shot.HeadFitter`; support: images, of all episodes.
     """
     if not processes.is_first():
         return
-    lines = _settings(s, "testing")
-    pool = fitter.pool
-    if not pool:
-        print(*lines, "", "--mix False: no mixes", sep="\n")
-        return
-    work = measure(pool, [support * s.mix_steps] * len(pool), s, fitter.precision)
-    print(
-        *lines, "",
-        f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
-        _work(work),
-        f"about {duration(work.seconds)} on {pick_device(s.device_name)}, after a trial of {TRIAL:.0f} s", sep="\n",
-    )  # fmt: skip
+    lines = ["--mix False: no mixes"]
+    if pool := fitter.pool:
+        work = measure(pool, [support * s.mix_steps] * len(pool), s, fitter.precision)
+        lines = [
+            f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
+            _work(work),
+            f"about {duration(work.seconds)} on {pick_device(s.device_name)}, after a trial",
+        ]
+    print(*lines, _given(s, "testing"), sep="\n")
 
 
 def measure(pool: Pool, forwards: Sequence[int], s: Settings, precision: str) -> Work:
@@ -124,14 +120,15 @@ def measure(pool: Pool, forwards: Sequence[int], s: Settings, precision: str) ->
     kinds = [repr(sorted(flags.items())) for flags in every]
     of_kind = {kind: image_flops(flags) for kind, flags in dict(zip(kinds, every, strict=True)).items()}
     flops = [of_kind[kind] for kind in kinds]
-    rate = flops[0] / _seconds_of_one(pool.load(0, device, precision), s.sample_batch, device)
+    rate = flops[0] / _seconds_of_one(pool.load(0, device, precision), s.sample_batch, device, sum(forwards))
     total = sum(count * cost for count, cost in zip(forwards, flops, strict=True))
     return Work(sum(forwards), total, total / rate / processes.count())
 
 
-def _seconds_of_one(model: PoolModel, most: int, device: torch.device) -> float:
+def _seconds_of_one(model: PoolModel, most: int, device: torch.device, enough: int) -> float:
     """Seconds of an image's forward pass in batches of `most`, on a CPU fewer if a pass is then a tenth of the trial.
 
+    enough: passes after which the trial ends early, so that it never takes longer than what it estimates.
     Raises MemoryError, with a line to show, where one image is too much.
     """
     batch = most if device.type == "cuda" else 1  # where every other batch would be compiled, for long
@@ -144,16 +141,18 @@ def _seconds_of_one(model: PoolModel, most: int, device: torch.device) -> float:
             break
         batch = larger
     passed, started = 0, time.perf_counter()
-    while not passed or time.perf_counter() - started < TRIAL:
+    while not passed or passed < enough and time.perf_counter() - started < TRIAL:
         model.trial(batch)
         passed += batch
     return (time.perf_counter() - started) / passed
 
 
-def _settings(s: Settings, command: str) -> list[str]:
-    places = {"pool": s.pool_place, "data_root": ",".join(map(str, s.data_paths)), "save_dir": str(s.run_folder)}
-    shown = that_affect(command, "both", "nothing") - {"dry_run"}
-    return [f"{name} = {value!r}" for name, value in {**s.as_dict(), **places}.items() if name in shown]
+def _given(s: Settings, command: str) -> str:
+    """Return the flags that differ from the defaults of the data set and the recipe."""
+    shown, preset = that_affect(command, "both", "nothing") - {"dry_run"}, s.preset()
+    flags = [f"{flag_of(f)} {shlex.quote(str(getattr(s, f.name)))}" for f in fields(s)
+             if f.name in shown and getattr(s, f.name) != preset[f.name]]  # fmt: skip
+    return f"not the defaults of --dataset {s.dataset} --recipe {s.recipe}: {' '.join(flags) or 'nothing'}"
 
 
 def _guidance_seconds(training: Any) -> float:

@@ -82,12 +82,14 @@ class Training:
         s, books = self.s, self.books
         skipped = self.real.skipped if self.real else {}
         books.begin(self.device, s.start_epoch + len(self.phases), self.validation.skipped, skipped)
-        books.log.line(dry_run.opening(self))
+        left = self.phases[books.epoch - s.start_epoch :]
+        if left or s.source == "none":
+            books.log.line(dry_run.opening(self))
         if s.source == "none":
             books.record({"epoch": 0, "round": 0, **self.accuracy()}, self.learners)
         elif s.source == "guided" and s.recipe == "paper" and books.epoch == s.start_epoch and not s.resume:
             self.calibrate_guide()
-        for phase in self.phases[books.epoch - s.start_epoch :]:
+        for phase in left:
             started = time.perf_counter()
             data = self.pseudo_dataset(phase)
             if phase.fresh:  # only now: the network before has just guided and labelled these images

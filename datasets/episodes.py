@@ -100,10 +100,10 @@ def too_few(counts: Mapping[str, int], way: int, shot: int, query: int) -> str:
     fewest = min(counts, key=counts.__getitem__)
     got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < way else []
     got += [f"{counts[fewest]} images in class {fewest}"] if short else []
-    got += [f"too few in {len(short) - 1} more"] if len(short) > 1 else []
+    others = f" ({len(short) - 1} other{'s have' if len(short) > 2 else ' has'} too few)" if len(short) > 1 else ""
     if not got:
         return ""
     return (
-        f"got {', '.join(got)}; an episode needs {way} classes of {shot + query} images "
+        f"got {', '.join(got)}{others}; an episode needs {way} classes of {shot + query} images "
         f"({shot} to learn from, {query} to label)"
     )

@@ -262,7 +262,7 @@ def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) 
         precision=s.precision, device=device,
     )  # fmt: skip
     say(f"{path}: {sentence(figure)}")
-    return figure
+    return figure | {"images": len(loaded.data.images)}
 
 
 def say(text: str) -> None:

@@ -10,9 +10,12 @@ from report import pictures, verdict
 from report.charts import Chart, points_of
 from report.folder import number
 from report.page import Html, element, page, section, table
-from report.sections import careful, image_tag
+from report.sections import careful, image_tag, wrong
+from report.verdict import Finding
 from utils.run_log import read_json, read_metrics
 
+FEW_STEPS = 1000  # fewer leave most images without a class (docs/decisions.md)
+FEW_IMAGES = 20  # per class; classes of fewer spare none to tell copies by
 FAR = 1.25  # samples that lie so many times as far from the training images as unseen ones need more training
 _CLASSES = 12  # that are named, at most
 _POINTS = 100  # of a curve, at most
@@ -44,12 +47,36 @@ def render(folder: Path, written: str) -> Html:
         element("p", f"{len(rows)} models{f', {size} pixels' if size else ''}. This page was written {written}.",
                 class_="soft"),
     )  # fmt: skip
+    found = wrong(findings(models, figures, number(index.get("steps"))))
+    verdict_ = section("Verdict", None, found) if found else None
     told = (
         "Samples should show the classes, in many ways. If they are blurred, or lie far from the training images, "
         "train longer (--steps). If they copy, train on more images, or for fewer steps."
     )
     head = ("model", "classes", "steps", "does it copy?", "loss", "samples")
-    return page(f"Pool {folder.resolve().name}", heading, section("Models", told, table(head, rows, class_="pool")))
+    models_ = section("Models", told, table(head, rows, class_="pool"))
+    return page(f"Pool {folder.resolve().name}", heading, verdict_, models_)
+
+
+def findings(models: Sequence[Any], figures: Mapping[str, Any], steps: int | float | None) -> list[Finding]:
+    """Find too few steps, and models trained on too few images per class."""
+    found, few = [], []
+    if steps is not None and steps < FEW_STEPS:
+        found.append(Finding(
+            f"Few steps: {steps:,}.",
+            "What a pool draws badly, nothing later mends. Train further: the same command with higher --steps.",
+        ))  # fmt: skip
+    for m, model in enumerate(models, 1):
+        figure, classes = figures.get(f"subset{m}"), model.get("classes") if isinstance(model, dict) else None
+        images = number(figure.get("images")) if isinstance(figure, dict) else None
+        if images is not None and isinstance(classes, list) and images < FEW_IMAGES * len(classes):
+            few.append(f"subset{m} ({images} of {len(classes)} classes)")
+    if few:
+        found.append(Finding(
+            f"Few training images: {', '.join(few[:_CLASSES])}{' and others' if len(few) > _CLASSES else ''}.",
+            f"With fewer than {FEW_IMAGES} per class a model learns little more than those images. Add images.",
+        ))  # fmt: skip
+    return found
 
 
 def memorisation(figure: Any) -> str:
@@ -58,7 +85,7 @@ def memorisation(figure: Any) -> str:
         return "not measured yet"
     ratio, near = (number(figure.get(name)) for name in ("ratio", "too_near"))
     if near is None:
-        return "not known: no images were held out"
+        return f"not known: that takes classes of {FEW_IMAGES} images, or --held_out_dir"
     far = "" if ratio is None else f"samples lie {ratio:.2f} times as far from the training images as unseen images"
     if verdict.copying(figure):
         share = f"{100 * near:.0f} % of the samples are nearer than 95 % of the unseen images"

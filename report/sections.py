@@ -88,13 +88,16 @@ def result(run: Run) -> Html | None:
         if not run.results:
             parts.append(element("p", "Not tested yet: run diffusionmix.py.", class_="soft"))
     outcomes = verdict.findings(run)
-    items = [element("li", element("b", _words(each.what)), " ", _words(each.do))
-             for found in outcomes.values() for each in found]  # fmt: skip
-    if items:
-        parts.append(element("ul", *items, class_="findings"))
+    parts.append(wrong([each for found in outcomes.values() for each in found]))
     if fine := [name for name, found in outcomes.items() if not found]:
         parts.append(element("p", f"Nothing wrong with {_listed(fine)}.", class_="soft"))
-    return section("Verdict", None, *parts) if parts else None
+    return section("Verdict", None, *parts) if any(parts) else None
+
+
+def wrong(found: Sequence[verdict.Finding]) -> Html | None:
+    """Return a list of what is wrong, each with what to do about it."""
+    items = [element("li", element("b", _words(each.what)), " ", _words(each.do)) for each in found]
+    return element("ul", *items, class_="findings") if items else None
 
 
 def _test_result(run: Run, test: tuple[str, str], each: Mapping[str, Any]) -> Html | None:
@@ -192,7 +195,7 @@ def curves(run: Run) -> Html | None:
     drawn = [charts.accuracy({"": run}, verdict.levels(run)), charts.losses({"": run}), own]
     if not any(drawn):
         return None
-    told = ["Dotted uprights are rounds: from there on the images are new.",
+    told = ["Each dotted line starts a round, with new images.",
             "The band is the 95 % interval over the episodes of a validation."]  # fmt: skip
     source, clusters = run.settings.get("source"), run.settings.get("recipe") == "clusters"
     if clusters and source in ("guided", "unguided", "by_model"):
@@ -225,7 +228,7 @@ def hit_rates(run: Run) -> Html | None:
 def pool(run: Run) -> Html | None:
     """Return what the pool's models draw by themselves."""
     found = run.pool_samples()
-    if not found:
+    if not found or run.settings.get("source") in ("real", "none"):  # which draw nothing
         return None
     figures = [
         element("figure", image_tag(pictures.samples(path), f"samples of {name}"), element("figcaption", name))

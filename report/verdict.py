@@ -10,6 +10,7 @@ from report import pictures
 from report.folder import DAMAGED, Run, number
 
 _LOW = 0.5  # a hit rate below this is low
+_HARDLY = 0.25  # of one class, at most: twice chance counts as low where that is less
 _COPY_RATIO, _COPY_SHARE = 0.7, 0.25  # samples nearer to the training images than this are copies
 _ALIKE = 0.1  # of the variance over all images: a class with less is one image over and over
 _LOOKED_AT = 20  # images per class
@@ -63,7 +64,7 @@ def guide(run: Run) -> list[Finding] | None:
 
 
 def hit_rate(run: Run) -> list[Finding] | None:
-    """Find a low hit rate in the last guided round, and classes that guidance never reached."""
+    """Find a low hit rate in the last guided round, and classes that guidance hardly reached."""
     guided = [each for each in run.rounds() if each.hit_rate is not None]
     if not guided:
         return None
@@ -73,9 +74,10 @@ def hit_rate(run: Run) -> list[Finding] | None:
             f"The hit rate is low: {100 * last.hit_rate:.0f} % in round {last.number}.",
             "Most labels of this round are wrong. Raise --guidance-scale, or train longer before each round.",
         ))  # fmt: skip
-    if missed := [str(c) for c, rate in enumerate(last.hit_rates) if rate == 0]:
+    least = min(2 / max(1, len(last.hit_rates)), _HARDLY)
+    if missed := [f"{c} ({100 * rate:.0f} %)" for c, rate in enumerate(last.hit_rates) if (rate or 0) <= least]:
         found.append(Finding(
-            f"Guidance never reached {len(missed)} of {len(last.hit_rates)} classes: {', '.join(missed[:10])}"
+            f"Guidance hardly reached {len(missed)} of {len(last.hit_rates)} classes: {', '.join(missed[:10])}"
             f"{' and others' if len(missed) > 10 else ''}.",
             "Look at their images below. If they look like other classes, lower --num-classes or raise "
             "--guidance-scale.",
@@ -89,6 +91,7 @@ def validation(run: Run) -> list[Finding] | None:
     if len(seen) < 2:
         return None
     first, last, best = seen[0], seen[-1], run.best()
+    least = min(each["val_accuracy"] for each in seen)
     top, half = best["val_accuracy"], number(best.get("val_ci95")) or 0
     for name, level in levels(run).items():
         if top - half <= level:
@@ -97,13 +100,13 @@ def validation(run: Run) -> list[Finding] | None:
                 "Nothing was learnt that helps. Look at the images below, then at the loss: if it does not fall, "
                 "change --lr; if the images show nothing, train the pool longer.",
             )]  # fmt: skip
-    if top - first["val_accuracy"] <= (number(first.get("val_ci95")) or 0):
-        flat = f"Validation is flat: {first['val_accuracy']:.1f} % in epoch {first['epoch']}, at best {top:.1f} %."
-        if best is first:
-            flat = (
-                f"Validation never rose above epoch {first['epoch']}: {top:.1f} %, at the end "
-                f"{last['val_accuracy']:.1f} %."
-            )
+    flat = ""
+    if best is first:
+        end = last["val_accuracy"]
+        flat = f"Validation never rose above epoch {first['epoch']}: {top:.1f} %, at the end {end:.1f} %."
+    elif top - least <= (number(first.get("val_ci95")) or 0):
+        flat = f"Validation is flat: from {least:.1f} to {top:.1f} %."
+    if flat:
         return [Finding(
             flat,
             "If the loss is flat too, more epochs will not help: compare with --source unguided and --source real. "

@@ -146,7 +146,7 @@ def test_help_lists_every_field(capsys):
         ("", {"a": 16, "b": 16, "c": 16, "d": 16, "e": 16}, ""),
         (
             "", {"a": 30, "b": 20, "c": 7, "d": 9},
-            "val: got 4 classes, 7 images in class c, too few in 1 more; an episode needs 5 classes of 16 images "
+            "val: got 4 classes, 7 images in class c (1 other has too few); an episode needs 5 classes of 16 images "
             "(1 to learn from, 15 to label); add some, or give --way 4 --queries 24",
         ),
         ("--nExemplars 5", {c: 20 for c in "abcd"}, "--way 4 --queries 60"),

@@ -55,7 +55,8 @@ def test_training_makes_as_many_passes_as_were_said(call, flags, passes, two_mod
     assert call(main, *command)[0] == 0
     calibration = 8 * main.CALIBRATION * 2 if "paper" in more else 0  # a few images before the first round
     assert sum(passes) - calibration == said
-    assert "seed = 1" in out and "disk: 0.1 MB" in out
+    assert "disk: 0.1 MB" in out and f"--save-dir {tmp_path / 'out'}" in out.splitlines()[-1]
+    assert "--seed" not in out and "--dry-run" not in out.splitlines()[-1]  # only what was given
     assert ("3 epochs of 2 steps in rounds of 2, the last of 1" if "clusters" in more else "2 epochs of 2 steps") in out
     assert re.search(r"about \d+ s on cpu, .*: \d+ s to draw, \d+ s to guide, \d+ s to learn\n", out)
 
@@ -97,12 +98,12 @@ def test_what_is_left(call, flags, two_models, tmp_path):
 
 def test_nothing_to_draw(call, flags, trained, tmp_path):
     few = (*flags, "--nTestNovel", 10, "--save-dir", tmp_path / "out")
-    assert call(main, *few, "--source", "none", "--dry-run")[1].endswith("--source none: nothing is drawn\n")
+    assert call(main, *few, "--source", "none", "--dry-run")[1].splitlines()[1] == "--source none: nothing is drawn"
     real = (*TINY, "--source", "real", "--save-dir", tmp_path / "out", "--samples-per-class", 12)
     out = call(main, *flags[:4], *real, "--dry-run")[1]
     assert "--source real: nothing is drawn\n2 epochs of 2 steps in rounds of 1\nabout" in out
     command = (*few, "--resume", trained / "best_model.pt", "--mix", "False", "--dry-run")
-    assert call(diffusionmix, *command)[1].endswith("--mix False: no mixes\n")
+    assert call(diffusionmix, *command)[1].startswith("--mix False: no mixes\n")
 
 
 def test_what_the_run_would_refuse(call, flags, tmp_path):
@@ -114,7 +115,15 @@ def test_what_the_run_would_refuse(call, flags, tmp_path):
 def test_batches_of_the_trial(toy_pool, passes, monkeypatch, most, passed):
     monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
     monkeypatch.setattr(dry_run, "_trial", lambda work: work() or 0.0)
-    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), most, CPU) > 0
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), most, CPU, 100) > 0
+    assert passes == passed
+
+
+@pytest.mark.parametrize("enough, passed", [(20, [1, 2, 4, 8, 8, 8, 8]), (3, [1, 2, 4, 8, 8])])
+def test_a_trial_is_no_longer_than_the_work(toy_pool, passes, monkeypatch, enough, passed):
+    monkeypatch.setattr(dry_run, "TRIAL", 1e9)
+    monkeypatch.setattr(dry_run, "_trial", lambda work: work() or 0.0)
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, CPU, enough) > 0
     assert passes == passed
 
 
@@ -130,7 +139,7 @@ def test_short_of_memory(toy_pool, monkeypatch):
     monkeypatch.setattr(UNetModel, "forward", small_machine)
     monkeypatch.setattr(dry_run, "TRIAL", 1e-9)
     monkeypatch.setattr(dry_run, "_trial", lambda work: work() or 0.0)
-    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, CPU) > 0
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, CPU, 100) > 0
     assert passes[-1] == 2 and max(passes) == 2
     passes.clear()
-    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, torch.device("cuda")) > 0 and passes == [2, 2]
+    assert dry_run._seconds_of_one(Pool(toy_pool).load(0), 8, torch.device("cuda"), 100) > 0 and passes == [2, 2]

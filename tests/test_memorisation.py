@@ -151,8 +151,8 @@ def test_pool_holds_it(call, folder, tmp_path, monkeypatch):
     assert status == 0, err
     assert list(figures(out)) == ["subset1"]
     first = figures(out)["subset1"]
-    assert first.keys() == {"samples", "held_out", "ratio", "too_near"} and None not in first.values()
-    assert lengths == [54]
+    assert first.keys() == {"samples", "held_out", "ratio", "too_near", "images"} and None not in first.values()
+    assert lengths == [54] and first["images"] == 54
     path = subset_path(out, 1)
     assert f"{path}: its samples lie {first['samples']:.3f}" in text and f"ratio {first['ratio']:.2f}" in text
     # the other model: the first keeps its figure, and is not measured again

@@ -323,6 +323,17 @@ def test_the_report_of_a_pool(call, pool):
     assert "b" not in page.tags and all(name.startswith("data:image/") for name in page.named)
 
 
+@pytest.mark.parametrize("steps, images, told", [(1500, 40, 0), (200, 40, 1), (1000, 39, 1), (999, 12, 2)])
+def test_a_pool_of_few_steps_or_images_is_told(call, pool, steps, images, told):
+    index = json.loads((pool / "pool.json").read_text()) | {"steps": steps}
+    index["memorisation"]["subset1"]["images"] = images  # of two classes
+    (pool / "pool.json").write_text(json.dumps(index))
+    assert call(command, pool)[0] == 0
+    text = (pool / "report.html").read_text()
+    assert Reader(text).tags.count("li") == told
+    assert ("subset1 (39" in text or "subset1 (12" in text) == (images < 40)
+
+
 @pytest.mark.parametrize("index", [None, "{", "[]", '{"models": 3, "memorisation": [1], "steps": "x"}'])
 def test_a_pool_without_a_sound_index_has_a_report(call, pool, index):
     (pool / "pool.json").unlink() if index is None else (pool / "pool.json").write_text(index)
