@@ -377,15 +377,15 @@ class Settings:
         return Settings(**_defaults(self.dataset, self.recipe), dataset=self.dataset, recipe=self.recipe).as_dict()
 
     def bare_checkpoint_flags(self) -> dict[str, Any]:
-        """What a checkpoint without settings does not tell, for the pool."""
+        """Return, for the pool, what a checkpoint without settings does not tell."""
         return {name: getattr(self, name) for name in BARE}
 
     def notes(self) -> dict[str, Any]:
-        """What to note of a run that starts: its settings, those of its preset, and where its pool is."""
+        """Return what to note of a run that starts: its settings, those of its preset, and where its pool is."""
         return {"settings": self.as_dict(), "preset": self.preset(), "pool": self.pool_place}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every field, for config.json."""
+        """Return every field, for config.json."""
         return asdict(self)
 
 

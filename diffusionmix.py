@@ -61,7 +61,7 @@ class Testing:
         self.chosen = [self.to_show(m) for m in range(min(SHOWN, len(self.fitter.pool or ())))]
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Accuracy in percent of every episode, with mixes and without: (E,), (E,)."""
+        """Return the accuracy in percent of every episode, with mixes and without: (E,), (E,)."""
         features = self.fitter.features(to_float(self.images.images))
         e = self.episodes
         support, query = features[e.support], features[e.query]  # (E, S, D), (E, Q, D)
@@ -71,14 +71,14 @@ class Testing:
         return mixed, plain
 
     def mixes(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model."""
+        """Return features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model."""
         *mixes, self.pictures = self.fitter.mixes(
             self.images.images, self.episodes.support, targets, self.pieces, self.shown
         )
         return mixes
 
     def score(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None, query: Tensor) -> Tensor:
-        """Accuracy (E,) in percent of heads fitted on the support, on `mixes` where there are any, and on it again."""
+        """Return the accuracy (E,) in percent of heads fitted on the support, `mixes` if any, and the support again."""
         return accuracy(predict(self.fitter.fit(support, targets, mixes), query), self.episodes.query_labels)
 
     def shown(self, m: int, item: int) -> bool:
@@ -93,7 +93,7 @@ class Testing:
         return sorted({int(among[k * len(among) // SHOWN]) for k in range(SHOWN)})
 
     def first_partners(self, m: int) -> tuple[Tensor, Tensor]:
-        """Partners and shares, of the first episodes alone."""
+        """Return partners and shares, of the first episodes alone."""
         return self.fitter.partners(m, min(SHOWN, self.s.episodes), self.episodes.support.shape[1])
 
     def save_mixes(self) -> None:
@@ -158,7 +158,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
 
 
 def notes_of(fitter: HeadFitter) -> dict:
-    """What to note of a test: as `Settings.notes`, with what concerns the training as its checkpoint has it."""
+    """Return what to note of a test: `Settings.notes`, with the training settings of its checkpoint."""
     s = fitter.s
     told = {name: fitter.trained[name] for name in that_affect("training") & fitter.trained.keys()}
     preset = replace(s, recipe=told.get("recipe", s.recipe)).preset() | {"num_classes": told["num_classes"]}
@@ -167,7 +167,7 @@ def notes_of(fitter: HeadFitter) -> dict:
 
 
 def figures(mixed: Tensor, plain: Tensor) -> dict[str, float]:
-    """Means with their 95 % half-widths, and the paired difference, of accuracies (E,) with mixes and without."""
+    """Return means of accuracies (E,) with mixes and without, and their paired difference, with 95 % half-widths."""
     accuracy_, ci95 = mean_confidence_interval(mixed)
     without, without_ci95 = mean_confidence_interval(plain)
     difference, difference_ci95 = paired_difference(mixed, plain)

@@ -24,7 +24,7 @@ TRIAL = 10.0  # seconds of forward passes that the estimate comes from
 
 @dataclass(frozen=True)
 class Work:
-    """Forward passes of the pool's networks, an image each; their operations, 2 a multiply-add; seconds, estimated."""
+    """Forward passes of the pool's networks, one per image; their operations, 2 per multiply-add; estimated seconds."""
 
     forwards: int
     flops: float
@@ -111,7 +111,7 @@ def of_testing(s: Settings, fitter: Any, support: int) -> None:
 
 
 def measure(pool: Pool, forwards: Sequence[int], s: Settings, precision: str) -> Work:
-    """The work of that many forward passes of each model; its seconds from a trial with the first one.
+    """Return the work of that many forward passes of each model, with seconds from a trial of the first.
 
     Several processes share it out; the trial is that of the first.
     """
@@ -126,7 +126,7 @@ def measure(pool: Pool, forwards: Sequence[int], s: Settings, precision: str) ->
 
 
 def _seconds_of_one(model: PoolModel, most: int, device: torch.device, enough: int) -> float:
-    """Seconds of an image's forward pass in batches of `most`, on a CPU fewer if a pass is then a tenth of the trial.
+    """Return the seconds of one image's pass, in batches of `most`; on a CPU smaller ones if a pass takes long.
 
     enough: passes after which the trial ends early, so that it never takes longer than what it estimates.
     Raises MemoryError, with a line to show, where one image is too much.

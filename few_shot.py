@@ -88,11 +88,11 @@ class HeadFitter:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Unit-length features (N, D), on the CPU, of images (N, 3, H, W) float in [-1, 1]."""
+        """Return unit-length features (N, D), on the CPU, of images (N, 3, H, W) float in [-1, 1]."""
         return torch.cat([self.model.embed(part.to(self.device)).cpu() for part in images.split(500)])
 
     def fit(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None) -> Heads:
-        """The heads of E episodes, --test-batch of them at once on the device; on the CPU.
+        """Fit the heads of E episodes, --test-batch of them at once on the device. Return them on the CPU.
 
         support: (E, S, D) features; targets: (E, S, way) float, one-hot; mixes: what `mixes` gives, None without.
         """
@@ -104,12 +104,26 @@ class HeadFitter:
         return Heads(torch.cat([h.weight for h in parts]).cpu(), torch.cat([h.bias for h in parts]).cpu(), s.head_scale)
 
     def fit_part(self, first: int, own: Sequence[Tensor], mixes: Sequence[Tensor] | None = None) -> Heads:
-        """The heads of some episodes, of which the first has number `first`: as `fit`, all on the device."""
+        """Fit the heads of episodes number `first` and on, all at once. As `fit`, but all on the device."""
         s, (support, targets) = self.s, own
         stages = meta_test_stages(support, targets, mixes, steps=s.head_steps, rates=RATES)
         numbers = range(first, first + len(support))
         rngs = [generator(s.seed, "head", i) for i in numbers] if s.head_init == "random" else None
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
+
+    def learn(self, images: Tensor, labels: Tensor, way: int, pieces: Pieces) -> tuple[Heads, tuple[Tensor, Tensor]]:
+        """Fit the head of one episode. Return it, and what `leave_one_out` says of its images.
+
+        images: (N, 3, size, size) uint8; labels: (N,) int64, 0 to way - 1; pieces: keeps the mixes' features until all
+        are made.
+        """
+        order = labels.argsort(stable=True)
+        images, labels = images[order], labels[order]
+        targets, mixes = F.one_hot(labels, way).float()[None], None  # (1, N, way)
+        if self.pool:
+            *mixes, _ = self.mixes(images, torch.arange(len(images))[None], targets, pieces)
+        features = self.features(to_float(images))
+        return self.fit(features[None], targets, mixes), self.leave_one_out(features, labels)
 
     def leave_one_out(self, features: Tensor, labels: Tensor, most: int = 100) -> tuple[Tensor, Tensor]:
         """Return logits (K, way) of K images by heads without mixes that are fitted on all others, and their labels.
@@ -131,14 +145,14 @@ class HeadFitter:
         self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces,
         keep: Callable[[int, int], bool] = lambda m, item: False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model, and some as images.
+        """Make the mixes of every pool model. Return features (E, M * S, D), soft labels (E, M * S, way), some images.
 
-        One pool model after the other, so that each checkpoint is read once; its mixes in full batches, which `pieces`
-        keeps. Several processes share them out.
+        One pool model works after the other, so each checkpoint is read once. `pieces` keeps its full batches. Several
+        processes share them out.
 
         images: (N, 3, size, size) uint8; support: (E, S) int64, which of them; targets: (E, S, way), their labels.
-        keep: (m, item) -> whether mix number `item` (from 0, of all episodes) of model m is one of the K that also come
-            as images, (K, 3, size, size) uint8.
+        keep: (m, item) -> whether mix number `item` (from 0, of all episodes) of model m is one of the K images that
+            are returned, (K, 3, size, size) uint8.
         """
         s, (count, shots) = self.s, support.shape
         partners = [self.partners(m, count, shots) for m in range(len(self.pool))]
@@ -160,7 +174,7 @@ class HeadFitter:
         return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1), made["pictures"]
 
     def partners(self, m: int, episodes: int, shots: int) -> tuple[Tensor, Tensor]:
-        """Of each support image its partner in the mixes of model m (E, S), and its own share of them (E, S)."""
+        """Return each support image's partner in the mixes of model m (E, S), and its own share of its mix (E, S)."""
         rngs = [numpy_generator(self.s.seed, "mix", m, i) for i in range(episodes)]
         order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
         weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs])
@@ -170,7 +184,7 @@ class HeadFitter:
         self, images: Tensor, support: Tensor, partners: list[tuple[Tensor, Tensor]], keep: Callable[[int, int], bool],
         member: PoolModel, m: int, part: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The `features` of mixes number `part` of pool model m, and `pictures` of those of them to keep."""
+        """Return the `features` of mixes number `part` of pool model m, and as `pictures` those to keep."""
         mixed = self.mixed(images, support, partners[m], member, m, part)
         if member.image_size != self.size:
             mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
@@ -182,7 +196,7 @@ class HeadFitter:
     def mixed(
         self, images: Tensor, support: Tensor, partners: tuple[Tensor, Tensor], member: PoolModel, m: int, part: Tensor
     ) -> Tensor:
-        """Mixes number `part` of pool model m: (N, 3, size, size) float in [-1, 1], at that model's size."""
+        """Return mixes number `part` of pool model m: (N, 3, size, size) float in [-1, 1], at that model's size."""
         s, size, (order, weight) = self.s, member.image_size, partners
         pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
         x_a, x_b = (self.resized(images[index], size) for index in pairs)
@@ -194,11 +208,11 @@ class HeadFitter:
         )  # fmt: skip
 
     def resized(self, images: Tensor, size: int) -> Tensor:
-        """uint8 images as floats on the device, at a pool model's size."""
-        pictures = to_float(images.to(self.device))
+        """Return uint8 images as floats on the device, at a pool model's size."""
+        images = to_float(images.to(self.device))
         if size == self.size:
-            return pictures
-        return F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 class FewShotClassifier:
@@ -206,8 +220,8 @@ class FewShotClassifier:
 
     Images are given as a list of paths, PIL images, or single arrays; or as one array or tensor, (N, H, W, 3) uint8 or
     (N, 3, H, W) float in [-1, 1] or, with value_range=(0, 1), in [0, 1], RGB. They may be of any sizes: of each the
-    central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value an image, in a
-    list, an array or a column.
+    central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value per image, in
+    a list, an array or a column.
 
     All that is random comes from `seed`. It does not matter in which order the classes are given, while that of the
     images of a class decides which are mixed. scikit-learn is not needed; its `clone`, pipelines and cross-validation,
@@ -256,7 +270,7 @@ class FewShotClassifier:
         self.value_range = value_range
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor, by name; `deep` changes nothing."""
+        """Return the arguments of the constructor, by name; `deep` changes nothing."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> "FewShotClassifier":
@@ -269,7 +283,7 @@ class FewShotClassifier:
         return self
 
     def __sklearn_tags__(self) -> Any:
-        """What scikit-learn (1.6 or newer), which alone calls this, asks of a classifier."""
+        """Return what scikit-learn (1.6 or newer), which alone calls this, asks of a classifier."""
         from sklearn.utils import ClassifierTags, Tags, TargetTags
 
         return Tags("classifier", TargetTags(required=True), classifier_tags=ClassifierTags())
@@ -278,7 +292,7 @@ class FewShotClassifier:
         return f"FewShotClassifier({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
 
     def settings(self) -> Settings:
-        """The parameters as settings of `diffusionmix.py`. Raises ValueError for one out of range."""
+        """Return the parameters as settings of `diffusionmix.py`. Raises ValueError for one out of range."""
         params = self.get_params()
         model, pool, flags = (params.pop(name) for name in ("model", "pool", "pool_flags"))
         del params["value_range"]  # of images that no flag gives
@@ -287,46 +301,27 @@ class FewShotClassifier:
         places = {"resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
         return Settings(**places, **params, **(flags or {}))
 
-    def fit(
-        self, images: Iterable, labels: Iterable[Hashable], *, fitter: HeadFitter | None = None,
-        pieces: Pieces | None = None,
-    ) -> "FewShotClassifier":  # fmt: skip
+    def fit(self, images: Iterable, labels: Iterable[Hashable]) -> "FewShotClassifier":
         """Fit the head on labelled images. Any number of classes (2 or more), each with any number of images.
 
         Each class counts alike, however many images it has; see `HeadFitter`. `images` and `labels`: see the class.
-
-        fitter: a model and pool that are loaded already; its settings count. None loads those of the parameters.
-        pieces: where the mixes' features are kept until all are made; None: in memory.
-
         Returns itself. Raises ValueError for images or labels of another kind or number, and for a model or pool that
         does not load.
         """
-        fitter = fitter or HeadFitter(self.settings())
+        fitter = HeadFitter(self.settings())
         classes, numbers = encoded(plain_labels(labels))
         pixels = _read(images, fitter.size, self.value_range)
         if len(pixels) != len(numbers):
-            raise ValueError(f"got {len(pixels)} images and {len(numbers)} labels, expected one label an image")
-        order = numbers.argsort(stable=True)
-        pixels, targets = pixels[order], F.one_hot(numbers[order], len(classes)).float()[None]  # (1, S, way)
-        mixes = None
-        if fitter.pool:
-            *mixes, _ = fitter.mixes(pixels, torch.arange(len(pixels))[None], targets, pieces or Pieces())
-        features = fitter.features(to_float(pixels))
-        self.heads_ = fitter.fit(features[None], targets, mixes)
-        self.left_out_ = fitter.leave_one_out(features, numbers[order])
+            raise ValueError(f"got {len(pixels)} images and {len(numbers)} labels, expected one label per image")
+        self.heads_, self.left_out_ = fitter.learn(pixels, numbers, len(classes), Pieces())
         self.sharpness_ = sharpness(*self.left_out_)
         self.fitter_, self.classes_ = fitter, classes
         return self
 
     def predict_proba(self, images: Iterable) -> np.ndarray:
-        """Return probabilities (N, way) float64 of images, columns as in `classes_`.
-
-        They are the softmax of the head's logits times `sharpness_`: the head takes few and small steps, so that its
-        own probabilities stay close together. An image's row depends on no other image.
-        """
+        """Return `probabilities` (N, way) float64 of images, columns as in `classes_`."""
         self._check_fitted()
-        logits = predict(self.heads_, torch.from_numpy(self.transform(images))[None])[0].double()
-        return (self.sharpness_ * logits).softmax(-1).numpy()
+        return probabilities(self.heads_, self.sharpness_, torch.from_numpy(self.transform(images)))
 
     def transform(self, images: Iterable) -> np.ndarray:
         """Return the features (N, D) float32 of images, of unit length, that the head sees."""
@@ -362,12 +357,12 @@ class FewShotClassifier:
             raise ValueError("this FewShotClassifier is not fitted yet; call fit(images, labels) first")
 
     def predict(self, images: Iterable) -> np.ndarray:
-        """The likeliest label (N,) of each image."""
+        """Return the likeliest label (N,) of each image."""
         best = self.predict_proba(images).argmax(1)
         return self.classes_[best]
 
     def score(self, images: Iterable, labels: Iterable[Hashable]) -> float:
-        """The share of images, 0 to 1, whose predicted label is theirs.
+        """Return the share of images, 0 to 1, whose predicted label is theirs.
 
         Raises ValueError for labels that no prediction could equal, as texts where `fit` was given numbers, and as
         `fit` does.
@@ -375,8 +370,17 @@ class FewShotClassifier:
         found, wanted = self.predict(images), plain_labels(labels)
         check_kinds(wanted, self.classes_.tolist())
         if len(found) != len(wanted):
-            raise ValueError(f"got {len(found)} images and {len(wanted)} labels, expected one label an image")
+            raise ValueError(f"got {len(found)} images and {len(wanted)} labels, expected one label per image")
         return float(np.mean([a == b for a, b in zip(found.tolist(), wanted, strict=True)]))
+
+
+def probabilities(heads: Heads, factor: float, features: Tensor) -> np.ndarray:
+    """Return probabilities (N, way) float64 of images with features (N, D), by the head of one episode.
+
+    They are the softmax of its logits times `factor`: the head takes few and small steps, so its own probabilities stay
+    close together. An image's row depends on no other image.
+    """
+    return (factor * predict(heads, features[None])[0].double()).softmax(-1).numpy()
 
 
 def sharpness(logits: Tensor, labels: Tensor) -> float:
@@ -407,7 +411,7 @@ _SAVED = {
 
 
 def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[str, Any]]:
-    """The meta-model of a run in eval mode, the size of the images that it was trained on, and all of its settings.
+    """Return the meta-model of a run in eval mode, the size of its training images, and all of its settings.
 
     Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
     """
@@ -436,7 +440,7 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
 
 
 def _read(images: Iterable, size: int, value_range: Sequence[float] | None) -> Tensor:
-    """Images as the class takes them, as (N, 3, size, size) uint8."""
+    """Return images, given as `FewShotClassifier` takes them, as (N, 3, size, size) uint8."""
     if value_range is not None and (not isinstance(value_range, list | tuple) or tuple(value_range) not in RANGES):
         raise ValueError(f"got value_range {value_range!r}, expected {RANGES[0]}, {RANGES[1]} or None")
     single = isinstance(images, str | os.PathLike | Mapping | Set) or not isinstance(images, Iterable)
@@ -479,7 +483,7 @@ def _is_float(image: object) -> bool:
 
 
 def _centred(image: np.ndarray | Tensor) -> Tensor:
-    """Floats in [0, 1] as floats in [-1, 1]. Raises ImageError for others."""
+    """Return floats in [0, 1] as floats in [-1, 1]. Raises ImageError for others."""
     found = torch.as_tensor(image).detach().to(torch.float32)
     low, high = (float(found.min()), float(found.max())) if found.numel() else (0.0, 1.0)
     if not -TOLERANCE < low <= high < 1 + TOLERANCE:  # refuses NaN, too

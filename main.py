@@ -142,7 +142,7 @@ class Training:
             data = PseudoDataset.load(folder)
         else:
             data = kept(folder, partial(self.new_round, phase))
-            self.books.log.board.picture("images", folder / "sheet.png", phase.epoch)
+            self.books.log.board.image("images", folder / "sheet.png", phase.epoch)
             discard(self.plan(number).folder)  # its images are in the dataset now
         if phase.labels == "clusters":
             return kept_labels(folder / "clusters.npy", data, partial(self.clusters, data))

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import Settings
 from datasets.folder import load_split
-from few_shot import FewShotClassifier, HeadFitter
+from few_shot import HeadFitter, probabilities, sharpness
 from report import predictions, write
 from utils.class_folders import find_images
-from utils.images import extensions, read_images, shown
+from utils.images import extensions, read_images, shown, to_float
 from utils.predictions import check_place, write_predictions
 
 SHEET = 100  # images on the sheet of answers
@@ -40,16 +41,15 @@ class OwnImages:
             raise ValueError(f"{s.query}: has no readable image ({what}); expected some to label")
         left_out.say(Path(s.query))
         self.paths = sorted(set(paths) - {path for path, _ in unreadable})
-        self.query = np.stack(images).transpose(0, 2, 3, 1)  # (N, size, size, 3) uint8
+        self.query = torch.from_numpy(np.stack(images))  # (N, 3, size, size) uint8
         self.skipped = {shown(s.query): left_out.rows()}
 
     def label(self) -> np.ndarray:
         """Learn from the support images. Return the probabilities (N, way) of the query images."""
-        support = self.support
-        pieces = self.fitter.pieces("own_mixes", support.images, support.labels)
-        pixels, names = support.images.permute(0, 2, 3, 1), [support.class_names[c] for c in support.labels.tolist()]
-        self.classifier = FewShotClassifier(self.fitter.path).fit(pixels, names, fitter=self.fitter, pieces=pieces)
-        return self.classifier.predict_proba(self.query)
+        fitter, support = self.fitter, self.support
+        pieces = fitter.pieces("own_mixes", support.images, support.labels)
+        head, self.left_out = fitter.learn(support.images, support.labels, len(support.class_names), pieces)
+        return probabilities(head, sharpness(*self.left_out), fitter.features(to_float(self.query)))
 
     def write(self, probabilities: np.ndarray) -> None:
         """Write predictions.csv and a sheet of the surest beside it, and say so."""
@@ -63,14 +63,13 @@ class OwnImages:
     def write_page(self, probabilities: np.ndarray) -> None:
         """Write predictions.html, the images class by class, and print its path."""
         path, support = self.path.with_suffix(".html"), self.support
-        queries = self.query.transpose(0, 3, 1, 2)
         learnt = support.class_names, probabilities, support.images.numpy(), support.labels.numpy()
-        write(predictions.render(self.paths, queries, *learnt), path)
+        write(predictions.render(self.paths, self.query.numpy(), *learnt), path)
         print(path)
 
     def say_what_to_expect(self) -> None:
         """Print how many support images the others label right."""
-        logits, labels = self.classifier.left_out_
+        logits, labels = self.left_out
         if len(labels):
             from scipy.stats import binomtest  # here, as it takes a second to import
 

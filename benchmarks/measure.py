@@ -38,7 +38,7 @@ _ATTENTION = {  # how a CPU computes attention, which torch leaves out of its co
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The flags of all four. Raises ValueError for one that does not fit."""
+    """Parse the flags of all four. Raises ValueError for one that does not fit."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--size", required=True, choices=("paper", "small"), help="of the networks and images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -55,18 +55,18 @@ def parse(description: str) -> argparse.Namespace:
 def settings(
     args: argparse.Namespace, device: torch.device, sizes: Mapping[str, dict], on_gpu: Mapping[str, dict]
 ) -> dict[str, Any]:
-    """Those of a size: `sizes`, of which a GPU replaces `on_gpu`, and of that --batch the batch."""
+    """Return the numbers of a size: `sizes`, of which a GPU replaces `on_gpu`, and of that --batch the batch."""
     chosen = {**sizes[args.size], **(on_gpu.get(args.size, {}) if device.type == "cuda" else {})}
     return {**chosen, "batch": args.batch} if args.batch else chosen
 
 
 def unet_flags(size: str) -> dict[str, Any]:
-    """Every flag of `create_model_and_diffusion` of a size's U-Net: the paper's, or that of the shipped pool."""
+    """Return every flag of `create_model_and_diffusion` for a size: the paper's, or those of the shipped pool."""
     return Pool(GLYPHS).load(0).flags if size == "small" else {**model_and_diffusion_defaults(), **PAPER}
 
 
 def unet_settings(size: str) -> dict[str, Any]:
-    """What the JSON line says about a size's U-Net."""
+    """Return what the JSON line says about a size's U-Net."""
     flags = unet_flags(size)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in create_model(**flags).parameters())
@@ -76,7 +76,7 @@ def unet_settings(size: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _pool(size: str) -> Iterator[Pool]:
-    """The pool as main.py has it, in files: the one that ships, or one model of the paper's size, of random weights."""
+    """Yield a pool in files, as main.py has it: the one that ships, or a random one of the paper's size."""
     if size == "small":
         yield Pool(GLYPHS)
         return
@@ -93,7 +93,7 @@ def _pool(size: str) -> Iterator[Pool]:
 
 
 def pool_model(size: str, device: torch.device, precision: str = "float32") -> PoolModel:
-    """The first model of that pool."""
+    """Return the first model of that pool."""
     with _pool(size) as pool:
         return pool.load(0, device, precision)
 
@@ -105,7 +105,7 @@ def settle_precision(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def plain_model(size: str, device: torch.device) -> PoolModel:
-    """The same model the straightforward way: built, filled, in eval mode, whatever the pool does beyond that."""
+    """Return the same model the straightforward way: built, filled, in eval mode, and nothing more."""
     model = pool_model(size, torch.device("cpu"))
     network = create_model(**model.flags)
     network.load_state_dict(model.network.state_dict())
@@ -113,7 +113,7 @@ def plain_model(size: str, device: torch.device) -> PoolModel:
 
 
 def timed(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that is not timed."""
+    """Return the seconds of each of `repeats` calls, after one that is not timed."""
     function()
     seconds = []
     for _ in range(repeats):
@@ -126,7 +126,7 @@ def timed(function: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention in a call, 2 a multiply-add."""
+    """Count operations of matrix products, convolutions and attention in a call, 2 per multiply-add."""
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     counter.mod_tracker = _WholeOnly()
     with counter:
@@ -135,7 +135,7 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
-    """The machine's own rate: GFLOP a second of a large square matrix product, the median of five."""
+    """Return the machine's own rate: GFLOP per second of a large square matrix product, the median of five."""
     side = MATRIX[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2e-9 * side**3 / statistics.median(timed(lambda: a @ b, device, 5))
@@ -211,7 +211,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _float32_on(device: torch.device) -> dict[str, str]:
-    """How a GPU computes float32 products and convolutions: "ieee", "tf32", or "none" for torch's default."""
+    """Return how a GPU computes float32 products and convolutions: "ieee", "tf32", or "none" for torch's default."""
     if device.type != "cuda":
         return {}
     return {
@@ -221,7 +221,7 @@ def _float32_on(device: torch.device) -> dict[str, str]:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """MiB: the most that torch held on a GPU, or the process on a CPU."""
+    """Return in MiB the most that torch held on a GPU, or the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
@@ -238,7 +238,7 @@ def _say(text: str) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to four digits, also those in lists and dicts."""
+    """Round floats to four digits, also those in lists and dicts."""
     if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""How fast a meta-test with diffusion mixes is: mixes by one pool model, features, heads, in episodes a second.
+"""How fast a meta-test with diffusion mixes is: mixes by one pool model, features, heads, in episodes per second.
 
     python -m benchmarks.meta_test --size small
 
@@ -43,7 +43,7 @@ class Tasks:
 
     @classmethod
     def random(cls, s: dict[str, Any], size: int) -> "Tasks":
-        """Random pixels, mixed with one another as `diffusionmix.py` mixes."""
+        """Return random pixels, mixed with one another as `diffusionmix.py` mixes."""
         count, shots = s["episodes"], s["way"] * s["shot"]
         rngs = [numpy_generator(measure.SEED, "mix", i) for i in range(count)]
         order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
@@ -54,7 +54,7 @@ class Tasks:
         return cls(images, order, weight, targets.expand(count, -1, -1).contiguous())
 
     def features(self, member: PoolModel, model: MetaModel, index: Tensor, s: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Features (N, D) on the CPU of the support images number `index` of all E * S, and of their mixes."""
+        """Return features (N, D) on the CPU of support images number `index` of all E * S, and of their mixes."""
         device = next(model.parameters()).device
         images, size = self.images.flatten(0, 1), self.images.shape[-1]
         partner = (self.order + self.order.shape[1] * torch.arange(len(self.order))[:, None]).flatten()
@@ -66,7 +66,7 @@ class Tasks:
             return model.embed(x_a).cpu(), model.embed(mixed).cpu()
 
     def stages(self, parts: list[tuple[Tensor, Tensor]], chosen: slice, steps: int) -> list:
-        """What heads of the episodes `chosen` are fitted on, from the features of their images, batch by batch."""
+        """Return what heads of the episodes `chosen` are fitted on, from batches of their features."""
         shape, targets = self.order[chosen].shape, self.targets[chosen]
         support, mixes = (torch.cat(one).unflatten(0, shape) for one in zip(*parts, strict=True))
         partner = targets.gather(1, self.order[chosen][..., None].expand_as(targets))
@@ -75,7 +75,7 @@ class Tasks:
 
 
 def together(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any]) -> Heads:
-    """The heads of all episodes."""
+    """Return the heads of all episodes."""
     parts = torch.arange(tasks.order.numel()).split(s["batch"])
     found = [tasks.features(member, model, part, s) for part in parts]
     stages = tasks.stages(found, slice(None), s["head_steps"])
@@ -83,7 +83,7 @@ def together(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any
 
 
 def one_by_one(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any]) -> list[torch.nn.Linear]:
-    """The heads of the first `plain_episodes` episodes, each by itself."""
+    """Return the heads of the first `plain_episodes` episodes, each fitted by itself."""
     heads = []
     for index in torch.arange(tasks.order.numel()).split(tasks.order.shape[1])[: s["plain_episodes"]]:
         chosen = slice(len(heads), len(heads) + 1)

@@ -1,4 +1,4 @@
-"""How fast the two learners train: an epoch of both as `main.py --recipe paper` has it, in episodes a second.
+"""How fast the two learners train: an epoch of both as `main.py --recipe paper` has it, in episodes per second.
 
     python -m benchmarks.meta_train --size small
 
@@ -67,7 +67,7 @@ class Training:
         self.data = PseudoDataset(images.to(on or device), labels, s["classes"])
 
     def epoch(self) -> dict[str, object]:
-        """One epoch of the meta-model and one of the class-learner."""
+        """Run one epoch of the meta-model and one of the class-learner."""
         rng = generator(measure.SEED, "epoch", device=self.device)
         entries = self.learners.train_meta_model(self.data, self.rates, rng, 0)
         return entries | self.learners.train_class_learner(self.data, self.rates, rng)

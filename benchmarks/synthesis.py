@@ -1,4 +1,4 @@
-"""How fast the pool's images are drawn: guided sampling as `main.py` does it, in images a second.
+"""How fast the pool's images are drawn: guided sampling as `main.py` does it, in images per second.
 
     python -m benchmarks.synthesis --size small
 
@@ -31,7 +31,7 @@ ON_GPU = {"paper": dict(batch=256, steps=25)}
 
 
 def guide(classes: int, device: torch.device) -> LogProbability:
-    """log p(c | x, t) by networks of random weights."""
+    """Return log p(c | x, t) by networks of random weights."""
     rng = generator(measure.SEED, "weights")
     model = MetaModel(classes, generator=rng)
     learner = ClassLearner(classes, model.feature_dim, generator=rng)
@@ -41,7 +41,7 @@ def guide(classes: int, device: torch.device) -> LogProbability:
 def draw(
     model: PoolModel, function: LogProbability, s: dict[str, Any], index: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Images number `index` as one batch: (N, 3, H, W) uint8, on the CPU."""
+    """Draw images number `index` as one batch: (N, 3, H, W) uint8, on the CPU."""
     size = model.image_size
     x_t = noise((3, size, size), index, measure.SEED, "synthesis").to(device)
     wanted = torch.tensor(index, device=device) % s["classes"]

@@ -165,7 +165,7 @@ def rows_of(results: Results) -> list[Row]:
 
 
 def _tested(run: Path, shot: int, train: list[str], test: list[str]) -> dict:
-    """Results of a run at one shot, made where they are not there, with the training's seconds and the machine."""
+    """Return the results of a run at one shot, made where missing, with the training's seconds and the machine."""
     place, weights = run / f"{shot}-shot", run / "best_model.pt"
     flags = [*_for_testing(train), *test]
     given = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag that is given twice
@@ -247,7 +247,7 @@ def _closed(own: np.ndarray, floor: np.ndarray, real: np.ndarray) -> dict[str, f
 
 
 def as_text(rows: list[Row]) -> str:
-    """The table in Markdown; behind each figure its 95 % interval over episodes, then that over training seeds."""
+    """Return the table in Markdown: behind each figure its 95 % interval over episodes, then over training seeds."""
     lines = [
         "| shot | row | accuracy % | against | gap closed % | training s |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -263,7 +263,7 @@ def as_text(rows: list[Row]) -> str:
 
 
 def figure(value: float | str, ci95: float | str, seeds_ci95: float | str, form: str) -> str:
-    """A figure with its half-widths over episodes and over seeds, those that are known; "" for none."""
+    """Return a figure with the known half-widths over episodes and over seeds; "" for none."""
     if value == "":
         return ""
     width = form.strip("+")
@@ -353,7 +353,7 @@ def main() -> None:
 
 
 def _for_testing(train: list[str]) -> list[str]:
-    """Those of the training flags that testing needs too, as they were resolved."""
+    """Return those of the training flags that testing needs too, as they were resolved."""
     settings = parse(train, description="table")
     return [word for name in TESTED for word in (f"--{name}", str(getattr(settings, name)))]
 

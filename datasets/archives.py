@@ -19,7 +19,7 @@ class _Refused(ValueError):
 
 @contextmanager
 def unpacked(source: Path, beside: Path) -> Iterator[Path]:
-    """A folder with what is in the archive `source` (.tar, also compressed, or .zip), gone when the block ends.
+    """Yield a folder with what is in the archive `source` (.tar, also compressed, or .zip); remove it at the end.
 
     It lies in the nearest folder above `beside` that exists, for room. Where the archive holds a single folder, it is
     that. Any `source` that is no file is given back as it is. Links and devices in it are left out.

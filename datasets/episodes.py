@@ -35,9 +35,9 @@ class EpisodeSampler:
 
         Args:
             labels: (N,) int64 base class of each image; any integers.
-            way: classes an episode.
-            shot: support images a class.
-            query: query images a class.
+            way: classes per episode.
+            shot: support images per class.
+            query: query images per class.
 
         Raises:
             ValueError: a number below 1, fewer classes than `way`, or a class with too few images.

@@ -29,7 +29,7 @@ class LabelledImages:
     skipped: Skipped = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
-        """Images of each class, by its name."""
+        """Return how many images each class has, by its name."""
         return dict(zip(self.class_names, self.labels.bincount(minlength=len(self.class_names)).tolist(), strict=True))
 
 

@@ -18,7 +18,7 @@ SPLITS = ("meta_train", "meta_val", "meta_test")  # 30 base, 9 validation and 14
 
 
 def read_split(split: str) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
-    """What the file holds of a split, class after class, in a class by font.
+    """Return what the file holds of a split, sorted by class, then by font.
 
     Returns images (N, 32, 32) uint8 in [0, 255], black on white; labels (N,) int64; the names of the classes; and of
     each image the name of its font. Raises ValueError for an unknown split or a damaged file.
@@ -37,7 +37,7 @@ def read_split(split: str) -> tuple[np.ndarray, np.ndarray, list[str], list[str]
 def load_fontchars(split: str, per_class: int | None = None, *, size: int = 32) -> LabelledImages:
     """Load a split as RGB.
 
-    per_class: the first images a class, by the name of their font; None for all. size: pixels a side; other than 32,
+    per_class: the first images of each class, by the name of their font; None for all. size: side in pixels; if not 32,
     images are resized by Lanczos, as those of folders are.
     Returns images (N, 3, size, size) uint8 in [0, 255] and labels (N,) int64. Raises ValueError as `read_split` does.
     """

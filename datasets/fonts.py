@@ -13,22 +13,22 @@ from utils.seeding import numpy_generator
 
 ENDINGS = (".ttf", ".otf", ".woff", ".woff2")
 CHARACTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghimnqrty23456789&@?$%#"  # those of fontchars
-SIDE, BOX, SHIFT = 32, 24, 2  # pixels: a picture, the longer side of a character in it, the most it is shifted
+SIDE, BOX, SHIFT = 32, 24, 2  # pixels: an image, the longer side of a character in it, the most it is shifted
 _DRAWN = 96  # pixels an em, before a character is made smaller
 _NO_CHARACTER = "\U0010ffff"  # stands for none for ever, so every font draws its sign for missing characters
 
-Drawings = dict[str, dict[str, np.ndarray]]  # class -> font -> picture
+Drawings = dict[str, dict[str, np.ndarray]]  # class -> font -> image
 
 
 def class_name(character: str) -> str:
-    """The name of a character's class, safe on file systems that ignore case: A, small_a, 7, u0023 for #."""
+    """Return the name of a character's class, safe on file systems that ignore case: A, small_a, 7, u0023 for #."""
     if character.isascii() and character.isalnum():
         return f"small_{character}" if character.islower() else character
     return f"u{ord(character):04x}"
 
 
 def find_fonts(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The font files in `folder` and the folders in it, by name, and those left out, as another has their name.
+    """Return the font files in `folder` and its folders, by name, and those left out because another has their name.
 
     A name is the path in `folder` without its ending, in small letters, joined by dashes.
     """
@@ -47,25 +47,25 @@ def find_fonts(folder: Path) -> tuple[dict[str, Path], list[Path]]:
 def draw_fonts(fonts: dict[str, Path], characters: Sequence[str]) -> tuple[Drawings, list[tuple[Path, str]]]:
     """Draw each character in each font that has it.
 
-    Returns by class and font the pictures, (SIDE, SIDE) uint8, and (path, reason) of the fonts that cannot be read.
+    Returns by class and font the images, (SIDE, SIDE) uint8, and (path, reason) of the fonts that cannot be read.
     """
     drawn: Drawings = {class_name(character): {} for character in characters}
     unreadable = []
     for name, path in progress(fonts.items(), desc="fonts", unit="font"):
         try:
             font = ImageFont.truetype(str(path), _DRAWN, layout_engine=ImageFont.Layout.BASIC)
-            pictures = {character: _picture(font, name, character) for character in characters}
+            images = {character: _image(font, name, character) for character in characters}
         except Exception as error:  # a damaged font can raise nearly anything out of FreeType
             unreadable.append((path, why(error)))
             continue
-        for character, picture in pictures.items():
-            if picture is not None:
-                drawn[class_name(character)][name] = picture
+        for character, image in images.items():
+            if image is not None:
+                drawn[class_name(character)][name] = image
     return drawn, unreadable
 
 
-def _picture(font: ImageFont.FreeTypeFont, name: str, character: str) -> np.ndarray | None:
-    """One character, fitted into the picture and shifted by what its name and its font's tell; None if it has none.
+def _image(font: ImageFont.FreeTypeFont, name: str, character: str) -> np.ndarray | None:
+    """Return one character, fitted into the image and shifted as its name and font tell; None if the font has none.
 
     A font that draws a small letter as the capital has no small letter.
     """
@@ -77,13 +77,13 @@ def _picture(font: ImageFont.FreeTypeFont, name: str, character: str) -> np.ndar
     width, height = (max(1, round(side * scale)) for side in ink.size)
     ink = ink.resize((width, height), Image.Resampling.LANCZOS)
     across, down = numpy_generator(0, "fonts", name, character).integers(-SHIFT, SHIFT + 1, 2).tolist()
-    picture = Image.new("L", (SIDE, SIDE))
-    picture.paste(ink, ((SIDE - width) // 2 + across, (SIDE - height) // 2 + down))
-    return 255 - np.asarray(picture)
+    image = Image.new("L", (SIDE, SIDE))
+    image.paste(ink, ((SIDE - width) // 2 + across, (SIDE - height) // 2 + down))
+    return 255 - np.asarray(image)
 
 
 def _ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """What a font draws for a character, white on black, cut to its ink; None for nothing."""
+    """Return what a font draws for a character, white on black, cut to its ink; None for nothing."""
     mask = font.getmask(character, mode="L")
     if not all(mask.size):
         return None

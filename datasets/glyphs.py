@@ -45,7 +45,7 @@ def make_split(split: str, per_class: int, *, seed: int = 0, size: int = 32) -> 
 
 
 def stroke_programs(seed: int = 0) -> list[np.ndarray]:
-    """The stroke programs of all classes, base then validation then novel.
+    """Return the stroke programs of all classes: base, then validation, then novel.
 
     Each is a float32 array (strokes, 4, 2) of cubic Bezier control points (x, y) in [-1, 1]. A program too like an
     earlier one (by their blurred drawings) is not taken, so that every class can be told from every other.
@@ -55,21 +55,21 @@ def stroke_programs(seed: int = 0) -> list[np.ndarray]:
     drawn: list[np.ndarray] = []
     while len(programs) < sum(SPLIT_CLASSES.values()):
         program = _random_program(rng)
-        picture = _blurred(program)
-        if all(float(picture @ other) < 0.80 for other in drawn):
+        blurred = _blurred(program)
+        if all(float(blurred @ other) < 0.80 for other in drawn):
             programs.append(program)
-            drawn.append(picture)
+            drawn.append(blurred)
     return programs
 
 
 def _first_class(split: str) -> int:
-    """Place of a split's first class in `stroke_programs`."""
+    """Return the place of a split's first class in `stroke_programs`."""
     names = list(SPLIT_CLASSES)
     return sum(SPLIT_CLASSES[name] for name in names[: names.index(split)])
 
 
 def _random_program(rng: np.random.Generator) -> np.ndarray:
-    """Two to four strokes, straight or bent, that fill the square and start near one another's ends."""
+    """Draw two to four strokes, straight or bent, that fill the square and start near one another's ends."""
     count = int(rng.integers(2, _MAX_STROKES + 1))
     strokes = []
     pen = rng.uniform(-0.9, 0.9, 2)
@@ -92,17 +92,17 @@ def _random_program(rng: np.random.Generator) -> np.ndarray:
 
 
 def _blurred(program: np.ndarray, size: int = 12) -> np.ndarray:
-    """A program's unit-norm, mean-free density on a coarse grid, to compare programs by."""
+    """Return a program's unit-norm, mean-free density on a coarse grid, to compare programs by."""
     pen = _pen_path(program[None])[0]
     axis = np.linspace(-1, 1, size)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
-    picture = np.exp(-((grid - pen) ** 2).sum(-1) / (2 * 0.18**2)).sum(1)
-    picture -= picture.mean()
-    return picture / np.linalg.norm(picture)
+    density = np.exp(-((grid - pen) ** 2).sum(-1) / (2 * 0.18**2)).sum(1)
+    density -= density.mean()
+    return density / np.linalg.norm(density)
 
 
 def _pen_path(controls: np.ndarray) -> np.ndarray:
-    """Pen positions (N, POINTS, 2) along strokes (N, strokes, 4, 2), shared out evenly over the strokes."""
+    """Return pen positions (N, POINTS, 2) along strokes (N, strokes, 4, 2), shared evenly among the strokes."""
     strokes = controls.shape[1]
     shares = [POINTS // strokes + (s < POINTS % strokes) for s in range(strokes)]
     paths = []
@@ -114,7 +114,7 @@ def _pen_path(controls: np.ndarray) -> np.ndarray:
 
 
 def _draw(program: np.ndarray, u: np.ndarray, size: int) -> torch.Tensor:
-    """Draw one image a row of uniforms u (N, _UNIFORMS): uint8 (N, 3, size, size)."""
+    """Draw one image per row of uniforms u (N, _UNIFORMS): uint8 (N, 3, size, size)."""
     count, strokes = len(u), len(program)
     shake, u = u[:, : 2 * _CONTROLS * _MAX_STROKES], u[:, 2 * _CONTROLS * _MAX_STROKES :]
     shake = (shake[:, : strokes * _CONTROLS * 2].reshape(count, strokes, _CONTROLS, 2) - 0.5) * 0.36
@@ -145,26 +145,26 @@ def _draw(program: np.ndarray, u: np.ndarray, size: int) -> torch.Tensor:
 
 
 def _coverage(grid: torch.Tensor, pen: torch.Tensor, radius: torch.Tensor, softness: float) -> torch.Tensor:
-    """How far each pixel (H * W, 2) lies under the ink of pen positions (N, P, 2): (N, H * W) in [0, 1]."""
+    """Return how far each pixel (H * W, 2) lies under the ink of pen positions (N, P, 2): (N, H * W) in [0, 1]."""
     squared = (grid**2).sum(-1)[None, :, None] + (pen**2).sum(-1)[:, None, :] - 2 * grid @ pen.transpose(1, 2)
     distance = squared.amin(-1).clamp_min(0).sqrt()
     return torch.sigmoid((radius - distance) / (0.5 * softness))
 
 
 def _colours(u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Paper and ink colours (N, 3) in [0, 1]: dark paper and light ink, of any hue each."""
+    """Draw paper and ink colours (N, 3) in [0, 1]: dark paper and light ink, each of any hue."""
     paper_light, ink_light = 0.08 + 0.20 * u[:, 0], 0.70 + 0.22 * u[:, 1]
     return _hue(paper_light, u[:, 3], 0.14 * u[:, 4]), _hue(ink_light, u[:, 5], 0.28 * u[:, 6])
 
 
 def _hue(lightness: np.ndarray, hue: np.ndarray, chroma: np.ndarray) -> torch.Tensor:
-    """RGB (N, 3) that keeps the mean `lightness` and leans by `chroma` towards `hue` (in turns)."""
+    """Return RGB (N, 3) that keeps the mean `lightness` and leans by `chroma` towards `hue` (in turns)."""
     phases = 2 * math.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
     return torch.from_numpy((lightness[:, None] + chroma[:, None] * np.cos(phases)).astype(np.float32))
 
 
 def _texture(u: np.ndarray, axis: torch.Tensor) -> torch.Tensor:
-    """Paper texture (N, 3, H, W): a slope of light and one soft grating, tinted."""
+    """Draw paper texture (N, 3, H, W): a slope of light and one soft grating, tinted."""
     u = torch.from_numpy(u)[:, :, None, None]
     y, x = axis[None, :, None], axis[None, None, :]
     turn = 2 * math.pi

@@ -27,7 +27,7 @@ from datasets import fonts as drawing
 from datasets import published, unpack
 from datasets.archives import unpacked
 from datasets.glyphs import SPLIT_CLASSES, make_split
-from datasets.unpack import Picture, Pictures
+from datasets.unpack import ImagesByClass, ImageSource
 from utils.atomic import atomic_file
 from utils.class_folders import class_folders, is_leftover, place_with
 from utils.cli import OneLineParser, run
@@ -75,7 +75,7 @@ def fontchars(out: Path, splits: list[str]) -> None:
 
 
 def fonts(source: Path, out: Path, characters: str) -> None:
-    """Draw `characters` in every font in `source` into `out`, a folder a character; images that are there are kept.
+    """Draw `characters` in every font in `source` into `out`, one folder per character; images that are there are kept.
 
     Fonts that cannot be read, or have no such character, are left out, and a line says so. Raises ValueError where
     nothing can be drawn, or `out` holds another image of the same name.
@@ -94,12 +94,12 @@ def fonts(source: Path, out: Path, characters: str) -> None:
         print(f"{path}: left out, as another font has its name", file=sys.stderr)
     if not any(drawn.values()):
         raise ValueError(f"{source}: got no font with one of {characters!r}; give others, or other --characters")
-    paths = [out / name / f"{font}.png" for name, pictures in drawn.items() for font in pictures]
-    pixels = [picture for pictures in drawn.values() for picture in pictures.values()]
+    paths = [out / name / f"{font}.png" for name, by_font in drawn.items() for font in by_font]
+    pixels = [image for by_font in drawn.values() for image in by_font.values()]
     written = _write_missing(paths, pixels)
     readable = found.keys() - {name for name, path in found.items() if path in dict(unreadable)}
-    for character, (name, pictures) in zip(wanted, drawn.items(), strict=True):
-        if lacking := sorted(readable - pictures.keys()):
+    for character, (name, by_font) in zip(wanted, drawn.items(), strict=True):
+        if lacking := sorted(readable - by_font.keys()):
             some = f"{len(lacking)} of {len(readable)} fonts"
             print(f"{name}: left out {some} without {character}, the first {lacking[0]}", file=sys.stderr)
     classes = sum(map(bool, drawn.values()))
@@ -145,7 +145,7 @@ def cifarfs(out: Path, source: Path | None) -> None:
         _require_folder(source, "give the folder that holds cifar-100-python or CIFAR-100's class folders")
         batches = next((f for f in (source, source / "cifar-100-python") if (f / "meta").is_file()), None)
 
-    def read() -> Callable[[str], Pictures]:
+    def read() -> Callable[[str], ImagesByClass]:
         if source is not None and batches is None:
             unpack.check_level(source, names, ("meta", "cifar-100-python/meta"))
             found = unpack.class_folders(source, names, skipped)
@@ -179,7 +179,7 @@ def miniimagenet(out: Path, source: Path, size: int) -> None:
     else:
         kind = "class folders"
 
-    def read() -> Callable[[str], Pictures]:
+    def read() -> Callable[[str], ImagesByClass]:
         if kind == "pkl":  # one at a time, as the largest takes 0.8 GB of memory
             return lambda split: unpack.mini_cache(source, split, classes[split])
         if kind == "csv":
@@ -197,22 +197,22 @@ def convert(
     out: Path,
     classes: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
-    read: Callable[[], Callable[[str], Pictures]],
+    read: Callable[[], Callable[[str], ImagesByClass]],
 ) -> None:
     """Write <out>/<split>/<class>/00000.png and so on for all `classes` (split -> names), and say what is there.
 
     settings: what the images are made from; kept in <out>/prepared.json, so that no folder mixes two sources.
         Its `size` is the side of the images in pixels.
     read: called when a class is not complete yet; checks the source and returns a function that gives a split's
-        pictures.
+        images.
     Raises ValueError where `out` holds anything else, or as `read` does.
     """
     _check_out(out, classes, settings)
     todo = {split: [n for n in names if not _is_complete(out / split / n)] for split, names in classes.items()}
     if any(todo.values()):
-        pictures = read()
+        images_of = read()
         for split in filter(todo.get, todo):
-            _write_split(out, split, todo[split], pictures, settings)
+            _write_split(out, split, todo[split], images_of, settings)
     for split, names in classes.items():
         print(f"{out / split}: {len(names)} classes of {published.PER_CLASS} images, {len(todo[split])} written now")
 
@@ -221,11 +221,11 @@ def _write_split(
     out: Path,
     split: str,
     names: Sequence[str],
-    pictures: Callable[[str], Pictures],
+    images_of: Callable[[str], ImagesByClass],
     settings: Mapping[str, Any],
 ) -> None:
     """Write the classes `names` of one split; a function of its own so that its arrays are freed before the next."""
-    found = pictures(split)
+    found = images_of(split)
     write_json(out / SETTINGS, settings)  # only now that the source is known to be good
     with ThreadPoolExecutor() as threads:
         for name in progress(names, desc=split, unit="class"):
@@ -263,18 +263,18 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
     print(f"{out}: {len(groups)} models of {len(names)} classes")
 
 
-def _write(path: Path, picture: Picture, size: int) -> None:
-    """Write one picture as PNG of `size` pixels a side, unless it is there."""
+def _write(path: Path, source: ImageSource, size: int) -> None:
+    """Write one image as PNG with a side of `size` pixels, unless it is there."""
     if path.exists() and path.stat().st_size:
         return
-    if isinstance(picture, Path):
+    if isinstance(source, Path):
         try:
-            pixels = read_image(picture, size).transpose(1, 2, 0)
+            pixels = read_image(source, size).transpose(1, 2, 0)
         except ImageError as error:
-            raise ValueError(f"{picture}: is no readable image ({error}); put an intact one in its place") from error
+            raise ValueError(f"{source}: is no readable image ({error}); put an intact one in its place") from error
         image = Image.fromarray(np.ascontiguousarray(pixels))
     else:
-        image = Image.fromarray(np.ascontiguousarray(picture))
+        image = Image.fromarray(np.ascontiguousarray(source))
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS)
     with atomic_file(path) as file:
@@ -358,7 +358,7 @@ def main() -> None:
     flags.add_argument("--splits", nargs="+", default=list(embedded.SPLITS), choices=list(embedded.SPLITS))
     flags.set_defaults(do=lambda args: fontchars(args.out, args.splits))
 
-    flags = what.add_parser("fonts", help="characters of your own fonts, a folder a character")
+    flags = what.add_parser("fonts", help="characters of your own fonts, one folder per character")
     flags.add_argument(
         "--from", dest="source", type=Path, metavar="DIR", required=True, help="folder with .ttf, .otf, .woff or .woff2"
     )

@@ -47,7 +47,7 @@ class PseudoDataset:
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"got {self.labels.dtype} labels {tuple(self.labels.shape)} for {len(self.images)} images, "
-                "expected int64 and one an image"
+                "expected int64, one per image"
             )
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
             raise ValueError(
@@ -99,7 +99,7 @@ class PseudoDataset:
         return dataset
 
     def joined(self, others: Sequence["PseudoDataset"]) -> "PseudoDataset":
-        """This dataset and others with the same classes, as one: class c stays class c."""
+        """Return this dataset and others with the same classes, as one: class c stays class c."""
         if not others:
             return self
         parts = [self, *others]
@@ -107,7 +107,7 @@ class PseudoDataset:
         return PseudoDataset(images, labels, self.num_classes)
 
     def on(self, device: torch.device) -> "PseudoDataset":
-        """The same, its images on a GPU that has room for them, or else in memory that a GPU reads fast."""
+        """Return the same, with its images on a GPU that has room for them, else in memory that a GPU reads fast."""
         if device.type != "cuda":
             return self
         free, _ = torch.cuda.mem_get_info(device)
@@ -115,7 +115,7 @@ class PseudoDataset:
         return PseudoDataset(images, self.labels, self.num_classes)
 
     def sheet(self, path: str | os.PathLike, per_class: int) -> None:
-        """Write a PNG with a row a class: its number below the first of its first `per_class` images."""
+        """Write a PNG with a row per class: its number below the first of its first `per_class` images."""
         rows = torch.full((self.num_classes, per_class, *self.images.shape[1:]), 255, dtype=torch.uint8)
         for c in range(self.num_classes):
             first = self.images[self.labels == c][:per_class]
@@ -125,7 +125,7 @@ class PseudoDataset:
 
 
 def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]) -> PseudoDataset:
-    """The data set in `folder`; where it is not there yet, what `make` returns, saved with its notes and a sheet.
+    """Return the data set in `folder`, or what `make` returns, saved there with its notes and a sheet.
 
     All processes of a run call this together, and `make` too; the first one writes.
     """

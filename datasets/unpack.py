@@ -1,6 +1,6 @@
-"""What people have of CIFAR-100 and miniImageNet, as pictures by class: folders, csv lists, pickled arrays.
+"""What people have of CIFAR-100 and miniImageNet, as images by class: folders, csv lists, pickled arrays.
 
-A picture is the path of an image file or an array (H, W, 3) uint8, RGB. Every reader checks the classes and the
+An image is given as the path of an image file or an array (H, W, 3) uint8, RGB. Every reader checks the classes and the
 number of images against the published ones (datasets.published) and raises ValueError, one line, where they differ.
 """
 
@@ -16,21 +16,21 @@ from datasets.plain_pickle import read_plain_pickle
 from utils.class_folders import LeftOut, find_images, listing
 from utils.images import Skipped, opens, shown
 
-Picture = Path | np.ndarray
-Pictures = dict[str, Sequence[Picture]]  # class name -> its pictures, in an order that never changes
+ImageSource = Path | np.ndarray
+ImagesByClass = dict[str, Sequence[ImageSource]]  # class name -> its images, in an order that never changes
 
 PLACES = (".", "images", "data", "train", "val", "test", "meta_train", "meta_val", "meta_test")
 USUAL = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # endings that need no look into the file
 CACHE_SIDE = 84  # pixels
 
 
-def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> Pictures:
+def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> ImagesByClass:
     """Find the image files of the class folders `names` in `root` or in one of the folders PLACES of it.
 
     A class in several places (as in the train and test of CIFAR-100) has the images of all of them. What is no image is
     left out: one line on stderr says so, and it is added to `skipped`.
     """
-    found: Pictures = {}
+    found: ImagesByClass = {}
     left_out = LeftOut()
     for name in names:
         found[name] = []
@@ -67,12 +67,12 @@ def _folders(root: Path, name: str) -> list[Path]:
     return [root / place / name for place in PLACES if (root / place / name).is_dir()]
 
 
-def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> Pictures:
+def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> ImagesByClass:
     """Find the image files that train.csv, val.csv and test.csv in `root` list (columns filename and label).
 
     They are looked for in `root` and its folder images, directly or in class folders.
     """
-    found: Pictures = {}
+    found: ImagesByClass = {}
     missing: list[str] = []
     for split, names in classes.items():
         path = root / csv_name(split)
@@ -99,7 +99,7 @@ def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> Pictures:
     return found
 
 
-def mini_cache(root: Path, split: str, names: Collection[str]) -> Pictures:
+def mini_cache(root: Path, split: str, names: Collection[str]) -> ImagesByClass:
     """Read mini-imagenet-cache-{train,val,test}.pkl: `image_data` (N, 84, 84, 3) uint8, `class_dict` of indices."""
     path = root / cache_name(split)
     images, classes = _entries(path, "image_data", "class_dict")
@@ -122,22 +122,22 @@ def mini_cache(root: Path, split: str, names: Collection[str]) -> Pictures:
 
 
 def cache_name(split: str) -> str:
-    """The file of a split in the pickled miniImageNet."""
+    """Return the file name of a split in the pickled miniImageNet."""
     return f"mini-imagenet-cache-{_short(split)}.pkl"
 
 
 def csv_name(split: str) -> str:
-    """The file of a split in the lists of Ravi and Larochelle."""
+    """Return the file name of a split in the lists of Ravi and Larochelle."""
     return f"{_short(split)}.csv"
 
 
-def cifar_batches(folder: Path, names: Collection[str]) -> Pictures:
+def cifar_batches(folder: Path, names: Collection[str]) -> ImagesByClass:
     """Read cifar-100-python (its files meta, train and test); a class has its train images, then its test images."""
     (fine,) = _entries(folder / "meta", "fine_label_names")
     fine = [_text(name) for name in fine]
     if sorted(fine) != sorted(names):
         raise ValueError(f"{folder / 'meta'}: got {len(fine)} classes that are not CIFAR-100's; get the data again")
-    found: dict[str, list[Picture]] = {name: [] for name in names}
+    found: dict[str, list[ImageSource]] = {name: [] for name in names}
     for part in ("train", "test"):
         path = folder / part
         data, labels = map(np.asarray, _entries(path, "data", "fine_labels"))
@@ -173,14 +173,14 @@ def require_files(root: Path, names: Collection[str]) -> None:
 
 
 def few(items: Sequence[str]) -> str:
-    """The first three of `items`, and how many more there are."""
+    """Name the first three of `items`, and how many more there are."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
 
 
 def _check(where: Path, found: Mapping[str, Collection], advice: str) -> None:
     """Raise ValueError where a class of `found` is empty or lacks PER_CLASS images."""
-    counts = {name: len(pictures) for name, pictures in found.items()}
+    counts = {name: len(images) for name, images in found.items()}
     missing = [name for name, count in counts.items() if count == 0]
     if missing:
         raise ValueError(
@@ -206,7 +206,7 @@ def _text(value: Any) -> Any:
 
 
 def _texts(content: Mapping) -> dict:
-    """With str keys in place of the bytes that a pickle of Python 2 gives when it is written again."""
+    """Return `content` with str keys in place of the bytes that a rewritten pickle of Python 2 gives."""
     return {_text(key): value for key, value in content.items()}
 
 

@@ -69,7 +69,7 @@ def worth_compiling(device: torch.device, channels: int) -> bool:
 
 
 def compile_in_place(network: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Have `network` compiled at its first call, and at the first of every other batch size.
+    """Compile `network` at its first call, and at the first of every other batch size.
 
     Networks of the same shape share the result, so a pool is compiled once. What cannot be compiled runs as it is, and
     torch says so on stderr.
@@ -127,7 +127,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep large blocks once freed: mapping them again took a fifth to two fifths of the time."""
+    """Make the C library keep large freed blocks: mapping them again took a fifth to two fifths of the time."""
     if not sys.platform.startswith("linux"):
         return
     try:

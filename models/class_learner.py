@@ -57,7 +57,7 @@ class InductiveBatchNorm(nn.Module):
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Running statistics of every `InductiveBatchNorm` in a module, copied, to keep beside its state dict.
+    """Copy the running statistics of every `InductiveBatchNorm` in a module, to keep beside its state dict.
 
     Returns:
         Names like "classifier.batchnorm.running_mean" with `running_mean`, `running_var` (C,) float32 and
@@ -86,7 +86,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of time (Ho et al. 2020, arXiv 2006.11239): cosines, then sines.
+    """Return the sinusoidal embedding of time (Ho et al. 2020, arXiv 2006.11239): cosines, then sines.
 
     Args:
         t: (N,), diffusion steps, int or float.
@@ -140,7 +140,7 @@ class ClassLearner(nn.Module):
                 nn.init.uniform_(module.bias, -bound, bound, generator=generator)
 
     def forward(self, features: Tensor, t: Tensor | None = None) -> Tensor:
-        """Class logits.
+        """Return class logits.
 
         Args:
             features: (N, D), pooled and L2-normalised features of the images.

@@ -78,7 +78,7 @@ def _evenly(shares: Tensor) -> Tensor:
 
 
 def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices of first centres far from one another (k-means++)."""
+    """Return indices of first centres far from one another (k-means++)."""
     chosen = torch.randint(len(points), (1,), generator=generator)
     while len(chosen) < count:
         distance = (1 - points @ points[chosen].T).amin(1).clamp_min(0) + 1e-12
@@ -87,7 +87,7 @@ def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def _sinkhorn(scores: Tensor, iterations: int = 20) -> Tensor:
-    """Soft assignments (N, K) with equal weight for every column and every row, from scores (N, K)."""
+    """Return soft assignments (N, K) of scores (N, K), with equal weight for every column and every row."""
     log_shares = scores
     for _ in range(iterations):
         log_shares = log_shares - log_shares.logsumexp(0, keepdim=True)

@@ -47,7 +47,7 @@ class Conv4(nn.Module):
         return size // 2**_STAGES
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature map (N, width, H // 16, W // 16) of images (N, in_channels, H, W), float in [-1, 1].
+        """Return the feature map (N, width, H // 16, W // 16) of images (N, in_channels, H, W), float in [-1, 1].
 
         Raises:
             ValueError: a side is under 16 pixels.

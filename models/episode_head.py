@@ -1,4 +1,4 @@
-"""The linear heads of meta-testing, one an episode, all fitted at once by batched matrix products.
+"""The linear heads of meta-testing, one per episode, all fitted at once by batched matrix products.
 
 Each head is what `nn.Linear` becomes under soft-label cross-entropy and full-batch SGD with momentum. The
 gradient is closed form, softmax minus target, so there is no autograd and no loop over episodes.
@@ -45,7 +45,7 @@ class Stage:
 def meta_test_stages(
     support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None, *, steps: int, rates: Sequence[float]
 ) -> list[Stage]:
-    """Support, then its diffusion mixes where there are any, then support again, `steps` each.
+    """Return the stages: support, then its diffusion mixes if any, then support again, `steps` each.
 
     Each class counts alike: where an episode has more images of one than of another, the cross-entropy of class c is
     weighted by S / (way * images of c), in the mixes as in the support.
@@ -54,7 +54,7 @@ def meta_test_stages(
         support: (E, S, D), float.
         targets: (E, S, way), one-hot.
         mixes: (E, X, D), float, the mixes of every pool model side by side, and their soft labels (E, X, way).
-        steps: a stage.
+        steps: per stage.
         rates: learning rates of the three stages; without mixes the second is not used.
     """
     counts = targets.sum(1, keepdim=True)  # (E, 1, way)
@@ -66,7 +66,7 @@ def meta_test_stages(
 
 
 def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
-    """SGD on cross-entropy -sum_c w_c y_c log p_c, with class weights w (E, 1, way); None: all 1."""
+    """Return a stage on -sum_c w_c y_c log p_c, cross-entropy with class weights w (E, 1, way); None: all 1."""
     if class_weights is None:
         return Stage(inputs, targets, steps, rate)
     weighted = class_weights * targets
@@ -123,7 +123,7 @@ def fit_heads(
 
 
 def predict(heads: Heads, queries: Tensor) -> Tensor:
-    """Logits of each query under its episode's head; a query's logits depend on no other query.
+    """Return the logits of each query under its episode's head; they depend on no other query.
 
     Args:
         heads: of E episodes.
@@ -174,7 +174,7 @@ def _initial(
         raise ValueError(f"init is '{init}', expected one of {', '.join(INITS)}: choose one of these")
     if generators is None or len(generators) != episodes:
         got = "none" if generators is None else len(generators)
-        raise ValueError(f"got {got} generators, expected {episodes}: init 'random' needs one an episode")
+        raise ValueError(f"got {got} generators, expected {episodes}: init 'random' needs one per episode")
     bound = dim**-0.5
     draws = [torch.rand(way * dim + way, generator=generator) for generator in generators]
     flat = (torch.stack(draws) * 2 - 1).mul_(bound).to(support.device)

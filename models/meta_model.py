@@ -15,12 +15,12 @@ FEATURES = ("pooled", "map")
 
 
 def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
-    """L2-normalised mean feature of each class of each episode.
+    """Return the L2-normalised mean feature of each class of each episode.
 
     Args:
         features: (E, S, D), float.
         labels: (E, S), int in [0, way).
-        way: classes an episode.
+        way: classes per episode.
 
     Returns:
         (E, way, D), of unit length.
@@ -41,13 +41,13 @@ def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
 def prototype_scores(
     support_embeddings: Tensor, support_labels: Tensor, query_embeddings: Tensor, way: int, scale: float
 ) -> Tensor:
-    """Cosine of each query to each class prototype, times a scale. A query's scores depend on no other query.
+    """Return the cosine of each query to each class prototype, times a scale. No query's scores depend on another.
 
     Args:
         support_embeddings: (E, S, D), float; pooled features or their L2-normalised form.
         support_labels: (E, S), int in [0, way).
         query_embeddings: (E, Q, D), float; of any length.
-        way: classes an episode.
+        way: classes per episode.
         scale: of the cosine.
 
     Returns:
@@ -153,7 +153,7 @@ class MetaModel(nn.Module):
         return self.base_logits(self.maps(images))
 
     def scores(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> Tensor:
-        """Cosine of query features to class prototypes, times `scale_cls`; needs eval mode.
+        """Return the cosine of query features to class prototypes, times `scale_cls`; needs eval mode.
 
         Prototypes are means of the features *before* normalisation; `prototype_scores` on `embed`'s
         output, which has forgotten the lengths, differs a little for more than one shot.
@@ -162,7 +162,7 @@ class MetaModel(nn.Module):
             support: (E, S, 3, H, W), float in [-1, 1].
             support_labels: (E, S), int in [0, way), each class at least once.
             query: (E, Q, 3, H, W), float in [-1, 1].
-            way: classes an episode.
+            way: classes per episode.
 
         Returns:
             (E, Q, way), float32.
@@ -179,13 +179,13 @@ class MetaModel(nn.Module):
         return prototype_scores(support_features, support_labels, query_features, way, self.scale_cls)
 
     def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> tuple[Tensor, Tensor]:
-        """Both outputs that meta-training needs; in train mode support and query share their batch statistics.
+        """Return both outputs that meta-training needs; in train mode support and query share their batch statistics.
 
         Args:
             support: (E, S, 3, H, W), float in [-1, 1].
             support_labels: (E, S), int in [0, way), each class at least once.
             query: (E, Q, 3, H, W), float in [-1, 1], images of the support's size.
-            way: classes an episode.
+            way: classes per episode.
 
         Returns:
             Base-class logits of the queries (E * Q, C), and dense scores (E * Q, way, H', W'): the cosine of
@@ -215,7 +215,7 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
-    """Cosines near 1 differ in digits that 16-bit products lose."""
+    """Return a context without autocast: cosines near 1 differ in digits that 16-bit products lose."""
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -8,7 +8,7 @@ _SLOPE = 0.1  # of the leaky ReLUs
 
 
 def drop_block(x: Tensor, rate: float, block_size: int, generator: torch.Generator | None = None) -> Tensor:
-    """DropBlock (Ghiasi et al. 2018, arXiv 1810.12890, algorithm 1): zero square blocks, rescale the rest.
+    """Zero square blocks and rescale the rest: DropBlock (Ghiasi et al. 2018, arXiv 1810.12890, algorithm 1).
 
     Blocks lie wholly inside the map, each channel of each image has its own, and a map smaller than a
     block is dropped by blocks of its own side. The mean of x is kept by the rescaling.
@@ -99,7 +99,7 @@ class ResNet12(nn.Module):
         return -(-size // 16)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature map (N, widths[-1], H', W'), H' = H / 16 rounded up, of images (N, 3, H, W), float in [-1, 1]."""
+        """Return the map (N, widths[-1], H', W'), H' = H / 16 rounded up, of images (N, 3, H, W), float in [-1, 1]."""
         h = self.layer2(self.layer1(images))
         h = self._drop(self.layer3(h))
         return self._drop(self.layer4(h))
@@ -115,7 +115,7 @@ def resnet12(
     in_channels: int = 3,
     generator: torch.Generator | None = None,
 ) -> ResNet12:
-    """ResNet-12 of widths 64, 128, 256, 512.
+    """Return a ResNet-12 of widths 64, 128, 256, 512.
 
     Args:
         drop_rate: share of positions that DropBlock drops in the last two stages, in [0, 1).

@@ -50,5 +50,5 @@ class TimmBackbone(nn.Module):
         return shape[2]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature map (N, feature_dim, H', W') of images (N, 3, H, W), float in [-1, 1]."""
+        """Return the feature map (N, feature_dim, H', W') of images (N, 3, H, W), float in [-1, 1]."""
         return self.network.forward_features(images)

@@ -64,5 +64,5 @@ class WideResNet(nn.Module):
         return -(-size // 4)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature map (N, 64 widen, H', W'), H' = H / 4 rounded up, of images (N, 3, H, W), float in [-1, 1]."""
+        """Return the map (N, 64 widen, H', W'), H' = H / 4 rounded up, of images (N, 3, H, W), float in [-1, 1]."""
         return F.relu(self.bn(self.groups(self.conv(images))))

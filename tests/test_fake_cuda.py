@@ -142,7 +142,7 @@ def mixes(pool, steps):
 
 
 def heads(steps):
-    """Fit heads by as many steps a stage."""
+    """Fit heads by as many steps per stage."""
     support, targets = torch.ones(2, 5, 8, device=GPU), torch.eye(5, device=GPU).expand(2, 5, 5)
     stages = episode_head.meta_test_stages(support, targets, (support, targets), steps=steps, rates=(0.1,) * 3)
     episode_head.fit_heads(support, targets, stages)

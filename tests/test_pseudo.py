@@ -69,7 +69,7 @@ def test_what_is_no_dataset_is_refused(tmp_path):
         PseudoDataset(images, labels, 1)
     with pytest.raises(ValueError, match="uint8"):
         PseudoDataset(images.float(), labels, 2)
-    with pytest.raises(ValueError, match="one an image"):
+    with pytest.raises(ValueError, match="one per image"):
         PseudoDataset(images, labels[:1], 2)
     with pytest.raises(ValueError, match="num_classes"):
         PseudoDataset(images, labels, 2).save(tmp_path, {"num_classes": 5})

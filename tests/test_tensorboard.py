@@ -45,7 +45,7 @@ def test_board(written, tmp_path):
     board.scalars({"loss": 0.5, "levels": [1.0, None], "note": "x", "flag": True, "by": {"a": 1}}, 4)
     Image.new("RGB", (6, 4)).save(tmp_path / "sheet.png")
     for _ in range(2):  # what is labelled anew has the same pictures
-        board.picture("sheet", tmp_path / "sheet.png", 4)
+        board.image("sheet", tmp_path / "sheet.png", 4)
     assert written == [
         ("open", str(tmp_path / FOLDER), 4), ("loss", 0.5, 4), ("levels/0", 1.0, 4), ("sheet", (4, 6, 3), 4),
     ]  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_test_hides_no_training(written, call, few_glyphs, two_models, trained
 def test_not_wanted(written, tmp_path):
     board = Board(tmp_path, wanted=False)
     board.scalars({"loss": 0.5}, 1)
-    board.picture("sheet", tmp_path / "none.png", 1)
+    board.image("sheet", tmp_path / "none.png", 1)
     assert not written and not list(tmp_path.iterdir())
 
 

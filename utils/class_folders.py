@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import processes
-from utils.images import NO_IMAGE, extensions, is_named_like_a_picture, opens, shown, why
+from utils.images import NO_IMAGE, extensions, is_named_like_an_image, opens, shown, why
 
 # What systems, archives and notebooks leave in folders, in small letters. Hidden files are leftovers, too.
 LEFTOVERS = {
@@ -126,7 +126,7 @@ def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[P
         if not deep:
             left_out.images += [(Path(place, name), "is a folder, not an image") for name in folders]
             break
-        if Path(place) != folder and not (folders or files) and _has_ending_of_a_picture(Path(place)):
+        if Path(place) != folder and not (folders or files) and _has_ending_of_an_image(Path(place)):
             left_out.images.append((Path(place), "is a folder, not an image"))
         links = [Path(place, name) for name in folders if Path(place, name).is_symlink()]
         left_out.images.extend((path, "is a link to a folder, which is not followed") for path in links)
@@ -163,14 +163,14 @@ def class_folders(
     found = {folder: find_images(folder, deep=False) for folder in folders}
     nested = [folder for folder, (_, inner) in found.items() if any(map(_has_images, _folders_of(folder, inner)))]
     if nested:
-        raise ValueError(f"{shown(nested[0])}: holds folders of pictures, expected pictures; {cure(nested[0], nested)}")
+        raise ValueError(f"{shown(nested[0])}: holds folders of images, expected images; {cure(nested[0], nested)}")
     for folder, (paths, inner) in found.items():
         if not paths and len(_folders_of(folder, inner)) == len(inner.images):
             raise ValueError(
                 f"{shown(folder)}: is a class without a readable image; add one, or take the folder away (it is empty)"
             )
     if found:
-        beside = [(path, "lies beside the class folders, in none of them") for path in files if _is_picture(path)]
+        beside = [(path, "lies beside the class folders, in none of them") for path in files if _is_image(path)]
         left_out.images += beside
     return found, left_out
 
@@ -187,12 +187,12 @@ def _folders_of(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(_is_picture(path) for path in find_images(folder)[0])
+    return any(_is_image(path) for path in find_images(folder)[0])
 
 
-def _is_picture(path: Path) -> bool:
-    return _has_ending_of_a_picture(path) or opens(path)
+def _is_image(path: Path) -> bool:
+    return _has_ending_of_an_image(path) or opens(path)
 
 
-def _has_ending_of_a_picture(path: Path) -> bool:
-    return bool(path.suffix) and is_named_like_a_picture(path)
+def _has_ending_of_an_image(path: Path) -> bool:
+    return bool(path.suffix) and is_named_like_an_image(path)

@@ -152,7 +152,7 @@ def _image_or_reason(path: Path, size: int) -> np.ndarray | str:
     except _NotAnImage as error:
         if path.suffix.lower() in UNREAD:
             return f"is a {path.suffix}; save it as png or jpg"
-        return str(error) if is_named_like_a_picture(path) else NO_IMAGE
+        return str(error) if is_named_like_an_image(path) else NO_IMAGE
     except ImageError as error:
         return str(error)
 
@@ -183,7 +183,7 @@ def why(error: Exception) -> str:
     return f"is cut short or damaged ({text})"
 
 
-def is_named_like_a_picture(path: Path) -> bool:
+def is_named_like_an_image(path: Path) -> bool:
     """Whether a path has the ending of an image, whether such images are read or not, or no ending."""
     ending = path.suffix.lower()
     return not ending or ending in UNREAD or ending in Image.registered_extensions()

@@ -17,23 +17,23 @@ def plain_labels(labels: Iterable[Hashable]) -> list:
     do not hash, and NaN or another missing value.
     """
     if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
-        raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one an image")
+        raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one per image")
     if hasattr(labels, "to_numpy"):  # iterating over a table would give the names of its columns
         labels = labels.to_numpy()
     given = _plain(labels)
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        raise ValueError("got labels of no dimension, expected a list or array, one an image")
+        raise ValueError("got labels of no dimension, expected a list or array, one per image")
     found = [_plain(label) for label in given]
     while found and all(isinstance(label, list) and len(label) == 1 for label in found):
         found = [_plain(label[0]) for label in found]  # a column
     for label in found:
         if isinstance(label, list) or not _hashes(label):
             raise ValueError(
-                f"got a label of type {type(label).__name__}, expected one hashable value an image; of one-hot rows "
+                f"got a label of type {type(label).__name__}, expected one hashable value per image; of one-hot rows "
                 "give labels.argmax(1)"
             )
         if type(label).__name__ in ("NAType", "NaTType") or label != label:  # NAType has no truth value
-            raise ValueError("got NaN or a missing value among the labels, expected one value of its class an image")
+            raise ValueError("got NaN or a missing value among the labels, expected one value per image")
     return found
 
 

@@ -43,10 +43,10 @@ def contact_sheet(
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, max(rows, 1) * cell_height + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+    for index, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         left = _GAP + index % columns * (width + _GAP)
         top = _GAP + index // columns * cell_height
-        sheet.paste(Image.fromarray(np.ascontiguousarray(picture)), (left, top))
+        sheet.paste(Image.fromarray(np.ascontiguousarray(image)), (left, top))
         if labels is not None:
             draw.text((left, top + height), str(labels[index]), fill="black")
     made_by = PngInfo()

@@ -21,19 +21,19 @@ _AGAIN = "give another --out"
 _LONGEST = 1 << 20  # bytes of a first line that are read
 
 
-def check_place(path: Path, *pictures: str | os.PathLike) -> None:
+def check_place(path: Path, *folders: str | os.PathLike) -> None:
     """Refuse, before any work, a place where predictions cannot be written or would replace other files.
 
     `path`, its sheet, its page and the skipped_images.csv beside it never replace a file that this program did not
-    write. None lies in the folders `pictures`, where the sheet would be one of the images.
+    write. None lies in `folders`, where the sheet would be one of the images.
 
     Raises ValueError that names the file and --out.
     """
     try:
-        for folder in map(Path, pictures):
+        for folder in map(Path, folders):
             if folder.is_dir() and path.parent.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(
-                    f"{shown(path)}: lies in {shown(folder)}, where its sheet would be one of the pictures; {_AGAIN}"
+                    f"{shown(path)}: lies in {shown(folder)}, where its sheet would be one of the images; {_AGAIN}"
                 )
         ours = {path: _is_table, path.with_suffix(".png"): _is_sheet, path.with_suffix(".html"): _is_page,
                 path.with_name("skipped_images.csv"): _is_list}  # fmt: skip
@@ -51,15 +51,15 @@ def check_place(path: Path, *pictures: str | os.PathLike) -> None:
 
 
 def write_predictions(
-    path: Path, pictures: Sequence[Path], images: np.ndarray, classes: Sequence[str], probabilities: np.ndarray,
+    path: Path, paths: Sequence[Path], images: torch.Tensor, classes: Sequence[str], probabilities: np.ndarray,
     most: int,
 ) -> int:  # fmt: skip
     """Write the table at `path`, and beside it a PNG sheet of the surest. Return how many are on the sheet.
 
     Args:
         path: the CSV to write.
-        pictures: N paths.
-        images: (N, H, W, 3) uint8, RGB.
+        paths: of the N images.
+        images: (N, 3, H, W) uint8, RGB.
         classes: C names.
         probabilities: (N, C), each row summing to 1.
         most: images on the sheet.
@@ -69,14 +69,13 @@ def write_predictions(
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["path", "label", *(f"p_{name}" for name in names)])  # no class name equals another column
-    for picture, label, row in zip(pictures, labels, probabilities, strict=True):
-        table.writerow([cell(shown(picture)), cell(label), *(f"{value:.6f}" for value in row)])
+    for image, label, row in zip(paths, labels, probabilities, strict=True):
+        table.writerow([cell(shown(image)), cell(label), *(f"{value:.6f}" for value in row)])
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
     surest = probabilities.max(1).argsort(kind="stable")[::-1][:most]
     surest = sorted(surest, key=lambda i: labels[i])  # label by label, the surest first
-    chosen = torch.from_numpy(images[surest]).permute(0, 3, 1, 2)
-    larger = to_uint8(torch.nn.functional.interpolate(to_float(chosen), (96, 96)))  # room for the text
+    larger = to_uint8(torch.nn.functional.interpolate(to_float(images[surest]), (96, 96)))  # room for the text
     below = [f"{labels[i]:.10} {probabilities[i].max():.2f}" for i in surest]
     contact_sheet(larger, 10, path.with_suffix(".png"), below)
     return len(surest)
@@ -93,8 +92,8 @@ def _is_list(path: Path) -> bool:
 
 def _is_sheet(path: Path) -> bool:
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            return picture.info.get("Software") == MADE_BY
+        with Image.open(path, formats=("PNG",)) as image:
+            return image.info.get("Software") == MADE_BY
     except Exception:  # Pillow can raise nearly anything on a strange file
         return False
 

@@ -21,7 +21,7 @@ class Board:
 
         done: epochs that count; what a killed process wrote about later ones is hidden. None hides nothing.
         """
-        self._writer, self._pictures = None, set()
+        self._writer, self._images = None, set()
         if wanted and processes.is_first():
             from torch.utils.tensorboard import SummaryWriter  # here, as it is not installed with the rest
 
@@ -40,11 +40,11 @@ class Board:
                     self._writer.add_scalar(tag, each, step)
         self._writer.flush()
 
-    def picture(self, name: str, path: str | os.PathLike, step: int) -> None:
+    def image(self, name: str, path: str | os.PathLike, step: int) -> None:
         """Write the image at `path`, such as a contact sheet, once per name and step."""
-        if self._writer is None or (name, step) in self._pictures:
+        if self._writer is None or (name, step) in self._images:
             return
-        self._pictures.add((name, step))
+        self._images.add((name, step))
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()
