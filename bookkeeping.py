@@ -45,7 +45,7 @@ class Bookkeeping:
         self.restored: Path | None = None
 
     def restore(self, learners: Learners, device: torch.device) -> None:
-        """Resume from last.pt of this folder where it is there, or start from the weights of --resume."""
+        """Resume from last.pt of this folder if it is there, or start from the weights of --resume."""
         last, config = self.folder / "last.pt", self.folder / "config.json"
         state = checkpoint.load_newest(last, device)
         if state is not None:
@@ -88,7 +88,7 @@ class Bookkeeping:
     def record(self, entries: dict[str, Any], learners: Learners) -> None:
         """Log an epoch, keep its weights if they are the best, and save what a killed run resumes from.
 
-        entries: what is noted of the epoch, with `epoch`, `round`, and `val_accuracy` where it was validated.
+        entries: what is noted of the epoch, with `epoch`, `round`, and `val_accuracy` if it was validated.
         """
         text = "random weights:"  # of --source none
         if "loss" in entries:

@@ -91,7 +91,7 @@ class Settings:
     precision: str = setting("auto", "of the diffusion models; auto: the faster one",
                              choices=("auto", "float32", "bf16"), group="machine", affects="both")  # fmt: skip
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0, high=1024, group="machine")
-    sample_batch: int = setting(250, "images per batch of the diffusion models; halved where memory is short", low=1,
+    sample_batch: int = setting(250, "images per batch of the diffusion models; halved if memory is short", low=1,
                                 group="machine")  # fmt: skip
     test_batch: int = setting(100, "episodes whose heads are fitted at once", low=1, group="machine")
     tensorboard: bool = setting(False, "also write scalars and sheets for TensorBoard, in the run folder",
@@ -144,7 +144,7 @@ class Settings:
     backbone: str = setting("conv4", f"of the meta-model: {backbones.about()}", group="learning")
     features: str = setting("pooled", "of an image: its feature map, averaged over locations or whole",
                             choices=("pooled", "map"), group="learning")  # fmt: skip
-    drop_rate: float = setting(0.0, "DropBlock, where the backbone has it", low=0, high=0.99, group="learning")
+    drop_rate: float = setting(0.0, "DropBlock, if the backbone has it", low=0, high=0.99, group="learning")
     scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
     lr: float = setting(0.1, "learning rate of the meta-model: falls in steps (paper), or as a cosine for each network "
@@ -156,7 +156,7 @@ class Settings:
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
     dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
     validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
-    flip: bool = setting(True, "mirror training images; False where left and right differ", group="learning")
+    flip: bool = setting(True, "mirror training images; False if left and right differ", group="learning")
 
     # meta-testing
     phase: str = setting("test", "val or test: the same as --split meta_val or meta_test", choices=("val", "test"),
@@ -256,7 +256,7 @@ class Settings:
         _refuse_above(free, needed, f"--episodes {self.episodes} of {self.way * self.shot} images")
 
     def check_suffices(self, size: int, classes: int, real: Mapping[str, Mapping[str, int]]) -> None:
-        """Refuse to train where no step could be made, by one ValueError that names all that is in the way.
+        """Refuse to train if no step could be made, by one ValueError that names all that is in the way.
 
         size: pixels of the images; classes: how many to train on; real: split -> class -> how many images it has.
         """
@@ -282,12 +282,12 @@ class Settings:
             raise ValueError("; also, ".join(filter(None, lacks)))
 
     def check_images(self, name: str, counts: Mapping[str, int]) -> None:
-        """Refuse the real images `name` where no episode can be drawn: ValueError. counts: images of each class."""
+        """Refuse the real images `name` if no episode can be drawn: ValueError. counts: images of each class."""
         if lacks := self._lacking({name: counts}):
             raise ValueError(lacks)
 
     def _lacking(self, real: Mapping[str, Mapping[str, int]]) -> str:
-        """Return what the real images have too few of, and the flags with which they would do; "" where they do.
+        """Return what the real images have too few of, and the flags with which they would do; "" if they do.
 
         real: what the images are, by the name of their split -> class -> how many images it has.
         """

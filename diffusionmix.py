@@ -253,7 +253,7 @@ def say(settings: Settings, results: dict) -> None:
 def save_episodes(path: Path, tests: list[Testing]) -> None:
     """Write the images of every episode, for another method to be tested on the same.
 
-    support (E, way * shot), query (E, way * query), classes (E, way): int64, per domain after its name where there are
+    support (E, way * shot), query (E, way * query), classes (E, way): int64, per domain after its name if there are
     several. Images are numbered class by class, the classes by name, and the images of a class by path.
     """
     arrays = {}
@@ -278,7 +278,7 @@ def place_of(folder: Path, results: dict) -> Path:
 def compare(settings: Settings) -> None:
     """Print the paired difference between two tests on the same episodes: this run's and that of --compare.
 
-    Raises ValueError where one is missing, or their episodes differ.
+    Raises ValueError if one is missing, or their episodes differ.
     """
     paths, found = [settings.run_folder, Path(settings.compare)], []
     for path in paths:

@@ -180,7 +180,7 @@ def _epoch_seconds(training: Any) -> float:
 
 
 def _trial(work: Callable[[], object]) -> float:
-    """Return the seconds of a second call of `work`, or of the first where it is slow."""
+    """Return the seconds of a second call of `work`, or of the first if it is slow."""
     seconds = 0.0
     for _ in range(2):
         if seconds > TRIAL:

@@ -129,7 +129,7 @@ class HeadFitter:
         """Return logits (K, way) of K images by heads without mixes that are fitted on all others, and their labels.
 
         features: (N, D); labels: (N,) int64, 0 to way - 1. Left out are images whose class has another, evenly spread,
-        at most `most`, fewer where N is large. K is 0 where there is none.
+        at most `most`, fewer if N is large. K is 0 if there is none.
         """
         asked = (labels.bincount()[labels] > 1).nonzero().flatten()
         if not len(asked) or len(labels.unique()) < 2:
@@ -237,7 +237,7 @@ class FewShotClassifier:
             them. None: (-1, 1), and a call whose floats have no negative value is refused, as they may be the other.
 
     Attributes:
-        classes_: (way,) array, the labels in order: sorted, or where they cannot be, by type and text.
+        classes_: (way,) array, the labels in order: sorted, or if they cannot be, by type and text.
         fitter_: the loaded model and pool.
         heads_: the head, of one episode.
         left_out_: logits (K, way) and labels (K,) of support images, each by a head fitted on the others.
@@ -331,7 +331,7 @@ class FewShotClassifier:
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted head to one file. The meta-model stays where it is: the file names it.
 
-        Raises ValueError where it is not fitted, or has labels that are no texts or numbers.
+        Raises ValueError if it is not fitted, or has labels that are no texts or numbers.
         """
         self._check_fitted()
         classes = self.classes_.tolist()
@@ -364,7 +364,7 @@ class FewShotClassifier:
     def score(self, images: Iterable, labels: Iterable[Hashable]) -> float:
         """Return the share of images, 0 to 1, whose predicted label is theirs.
 
-        Raises ValueError for labels that no prediction could equal, as texts where `fit` was given numbers, and as
+        Raises ValueError for labels that no prediction could equal, such as texts if `fit` was given numbers, and as
         `fit` does.
         """
         found, wanted = self.predict(images), plain_labels(labels)
@@ -387,7 +387,7 @@ def sharpness(logits: Tensor, labels: Tensor) -> float:
     """Return the factor of logits that makes the mean highest probability equal the share that is right.
 
     logits: (K, way) of images that the head was not fitted on; labels: (K,) int64. The share is (right + 1) / (K + 2),
-    so that a few images that are all right give no certainty. 1 where K is 0. Between 1 and 1000.
+    so that a few images that are all right give no certainty. 1 if K is 0. Between 1 and 1000.
     """
     if not len(labels):
         return 1.0
@@ -413,7 +413,7 @@ _SAVED = {
 def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[str, Any]]:
     """Return the meta-model of a run in eval mode, the size of its training images, and all of its settings.
 
-    Raises ValueError where there is no such file, or it is no checkpoint of main.py, or damaged.
+    Raises ValueError if there is no such file, or it is no checkpoint of main.py, or damaged.
     """
     if not path.exists():
         found = sorted(map(str, path.parent.parent.parent.glob(f"*/*/{path.name}")))[:3]

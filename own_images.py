@@ -82,7 +82,7 @@ class OwnImages:
 
 
 def _with_a_model(s: Settings) -> Settings:
-    """Return settings that name the meta-model that ships beside the pool, where the run has not trained one yet."""
+    """Return settings that name the meta-model that ships beside the pool, if the run has not trained one yet."""
     ships = Path(s.pool_place) / "meta_model.pt"
     if s.resume or (s.run_folder / "best_model.pt").exists() or not ships.exists():
         return s

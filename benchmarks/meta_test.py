@@ -25,7 +25,7 @@ from utils.images import to_float
 from utils.seeding import generator, noise, numpy_generator
 
 _COMMON = dict(way=5, shot=1, level=200, head_steps=50, classes=64)
-SIZES = {  # steps: of a mix; method_steps: those of the whole method, where fewer are timed
+SIZES = {  # steps: of a mix; method_steps: those of the whole method, if fewer are timed
     "paper": dict(episodes=4, batch=250, steps=2, method_steps=200, plain_episodes=1, **_COMMON),
     "small": dict(episodes=40, batch=200, steps=3, method_steps=3, plain_episodes=20, **_COMMON),
 }

@@ -134,7 +134,7 @@ def run_all(a: Namespace) -> None:
 
 
 def call(words: list[str]) -> None:
-    """Run a command in the top folder; exit as it does where it fails."""
+    """Run a command in the top folder; exit as it does if it fails."""
     execute(*PROGRAMS.get(words[0], words[:1]), *words[1:])
 
 

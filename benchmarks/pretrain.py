@@ -21,7 +21,7 @@ from utils.cli import run
 from utils.images import to_float
 from utils.seeding import generator, seed_everything
 
-SIZES = {  # steps: timed; batch: images per step, method_batch where it is smaller than the method's
+SIZES = {  # steps: timed; batch: images per step, method_batch if smaller than the method's
     "paper": dict(batch=4, method_batch=24, steps=1, lr=1e-4, ema_rate=0.9999, flip=True, images=3000),
     "small": dict(batch=32, method_batch=32, steps=5, lr=1e-3, ema_rate=0.995, flip=False, images=4000),
 }

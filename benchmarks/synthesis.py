@@ -23,7 +23,7 @@ from utils.cli import run
 from utils.images import to_uint8
 from utils.seeding import generator, noise
 
-SIZES = {  # method_steps: those of an image in main.py, where fewer are timed; plain_images: drawn the plain way
+SIZES = {  # method_steps: those of an image in main.py, if fewer are timed; plain_images: drawn the plain way
     "paper": dict(batch=8, steps=2, method_steps=25, classes=64, guide_on="x_0", scale=8.0, plain_images=1),
     "small": dict(batch=200, steps=8, method_steps=8, classes=40, guide_on="x_0", scale=8.0, plain_images=20),
 }

@@ -77,8 +77,8 @@ class Row:
     ci95, difference_ci95, closed_ci95: half of the 95 % interval over episodes, the seeds taken as they are.
     seeds_ci95, difference_seeds_ci95, closed_seeds_ci95: over training seeds, the Student-t interval of their means.
         Empty with one seed. A claim about a method needs this one.
-    against, difference: the row that this one is compared with, paired by episode; empty where it was not run.
-    closed: share of the gap from the floor to the real reference, in percent; empty where either was not run.
+    against, difference: the row that this one is compared with, paired by episode; empty if it was not run.
+    closed: share of the gap from the floor to the real reference, in percent; empty if either was not run.
     seconds: of one training. by_seed: the accuracy of each seed, with spaces between.
     """
 
@@ -165,7 +165,7 @@ def rows_of(results: Results) -> list[Row]:
 
 
 def _tested(run: Path, shot: int, train: list[str], test: list[str]) -> dict:
-    """Return the results of a run at one shot, made where missing, with the training's seconds and the machine."""
+    """Return the results of a run at one shot, made if missing, with the training's seconds and the machine."""
     place, weights = run / f"{shot}-shot", run / "best_model.pt"
     flags = [*_for_testing(train), *test]
     given = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag that is given twice
@@ -238,7 +238,7 @@ NOT_CLOSED = dict.fromkeys(("closed", "closed_ci95", "closed_seeds_ci95"), "")
 def _closed(own: np.ndarray, floor: np.ndarray, real: np.ndarray) -> dict[str, float | str]:
     """Return the share of the gap that is closed, in percent, with its half-widths over episodes and over seeds.
 
-    own, floor, real: (seeds, episodes), accuracies on the same episodes. Empty where there is nothing to close.
+    own, floor, real: (seeds, episodes), accuracies on the same episodes. Empty if there is nothing to close.
     """
     gained, gap = own - floor, real - floor
     if gap.mean() <= 0:
@@ -365,12 +365,12 @@ def _training_seconds(path: Path) -> float:
 
 
 def call(script: str, *flags: str) -> None:
-    """Run a script of the project; exit as it does where it fails."""
+    """Run a script of the project; exit as it does if it fails."""
     execute(sys.executable, str(ROOT / script), *flags)
 
 
 def execute(*words: str) -> None:
-    """Run a command in the top folder; exit as it does where it fails."""
+    """Run a command in the top folder; exit as it does if it fails."""
     done = subprocess.run(words, cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)

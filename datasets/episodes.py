@@ -95,7 +95,7 @@ class EpisodeSampler:
 
 
 def too_few(counts: Mapping[str, int], way: int, shot: int, query: int) -> str:
-    """Return what keeps an episode from being drawn, "" where one can be. counts: class -> how many images it has."""
+    """Return what keeps an episode from being drawn, "" if one can be. counts: class -> how many images it has."""
     short = [name for name, count in counts.items() if count < shot + query]
     fewest = min(counts, key=counts.__getitem__)
     got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < way else []

@@ -42,7 +42,7 @@ CIFAR_SIDE, MINI_SIDE = 32, 84  # pixels
 def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
     """Draw glyphs into `out`, `per_class` images per class of each split.
 
-    Images that are there are kept, damaged ones drawn again. Raises ValueError, before anything is written, where `out`
+    Images that are there are kept, damaged ones drawn again. Raises ValueError, before anything is written, if `out`
     holds others: of another seed, of a greater count, or not made here.
     """
     if per_class < 1:
@@ -64,7 +64,7 @@ def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
 def fontchars(out: Path, splits: list[str]) -> None:
     """Write fontchars into `out`, each image by the name of its font; images that are there are kept.
 
-    Raises ValueError where `out` holds others, of a split before anything of it is written.
+    Raises ValueError if `out` holds others, of a split before anything of it is written.
     """
     for split in splits:
         images, labels, names, fonts = embedded.read_split(split)
@@ -77,7 +77,7 @@ def fontchars(out: Path, splits: list[str]) -> None:
 def fonts(source: Path, out: Path, characters: str) -> None:
     """Draw `characters` in every font in `source` into `out`, one folder per character; images that are there are kept.
 
-    Fonts that cannot be read, or have no such character, are left out, and a line says so. Raises ValueError where
+    Fonts that cannot be read, or have no such character, are left out, and a line says so. Raises ValueError if
     nothing can be drawn, or `out` holds another image of the same name.
     """
     wanted = list(dict.fromkeys(characters))
@@ -122,7 +122,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 def _is_written(path: Path, expected: np.ndarray, cure: str) -> bool:
-    """Whether `path` has these pixels; False where it is missing or damaged. Raises ValueError for other pixels."""
+    """Whether `path` has these pixels; False if it is missing or damaged. Raises ValueError for other pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as file:
             there = np.asarray(file)
@@ -205,7 +205,7 @@ def convert(
         Its `size` is the side of the images in pixels.
     read: called when a class is not complete yet; checks the source and returns a function that gives a split's
         images.
-    Raises ValueError where `out` holds anything else, or as `read` does.
+    Raises ValueError if `out` holds anything else, or as `read` does.
     """
     _check_out(out, classes, settings)
     todo = {split: [n for n in names if not _is_complete(out / split / n)] for split, names in classes.items()}
@@ -237,7 +237,7 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
     """Print, and write to `out` as JSON, the classes of <data_root>/meta_train that each model of a pool learns.
 
     The same split as `guided_diffusion/image_train.py --pool` makes: the class folders in sorted order,
-    `classes_per_model` to a model, the rest to the last. Raises ValueError where there are none.
+    `classes_per_model` to a model, the rest to the last. Raises ValueError if there are none.
     """
     if classes_per_model < 1:
         raise ValueError(f"got --classes_per_model {classes_per_model}, expected 1 or more")
@@ -295,7 +295,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError where `out` holds images that are not of `classes` or were made by other settings."""
+    """Raise ValueError if `out` holds images that are not of `classes` or were made by other settings."""
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
     made_from = out / SETTINGS
@@ -309,7 +309,7 @@ def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mappin
 def _check_strange(
     folder: Path, names: Sequence[str], known: set[str], cure: str = "move what is strange away"
 ) -> None:
-    """Raise ValueError where the `folder` of a split holds more than the classes `names` with the files `known`."""
+    """Raise ValueError if the `folder` of a split holds more than the classes `names` with the files `known`."""
     there = _visible(folder)
     strange = sorted(there - set(names)) + sorted(
         f"{name}/{file}" for name in there & set(names) for file in _visible(folder / name) - known

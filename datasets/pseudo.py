@@ -31,7 +31,7 @@ class PseudoDataset:
     Attributes:
         images: (N, 3, H, W) uint8, RGB.
         labels: (N,) int64, from 0 to num_classes - 1.
-        num_classes: C, also where some class has no image.
+        num_classes: C, even if some class has no image.
 
     Raises:
         ValueError: shapes, types or labels other than these.
@@ -59,7 +59,7 @@ class PseudoDataset:
         """Write images.npy, labels.npy and then manifest.json, so a folder with a manifest is complete.
 
         Args:
-            folder: made where missing; a dataset in it is replaced.
+            folder: made if missing; a dataset in it is replaced.
             manifest: entries to add to the manifest, such as the settings of the round. It also gets
                 `num_classes`, `num_images` and `class_to_index`, a list of {class, index, images}.
 
@@ -81,7 +81,7 @@ class PseudoDataset:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Read what `save` wrote. Raises ValueError where the folder is incomplete or its files disagree."""
+        """Read what `save` wrote. Raises ValueError if the folder is incomplete or its files disagree."""
         folder = Path(folder)
         manifest = read_manifest(folder)
         try:
@@ -139,7 +139,7 @@ def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapp
 
 
 def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[], torch.Tensor]) -> PseudoDataset:
-    """Return `data` with the labels (N,) int64 in the file `path`; where it is not there yet, those of `make`, saved.
+    """Return `data` with the labels (N,) int64 in the file `path`; if there is none, those of `make`, saved.
 
     All processes of a run call this together. Raises ValueError for a damaged file.
     """
@@ -156,7 +156,7 @@ def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[],
 def learnt(run: str | os.PathLike) -> PseudoDataset:
     """Return the images of all rounds of a run, with the labels that its last network learnt.
 
-    Raises ValueError where there is none, or one is damaged.
+    Raises ValueError if there is none, or one is damaged.
     """
     rounds = sorted((Path(run) / "pseudo").glob("round*"))
     if not rounds:
@@ -177,7 +177,7 @@ def _labels(path: Path) -> torch.Tensor:
 
 
 def as_folders(data: PseudoDataset, out: str | os.PathLike) -> None:
-    """Write images as <out>/class{c}/{i}.png. Raises ValueError where `out` is there already and not empty."""
+    """Write images as <out>/class{c}/{i}.png. Raises ValueError if `out` is there already and not empty."""
     out, width = Path(out), len(str(data.num_classes - 1))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already; give a new folder")
@@ -187,7 +187,7 @@ def as_folders(data: PseudoDataset, out: str | os.PathLike) -> None:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read the manifest of a pseudo dataset. Raises ValueError where it is missing or no JSON object."""
+    """Read the manifest of a pseudo dataset. Raises ValueError if it is missing or no JSON object."""
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -25,11 +25,11 @@ def load_real(
     per_class: int | None = None,
     workers: int | None = None,
 ) -> LabelledImages:
-    """Return the images of a split: of `EMBEDDED` where <root>/<split> is not there, else read from it.
+    """Return the images of a split: of `EMBEDDED` if <root>/<split> is not there, else read from it.
 
     roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
     size: pixels a side; per_class: images per class at most, None for all (100 per class for glyphs); workers: threads.
-    Raises ValueError where a folder is missing or empty.
+    Raises ValueError if a folder is missing or empty.
     """
     if dataset in EMBEDDED and not (roots[0] / split).is_dir():
         return EMBEDDED[dataset](split, per_class, size)

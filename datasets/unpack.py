@@ -1,7 +1,7 @@
 """What people have of CIFAR-100 and miniImageNet, as images by class: folders, csv lists, pickled arrays.
 
 An image is given as the path of an image file or an array (H, W, 3) uint8, RGB. Every reader checks the classes and the
-number of images against the published ones (datasets.published) and raises ValueError, one line, where they differ.
+number of images against the published ones (datasets.published) and raises ValueError, one line, if they differ.
 """
 
 import csv
@@ -47,7 +47,7 @@ def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> Image
 
 
 def check_level(root: Path, names: Collection[str], files: Collection[str]) -> None:
-    """Raise ValueError, which names it, where a folder just above or below `root` has more of a data set.
+    """Raise ValueError, which names it, if a folder just above or below `root` has more of a data set.
 
     names: the classes; files: those that hold or list all of them.
     """
@@ -153,7 +153,7 @@ def cifar_batches(folder: Path, names: Collection[str]) -> ImagesByClass:
 
 
 def download_cifar100(folder: Path) -> Path:
-    """Download CIFAR-100 into `folder` where it is not there yet; returns its folder cifar-100-python."""
+    """Download CIFAR-100 into `folder` unless it is there; returns its folder cifar-100-python."""
     from torchvision.datasets import CIFAR100  # the one use of torchvision
 
     try:
@@ -166,7 +166,7 @@ def download_cifar100(folder: Path) -> Path:
 
 
 def require_files(root: Path, names: Collection[str]) -> None:
-    """Raise ValueError where `root` lacks one of the files `names`."""
+    """Raise ValueError if `root` lacks one of the files `names`."""
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise ValueError(f"{root}: lacks {', '.join(missing)}; expected {', '.join(names)}")
@@ -179,7 +179,7 @@ def few(items: Sequence[str]) -> str:
 
 
 def _check(where: Path, found: Mapping[str, Collection], advice: str) -> None:
-    """Raise ValueError where a class of `found` is empty or lacks PER_CLASS images."""
+    """Raise ValueError if a class of `found` is empty or lacks PER_CLASS images."""
     counts = {name: len(images) for name, images in found.items()}
     missing = [name for name, count in counts.items() if count == 0]
     if missing:

@@ -106,7 +106,7 @@ class _Alive(TorchDispatchMode):
 
 
 def free_memory() -> int | None:
-    """Return the bytes that the system could give to this process, None where it does not tell."""
+    """Return the bytes that the system could give to this process, None if it does not tell."""
     free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -20,7 +20,7 @@ _WIDE = 64  # channels of a network that a GPU compiles
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of that name, and make a GPU the current one of this process.
 
-    "auto" takes a GPU where there is one. Of several processes "auto" and "cuda" give each its own.
+    "auto" takes a GPU if there is one. Of several processes "auto" and "cuda" give each its own.
     Raises ValueError for a device that this machine lacks.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -43,7 +43,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Return a context in which networks train in bf16 where `precision` says so ("auto": on GPUs that have it).
+    """Return a context in which networks train in bf16 if `precision` says so ("auto": on GPUs that have it).
 
     On CPUs "auto" means float32: the small networks for a CPU were measured slower in bf16.
     """
@@ -82,7 +82,7 @@ def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int 
     """Yield (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
 
     Where memory is short, halve the batch, say so on stderr, and try the same part again: `work` must not depend on how
-    it is split. Raises MemoryError where one at a time is too much.
+    it is split. Raises MemoryError if one at a time is too much.
     """
     start, stop = first, first + count
     while start < stop:
@@ -96,7 +96,7 @@ def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int 
 
 
 def or_too_much(work: Callable[[], _T]) -> _T | None:
-    """Return what `work` gives, or None where memory is too short for it."""
+    """Return what `work` gives, or None if memory is too short for it."""
     try:
         return work()
     except RuntimeError as error:

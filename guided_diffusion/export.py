@@ -23,7 +23,7 @@ from utils.cli import OneLineParser, run
 def export(model: PoolModel, out: str | os.PathLike) -> None:
     """Write `model` to the folder `out`, whole or not at all.
 
-    Raises ValueError where `out` is there already, where the library is missing, and for a model that its classes
+    Raises ValueError if `out` is there already, if the library is missing, and for a model that its classes
     cannot express: what is in the way is named.
     """
     out = Path(out)

@@ -50,7 +50,7 @@ def files_of(folder: Path) -> list[Path]:
     """Return the files of a model that count: config.json, weights and, where it is there, scheduler_config.json.
 
     folder: a pipeline, its folder unet, or a folder with all the files.
-    Raises CheckpointError for a pipeline of other parts, and where a file is missing.
+    Raises CheckpointError for a pipeline of other parts, and if a file is missing.
     """
     if (folder / INDEX).is_file():
         parts = [name for name, value in _read(folder / INDEX).items() if isinstance(value, list) and any(value)]
@@ -75,7 +75,7 @@ def describe(folder: Path, unsaid: Mapping[str, Any]) -> dict[str, Any]:
 
     `image_size`, `class_cond`, `num_classes`, `num_channels` and `learn_sigma` mean what they mean for our networks.
     `unet` and `scheduler` are JSON. The others are those of `unsaid`.
-    unsaid: what holds where the model does not tell: image_size if it has no sample_size, and the flags of the process
+    unsaid: what holds if the model does not tell: image_size if it has no sample_size, and the flags of the process
         if it has no scheduler_config.json.
     Raises CheckpointError for a network or a process that the pool cannot use; it names the entry.
     """
@@ -183,7 +183,7 @@ class Network(nn.Module):
 
 
 def library() -> Any:
-    """Return the module diffusers. Raises ValueError where it is not installed."""
+    """Return the module diffusers. Raises ValueError if it is not installed."""
     try:
         import diffusers
     except ImportError:

@@ -57,7 +57,7 @@ class ModelVarType(enum.Enum):
 
 
 class LossType(enum.Enum):
-    """The mean squared error (plus the bound where the variance is learned), or the bound alone.
+    """The mean squared error (plus the bound if the variance is learned), or the bound alone.
 
     RESCALED losses weigh the bound so that one sampled t estimates all T terms (times T / 1000 beside the MSE).
     """
@@ -182,7 +182,7 @@ class GaussianDiffusion:
         return self._interpret(output, x, t, clip_denoised)
 
     def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the network's output into the prediction and, where it is learned, the variance."""
+        """Split the network's output into the prediction and, if it is learned, the variance."""
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if output.shape != expected:

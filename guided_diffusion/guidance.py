@@ -55,7 +55,7 @@ def sample(
     guide_on: str = "x_t", local_labels: Tensor | None = None, renoise: float = 0.0,
     fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sample from `noise` down to x_0 by `ddim`. Raises Stopped between two steps where the run was asked to stop.
+    """Sample from `noise` down to x_0 by `ddim`. Raises Stopped between two steps if the run was asked to stop.
 
     noise, renoise, fresh: as in `ddim`, of images (N, 3, H, W).
     cond_fn: from `classifier_guidance`; None for no guidance. It is called with the t of the cosine process of 1000

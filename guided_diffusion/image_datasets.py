@@ -60,8 +60,8 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
     are one more class, ".".
     Files that cannot be read are left out, and so are classes without an image that `classes` does not name; one line
     on stderr counts them.
-    Raises ValueError where there is no folder or no readable image, also in one of `classes`; and without `classes`
-    where the folders in `folder` are splits, such as meta_train and meta_test.
+    Raises ValueError if there is no folder or no readable image, also in one of `classes`; and without `classes`
+    if the folders in `folder` are splits, such as meta_train and meta_test.
     """
     root = Path(folder)
     if classes is None:
@@ -98,7 +98,7 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
 
 
 def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
-    """Raise ValueError, as `load_images` will, where one of `classes` has no readable image; read one of each."""
+    """Raise ValueError, as `load_images` will, if one of `classes` has no readable image; read one of each."""
     for name in classes:
         paths, left_out = find_images(Path(folder) / name)
         readable, unreadable = read_images(paths, 1, most=1)
@@ -110,7 +110,7 @@ def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
 def class_folders(folder: str | os.PathLike) -> list[str]:
     """Return the names of the folders directly in `folder`, sorted; a line on stderr says what is left out.
 
-    Raises ValueError where there is no such folder, or one in it is empty or holds folders of images.
+    Raises ValueError if there is no such folder, or one in it is empty or holds folders of images.
     """
     found, left_out = class_folders_of(folder, HOLDS, _train_part)
     left_out.say(Path(folder))
@@ -118,7 +118,7 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
 
 
 def _train_part(nested: Path, folders: list[Path]) -> str:
-    """Say what to do where the classes are a level deeper: train on the training split, if there is one."""
+    """Say what to do if the classes are a level deeper: train on the training split, if there is one."""
     part = next((path for name in TRAINING for path in folders if path.name == name), nested)
     return f"give --data_dir {shown(part)}, if the folders in it are the classes"
 

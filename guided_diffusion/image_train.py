@@ -71,7 +71,7 @@ def main() -> None:
             _refuse_splits(flag, Path(getattr(s, flag)))
     device = pick_device(s.device)
     say("mirrors half of the images (--random_flip True)" if s.random_flip else "mirrors no images; give "
-        "--random_flip True where left and right are alike")  # fmt: skip
+        "--random_flip True if left and right are alike")  # fmt: skip
     (train_pool if s.pool else train_one)(s, device)
 
 
@@ -168,7 +168,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
 
 
 def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
-    """Return what `folder` has of a pool model of these classes. Raises ValueError where it was made otherwise."""
+    """Return what `folder` has of a pool model of these classes. Raises ValueError if it was made otherwise."""
     found = kept(folder, record(s))
     if found.step:  # before any model trains, not when its turn comes
         found = kept(folder, record(s) | {IMAGES: _load(s, names).images})
@@ -181,7 +181,7 @@ def _measured(s: TrainSettings, figure: Any) -> bool:
 
 
 def _check_pool(index: Path, known: dict[str, Any], here: dict[str, Any], wanted: list[int], count: int) -> None:
-    """Raise ValueError where the pool was made otherwise."""
+    """Raise ValueError if the pool was made otherwise."""
     then = known.get(ENTRY)
     if not isinstance(then, Mapping):
         then = {name: known[name] for name in ("image_size", "steps") if name in known}
@@ -210,7 +210,7 @@ def _refuse_splits(flag: str, folder: Path) -> None:
 
 
 def _load(s: TrainSettings, names: list[str] | None) -> Loaded:
-    """Read the images of those classes, and of --held_out_dir where it is given."""
+    """Read the images of those classes, and of --held_out_dir if it is given."""
     every = load_images(s.data_dir, s.image_size, names)
     data, held_out = split(every, s.hold_out)
     skipped = data.skipped
@@ -266,7 +266,7 @@ def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) 
 
 
 def say(text: str) -> None:
-    """Print, where this is the process that speaks for all."""
+    """Print, if this is the process that speaks for all."""
     if processes.is_first():
         print(text)
 

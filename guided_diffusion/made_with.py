@@ -41,7 +41,7 @@ class Kept:
     """What a folder has of a model.
 
     Attributes:
-        state: what to resume from; None without one, and where it is older than `model`.
+        state: what to resume from; None without one, and if it is older than `model`.
         model: the finished model; it may have fewer steps than are asked for.
         step: how many steps are done.
         done: whether the model has all its steps.
@@ -60,8 +60,8 @@ class Kept:
 def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch.device = "cpu") -> Kept:
     """Return what `folder` has of a model that is made with `here`: what `record` gives, and the hash of the images.
 
-    More steps than before are fine for a finished model, and where the rate is not annealed.
-    Raises ValueError, which names what differs, where the files were made with anything else, and for a folder in a
+    More steps than before are fine for a finished model, and if the rate is not annealed.
+    Raises ValueError, which names what differs, if the files were made with anything else, and for a folder in a
     public model.
     """
     for place in (Path(folder), *Path(folder).parents[:2]):  # of a pool, subset1 is above ckpt
@@ -98,7 +98,7 @@ def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch
 
 
 def check_same(path: Path, then: Mapping[str, Any], here: Mapping[str, Any], *, longer: bool) -> None:
-    """Refuse to resume from `path` where it was made with other settings than `here`; longer: allow more steps."""
+    """Refuse to resume from `path` if it was made with other settings than `here`; longer: allow more steps."""
     before = then.get("steps")
     more = longer and isinstance(before, int) and here["steps"] > before
     may_change = {"steps", "lr_anneal_steps"} if more else set()

@@ -68,7 +68,7 @@ def figure(samples: Tensor, held_out: Tensor, training: Tensor, *, mirrored: boo
     `samples` and `held_out` are the medians of `nearest`. `ratio` is samples / held_out: 1 for samples as new as unseen
     images, near 0 for copies. `too_near` is the share of samples nearer than the 5th percentile of the held-out images:
     about 0.05 for samples as new as unseen images. Without held-out images the last three are None, and so is the ratio
-    where half of them are in `training`.
+    if half of them are in `training`.
     """
     near = nearest(samples, training, mirrored=mirrored)
     result = {"samples": round(float(near.median()), 4), "held_out": None, "ratio": None, "too_near": None}

@@ -27,7 +27,7 @@ def timesteps_of(model: PoolModel, level: int, steps: int) -> list[int]:
 
     level: t of the cosine process of 1000 steps, from 1 to 1000; the highest timestep has the nearest alpha-bar to it.
     The numbers count the timesteps that the model was trained on, as in `PoolModel.diffusion`.
-    Raises ValueError where the model has fewer timesteps up to the level.
+    Raises ValueError if the model has fewer timesteps up to the level.
     """
     own = model.diffusion()
     has = 1 + int(nearest_timesteps(shared_process().alphas_cumprod[level - 1 : level], own)[0])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def normalization(channels: int) -> nn.GroupNorm:
-    """Return a group norm of 32 groups, or of groups of 4 channels where 32 does not divide the channels.
+    """Return a group norm of 32 groups, or of groups of 4 channels if 32 does not divide the channels.
 
     Groups of one channel would remove an image's mean colour just before the output.
     """

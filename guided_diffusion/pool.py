@@ -47,7 +47,7 @@ class PoolModel:
     Attributes:
         network: the U-Net in eval mode, without gradients.
         flags: every flag of `create_model_and_diffusion` that it was made with, or those of `from_diffusers.describe`.
-        num_classes: how many classes it was trained on, None where its checkpoint does not tell.
+        num_classes: how many classes it was trained on, None if its checkpoint does not tell.
         path: its file, or its folder in the format of diffusers.
     """
 
@@ -117,7 +117,7 @@ class Pool:
         file, a folder with model.pt directly in it, or a folder in the format of diffusers. Each subset{m} may be in
         that format, too. Numbers may start from 0.
 
-        Raises ValueError where there is none of these, or where the numbers have a gap.
+        Raises ValueError if there is none of these, or if the numbers have a gap.
         """
         self.path, self._flags = Path(path), dict(flags or {})
         self._room: dict[str, int] = {}  # flags of a network -> how many images at once there is memory for
@@ -234,7 +234,7 @@ class Pool:
 
         num_classes: of the whole pool; 0 takes the number of each checkpoint.
         per_model: classes per model, of which the last one has the rest; 0 shares them out evenly.
-        Raises ValueError where that needs a pool of another size, or where a checkpoint does not tell its number.
+        Raises ValueError if that needs a pool of another size, or if a checkpoint does not tell its number.
         """
         if num_classes:
             least, more = divmod(num_classes, len(self))
@@ -258,7 +258,7 @@ class Pool:
         """Read every model once, so that what is wrong with one is said before hours of drawing from the others.
 
         classes: pseudo classes of each model; steps: DDIM steps; unconditional: whether models must not take labels.
-        Raises ValueError where a model does not load, cannot do that, or is conditional on fewer classes.
+        Raises ValueError if a model does not load, cannot do that, or is conditional on fewer classes.
         """
         for m, count in enumerate(classes):
             model = self.load(m)
@@ -288,14 +288,14 @@ class Pool:
         return weights, flags, flags["num_classes"] or None, file
 
     def _num_classes(self, path: Path) -> int | None:
-        """Return how many classes a model was trained on, None where it does not tell."""
+        """Return how many classes a model was trained on, None if it does not tell."""
         if path.is_dir():  # its config tells; its weights are large
             return self._public_flags(path)["num_classes"] or None
         return self._describe(checkpoint.load(path), path)[2]
 
     def _public_flags(self, folder: Path) -> dict[str, Any]:
         """Return the flags of a model in the format of diffusers."""
-        from_diffusers.library()  # stops here, by name, where it is missing
+        from_diffusers.library()  # stops here, by name, if it is missing
         unsaid = {name: self._flags.get(name, _DEFAULTS[name]) for name in ("image_size", *_PROCESS_FLAGS)}
         return from_diffusers.describe(folder, unsaid)
 

@@ -25,7 +25,7 @@ def work_through(
 
     work: (model, m, item numbers (N,) int64) -> tensors by name. They must not depend on how items are split. The first
         is (N, ...); others may have rows for some of the items only.
-    batch: items at once, fewer where memory is short.
+    batch: items at once, fewer if memory is short.
     """
     batches = {
         f"model{m:03d}-items{start:07d}-{min(start + batch, count):07d}": (m, start, min(start + batch, count))

@@ -34,7 +34,7 @@ class UniformSampler:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned. Raises ValueError where that is another sampler's or another T's."""
+        """Take over what `state_dict` returned. Raises ValueError if that is another sampler's or another T's."""
         if state:
             raise ValueError(f"got a sampler state with {sorted(state)}, expected none; give its --schedule_sampler")
 

@@ -36,7 +36,7 @@ def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
 
 
 def create_model(**flags) -> UNetModel:
-    """Return a U-Net on RGB images (N, 3, image_size, image_size) with 3 outputs, or 6 where `learn_sigma`.
+    """Return a U-Net on RGB images (N, 3, image_size, image_size) with 3 outputs, or 6 if `learn_sigma`.
 
     Flags, defaults and errors are those of `create_model_and_diffusion`; flags of the process have no effect.
     channel_mult: factors of num_channels, one per level, as "1,2,2"; "" takes the default of the image size.
@@ -94,7 +94,7 @@ def _complete(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unwrapped(payload: Mapping[str, Any], depth: int = 3) -> Mapping[str, torch.Tensor] | None:
-    """Return the state dict of the U-Net in `payload`, None where there is none.
+    """Return the state dict of the U-Net in `payload`, None if there is none.
 
     All of its names may have a prefix (module., of several processes), or it may lie in an entry (state_dict, model),
     up to `depth` levels deep. Of several the one whose name has ema in it counts, else the first.

@@ -92,7 +92,7 @@ def _draw(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Draw images number `index` of model m, of classes by_model[m][index]: `images` uint8, and with guidance `hits`.
 
-    Raises ValueError where the images are not finite.
+    Raises ValueError if the images are not finite.
     """
     size, asked = model.image_size, by_model[m][index].to(device)
     rows = index.tolist()

@@ -65,7 +65,7 @@ class TrainSettings:
     ema_rate: float = training(0.9999, "decay of the moving average of the weights, reached by a warm-up: "
                                "min(rate, (1 + step) / (10 + step))", within=SHARE)  # fmt: skip
     grad_clip: float = training(0.0, "greatest norm of the gradient; 0: no clipping", within=(0, 10**9))
-    random_flip: bool = training(False, "mirror half of the images, where left and right are alike")
+    random_flip: bool = training(False, "mirror half of the images, if left and right are alike")
     schedule_sampler: str = training("uniform", "which timesteps to train on", choices=tuple(SAMPLERS))
     log_interval: int = running(10, "steps between the losses shown", within=COUNT)
     save_interval: int = running(2_000, "steps between saves, each with a sheet of EMA samples", within=COUNT)
@@ -164,7 +164,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None = None) -> TrainSettings:
-    """Return the settings of a command line; `steps` are those of --lr_anneal_steps where that is given.
+    """Return the settings of a command line; `steps` are those of --lr_anneal_steps if given.
 
     Raises ValueError for a flag that is replaced and for a value that is not valid.
     """

@@ -94,7 +94,7 @@ class TrainLoop:
         return self.finish()
 
     def fit_memory(self) -> None:
-        """Let fewer images pass the network at once where free memory is short."""
+        """Let fewer images pass the network at once if free memory is short."""
         if processes.count() == 1:  # several wait for the gradients of equally many parts
             most = min(self.micro, self.settings.batch_size)
             self.micro = that_fit(self.flags, most, self.device, training=True)
@@ -194,7 +194,7 @@ class TrainLoop:
 
     @torch.no_grad()
     def check_average(self) -> None:
-        """Raise ValueError where the loss of the average weights on the next batch says that they are of no use."""
+        """Raise ValueError if the loss of the average weights on the next batch says that they are of no use."""
         *batch, weights, noise = self.batch()
         found = []
         for network in (self.ema, self._zeros):
@@ -318,7 +318,7 @@ class TrainLoop:
 
 
 def drop_state(folder: str | os.PathLike, *, newest: bool = True) -> None:
-    """Delete the state before the newest, and where `newest` that one, too."""
+    """Delete the state before the newest, and if `newest` that one, too."""
     path = Path(folder) / STATE_FILE
     previous(path).unlink(missing_ok=True)
     if newest:

@@ -229,7 +229,7 @@ class UNetModel(nn.Module):
         """
         if (y is None) != (self.num_classes is None):
             got = "no labels y for a conditional" if y is None else "labels y for an unconditional"
-            raise ValueError(f"got {got} network; give y exactly where class_cond is set")
+            raise ValueError(f"got {got} network; give y if and only if class_cond is set")
         if x.shape[2] % self.downsampling or x.shape[3] % self.downsampling:
             raise ValueError(
                 f"got images of {x.shape[2]}x{x.shape[3]} pixels, expected multiples of {self.downsampling}; "
@@ -255,7 +255,7 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 
 def _level_widths(image_size: int, channels: int, channel_mult: Sequence[float], num_res_blocks: int) -> list[int]:
-    """Return the width of each level. Raises ValueError where the settings do not fit the image size."""
+    """Return the width of each level. Raises ValueError if the settings do not fit the image size."""
     if num_res_blocks < 1:
         raise ValueError(f"got num_res_blocks {num_res_blocks}, expected 1 or more")
     if not channel_mult:

@@ -47,7 +47,7 @@ def meta_test_stages(
 ) -> list[Stage]:
     """Return the stages: support, then its diffusion mixes if any, then support again, `steps` each.
 
-    Each class counts alike: where an episode has more images of one than of another, the cross-entropy of class c is
+    Each class counts alike: if an episode has more images of one than of another, the cross-entropy of class c is
     weighted by S / (way * images of c), in the mixes as in the support.
 
     Args:

@@ -264,7 +264,7 @@ def check_finite(entries: Mapping[str, Any], epoch: int) -> None:
     """Stop before the numbers of a diverged epoch overwrite good ones.
 
     entries: of epoch number `epoch` (from 0), with the mean `loss`, perhaps `class_learner_loss`, and the rate `lr`.
-    Raises ValueError where a loss is NaN or infinite.
+    Raises ValueError if a loss is NaN or infinite.
     """
     for name in ("loss", "class_learner_loss"):
         loss = entries.get(name, 0.0)

@@ -35,7 +35,7 @@ class TimmBackbone(nn.Module):
     def map_side(self, size: int) -> int:
         """Return the side of the feature map of images with `size` pixels a side. Only shapes pass the network.
 
-        Raises ValueError where it takes no such images, or where what it gives is no (N, feature_dim, H', W').
+        Raises ValueError if it takes no such images, or if it gives no (N, feature_dim, H', W').
         """
         given = f"backbone 'timm:{self.name}', for an image of {size} pixels"
         network = copy.deepcopy(self.network).to("meta").eval()

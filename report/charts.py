@@ -29,7 +29,7 @@ class Chart:
         self._marks: list[Callable] = []  # each takes x -> pixels and y -> pixels and returns markup
 
     def line(self, name: str, points: Iterable[tuple[float, float]], colour: int, half: Sequence[float] = ()) -> None:
-        """Draw a line through (x, y), and a band where `half` has the half-width of each point."""
+        """Draw a line through (x, y), and a band if `half` has the half-width of each point."""
         points = list(points)
         if not points:
             return
@@ -269,7 +269,7 @@ def pairs(title: str, without: Sequence[float], with_: Sequence[float]) -> Html:
 
 
 def ticks(low: float, high: float, *, whole: bool = False, most: int = 6) -> list[float]:
-    """Return at most `most` round numbers from low to high, of those that are whole where `whole`."""
+    """Return at most `most` round numbers from low to high, of those that are whole if `whole`."""
     raw = (high - low) / most
     step = 10.0 ** math.floor(math.log10(raw))
     step *= next(factor for factor in (1, 2, 5, 10) if raw <= step * factor * (1 + 1e-9))

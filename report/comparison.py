@@ -32,7 +32,7 @@ class Method:
         source: the images that it was trained on.
         runs: seed -> name of the run.
         results: seed -> (accuracy, half-width of its interval) in percent.
-        values: seed -> accuracy of each episode, where that was noted.
+        values: seed -> accuracy of each episode, if noted.
         keys: seed -> what drew the episodes.
     """
 
@@ -167,7 +167,7 @@ def _closed(each: Method, methods: Sequence[Method]) -> str:
 
 
 def images(named: Mapping[str, Run]) -> Html | None:
-    """Return images of each run side by side, from the same noise where the runs allow that."""
+    """Return images of each run side by side, from the same noise if the runs allow that."""
     rounds = {name: {each.number: each for each in run.rounds()} for name, run in named.items()}
     rounds = {name: found for name, found in rounds.items() if found}
     if not rounds:
@@ -229,7 +229,7 @@ def _kind(result: Mapping[str, Any]) -> tuple:
 
 
 def _plain(value: Any) -> str | int | None:
-    """Return a value that hashes, also where a file is damaged."""
+    """Return a value that hashes, even if a file is damaged."""
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
@@ -273,7 +273,7 @@ def _pattern(texts: Sequence[str]) -> str:
 
 
 def _table(values: Mapping[Any, list[float]], seeds: Sequence) -> np.ndarray | None:
-    """Return values as (seeds, episodes); None where some are missing, or their numbers differ."""
+    """Return values as (seeds, episodes); None if some are missing, or their numbers differ."""
     rows = [values[s] for s in seeds if s in values]
     return np.array(rows) if rows and len(rows) == len(seeds) and len({*map(len, rows)}) == 1 else None
 

@@ -34,7 +34,7 @@ _MOST = 1 << 26  # bytes of a file that are read to see who made it
 
 
 def curves(runs: Mapping[str, Run]) -> Any | None:
-    """Return a figure of the accuracy on meta_val by epoch, a line per run; None where no run was validated."""
+    """Return a figure of the accuracy on meta_val by epoch, a line per run; None if no run was validated."""
     known = {name: points_of(each.epochs, "val_accuracy") for name, each in runs.items()}
     if not any(known.values()):
         return None
@@ -49,7 +49,7 @@ def curves(runs: Mapping[str, Run]) -> Any | None:
 
 
 def grid(runs: Mapping[str, Run]) -> Any | None:
-    """Return a figure of images of each run's newest round, a row per class; None where no run has images."""
+    """Return a figure of images of each run's newest round, a row per class; None if no run has images."""
     strips = {name: found for name, each in runs.items() if (found := _strips(each)) is not None}
     if not strips:
         return None

@@ -37,7 +37,7 @@ class Round:
 
     @property
     def hit_rates(self) -> list[float | None]:
-        """The hit rate of each class, [] where it was not noted."""
+        """The hit rate of each class, [] if it was not noted."""
         rates = self.manifest.get("hit_rate_by_class")
         return [number(rate) for rate in rates] if isinstance(rates, list) else []
 
@@ -51,7 +51,7 @@ class Run:
         settings: config.json, or the settings of diffusionmix.py in a folder of tests; {} without either.
         epochs: the lines of metrics.jsonl, in order.
         results: of the tests here and in the folders in this one: (`HERE` or the folder's name, name in results/) ->
-            result. The second name is "" where the folder has one test.
+            result. The second name is "" if the folder has one test.
         starts: environment.json, the oldest start first, then the starts of the tests in the folders in this one.
         damaged: names of files that cannot be read.
     """
@@ -87,13 +87,13 @@ class Run:
 
     @property
     def start(self) -> dict[str, Any]:
-        """The last start of training, or of testing in a folder that has only tests; {} where it was not noted."""
+        """The last start of training, or of testing in a folder that has only tests; {} if it was not noted."""
         program = "main.py" if (self.folder / "config.json").exists() else "diffusionmix.py"
         return next((each for each in reversed(self.starts) if each.get("program") == program), {})
 
     @property
     def preset(self) -> dict[str, Any]:
-        """The settings of the scenario and the recipe; {} where they were not noted."""
+        """The settings of the scenario and the recipe; {} if they were not noted."""
         preset = self.start.get("preset")
         return preset if isinstance(preset, dict) else {}
 
@@ -161,7 +161,7 @@ class Run:
 
     @property
     def pool_place(self) -> Path | None:
-        """The folder of the pool, None where it is not on this machine."""
+        """The folder of the pool, None if it is not on this machine."""
         place = self.start.get("pool") or self.settings.get("pool")
         return Path(place) if isinstance(place, str) and place and Path(place).is_dir() else None
 
@@ -172,7 +172,7 @@ class Run:
         return sorted(names, key=lambda each: (len(each[0]), each[0]))  # subset10 after subset9
 
     def memorisation(self) -> dict[str, dict[str, Any]]:
-        """Return what the pool's training noted about copying, by model; {} where nothing was noted."""
+        """Return what the pool's training noted about copying, by model; {} if nothing was noted."""
         index = read_json(self.pool_place / "pool.json", dict) if self.pool_place else None
         figures = (index or {}).get("memorisation")
         return {k: v for k, v in figures.items() if isinstance(v, dict)} if isinstance(figures, dict) else {}
@@ -189,7 +189,7 @@ def same_episodes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def scores(result: Mapping[str, Any], mixed: bool) -> list[float] | None:
-    """Return the accuracy of each episode in percent, with mixes or without; None where it was not noted."""
+    """Return the accuracy of each episode in percent, with mixes or without; None if it was not noted."""
     values = result.get("by_episode" if mixed else "by_episode_without_mix")
     good = isinstance(values, list) and len(values) > 1 and None not in map(number, values)
     return values if good else None
@@ -218,7 +218,7 @@ def _starts(folder: Path, damaged: list[str]) -> list[dict[str, Any]]:
 
 
 def _content(settings: Mapping[str, Any], name: str) -> Any:
-    """Return the digest of the pool or of a split, None where it was not noted."""
+    """Return the digest of the pool or of a split, None if it was not noted."""
     contents = settings.get("contents")
     return contents.get(name) if isinstance(contents, dict) else None
 

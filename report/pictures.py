@@ -58,7 +58,7 @@ def samples(path: Path) -> Image.Image:
 
 
 def arrays(each: Round) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images (N, 3, S, S) uint8 and labels (N,) of a round, read from the disk only where they are used.
+    """Return the images (N, 3, S, S) uint8 and labels (N,) of a round, read from the disk only if they are used.
 
     Raises ValueError for other shapes or types.
     """

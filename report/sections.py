@@ -1,4 +1,4 @@
-"""The parts of a run's report. Each is None where the run has nothing for it."""
+"""The parts of a run's report. Each is None if the run has nothing for it."""
 
 import os
 import re
@@ -394,7 +394,7 @@ SECTIONS: list[Callable[[Run], Html | None]] = [
 
 
 def careful(make: Callable[[Any], Html | None], given: Any) -> Html | None:
-    """Return a part of a page, or where its files are damaged a line that says so."""
+    """Return a part of a page, or a line that says that its files are damaged."""
     try:
         return make(given)
     except DAMAGED as error:

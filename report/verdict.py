@@ -231,7 +231,7 @@ RULES: dict[str, Rule] = {
 
 
 def levels(run: Run) -> dict[str, float]:
-    """Return what validation is held against, in percent: chance, and random weights where a run of them is near."""
+    """Return what validation is held against, in percent: chance, and random weights if a run of them is near."""
     found, way = {}, number(run.settings.get("nKnovel"))
     if way:
         found["chance"] = 100 / way

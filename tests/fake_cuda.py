@@ -60,7 +60,7 @@ def tensors_in(items: Any) -> list[Tensor]:
 
 
 def is_gpu(device: torch.device | str | int | None) -> bool | None:
-    """Return whether a device is the GPU; None where it is neither that nor the CPU."""
+    """Return whether a device is the GPU; None if it is neither that nor the CPU."""
     return {"cuda": True, "cpu": False}.get(torch.device(device).type)
 
 

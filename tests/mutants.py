@@ -102,7 +102,7 @@ def stale() -> list[str]:
 
 
 def passes(tree: Path, tests: list[str]) -> bool:
-    """Whether tests pass in `tree`. Raises ValueError where they cannot be run."""
+    """Whether tests pass in `tree`. Raises ValueError if they cannot be run."""
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     alone = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # a mutant may be as old and long as the original
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=os.environ | alone)

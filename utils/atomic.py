@@ -30,7 +30,7 @@ def named(path: str | os.PathLike, size: int = 0, temporary: Path | None = None)
     """Make errors in this block name `path`; the system's own often do not.
 
     size: bytes to be written, if known; temporary: the file they go to first.
-    Raises DiskFull where the disk or the quota is full, and OSError of `path` for other errors.
+    Raises DiskFull if the disk or the quota is full, and OSError of `path` for other errors.
     """
     try:
         yield
@@ -85,7 +85,7 @@ def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = Fals
 
     size: bytes to be written, if known, for the message of a full disk.
     keep_old: rename the older file to `previous(path)`.
-    Raises DiskFull where the disk or the quota is full, and OSError of `path` for other errors.
+    Raises DiskFull if the disk or the quota is full, and OSError of `path` for other errors.
     """
     path = Path(path)
     temporary = _beside(path)

@@ -42,7 +42,7 @@ def save(path: str | os.PathLike, payload: Any, *, keep_old: bool = False) -> No
 def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any | None:
     """Load `path`, or the file kept before it if `path` is missing or damaged; damage is said on stderr.
 
-    Returns None where there is neither. Raises CheckpointError where none can be used.
+    Returns None if there is neither. Raises CheckpointError if none can be used.
     """
     files = [each for each in (Path(path), previous(Path(path))) if each.exists()]
     for number, file in enumerate(files, 1):
@@ -159,7 +159,7 @@ def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int
 def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callable[[Any], bool]], what: str) -> None:
     """Refuse a checkpoint with a missing or unsound entry: CheckpointError.
 
-    expected: entry -> function that says whether a value is sound; an entry may be missing where None is sound.
+    expected: entry -> function that says whether a value is sound; an entry may be missing if None is sound.
     what: the file that it should be.
     """
     if not isinstance(payload, dict) or len(set(expected) - set(payload)) > len(expected) / 2:
@@ -175,7 +175,7 @@ def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callab
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str | os.PathLike) -> None:
     """Restore what `optimizer.state_dict()` gave, except rates and the like, which come from the settings.
 
-    Raises CheckpointError where it belongs to other parameters, is damaged or not finite. source: as in `check_state`.
+    Raises CheckpointError if it belongs to other parameters, is damaged or not finite. source: as in `check_state`.
     """
     try:
         optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})

@@ -82,7 +82,7 @@ def is_leftover(name: str) -> bool:
 
 
 def require_folder(folder: str | os.PathLike, holds: str) -> Path:
-    """Return the folder as a Path. Raise ValueError, which says what it `holds`, where it is missing or a file."""
+    """Return the folder as a Path. Raise ValueError, which says what it `holds`, if it is missing or a file."""
     folder = Path(folder)
     if folder.is_dir():
         return folder

@@ -22,7 +22,7 @@ def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     It is a lock of the system on the file .lock, so it ends with the process, however that ends.
 
     wait: wait for another run to let go.
-    Raises ValueError where the folder is a file, or without `wait` where another run holds it.
+    Raises ValueError if the folder is a file, or without `wait` if another run holds it.
     """
     if not processes.is_first():
         yield

@@ -130,7 +130,7 @@ def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
 
 
 def _coded(image: Image.Image) -> str:
-    """Return how the pixels of a PNG are coded, such as L;2 for grey of 2 bits; "" where that is unknown."""
+    """Return how the pixels of a PNG are coded, such as L;2 for grey of 2 bits; "" if that is unknown."""
     tiles = getattr(image, "tile", ())
     return tiles[0].args if image.format == "PNG" and tiles and isinstance(tiles[0].args, str) else ""
 
