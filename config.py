@@ -29,7 +29,7 @@ _GROUPS = {  # group -> its title in --help, and what a setting of it affects un
     "needed first": ("needed first", "both"),
     "machine": ("the machine and its memory", "nothing"),
     "synthesis": ("synthesis: the pool and its images", "training"),
-    "bare checkpoints": ("bare checkpoints: what public ones do not tell", "both"),
+    "bare checkpoints": ("bare checkpoints: what public ones do not say", "both"),
     "episodes": ("episodes", "both"),
     "learning": ("learning", "training"),
     "testing": ("testing", "testing"),
@@ -102,7 +102,7 @@ class Settings:
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
     num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models say", low=0, group="synthesis")
     sample_steps: int = setting(25, "denoising steps per image, by DDIM", low=2, high=1000, group="synthesis")
-    renoise: float = setting(0.0, "share of the noise that is drawn anew in each denoising step", low=0, high=1,
+    renoise: float = setting(0.0, "share of the noise that each denoising step draws again", low=0, high=1,
                              group="synthesis")  # fmt: skip
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x)", low=0, group="synthesis")
     views: int = setting(4, "augmented views that guidance looks through, in the clusters recipe", low=1, high=64,
@@ -377,7 +377,7 @@ class Settings:
         return Settings(**_defaults(self.dataset, self.recipe), dataset=self.dataset, recipe=self.recipe).as_dict()
 
     def bare_checkpoint_flags(self) -> dict[str, Any]:
-        """Return, for the pool, what a checkpoint without settings does not tell."""
+        """Return, for the pool, what a checkpoint without settings does not say."""
         return {name: getattr(self, name) for name in BARE}
 
     def notes(self) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class HeadFitter:
     """A trained meta-model and the pool that mixes for it: fits the heads of episodes.
 
     A head is fitted on the support set, on diffusion mixes of it from every pool model, and on the support set again
-    (Wei et al., IEEE TCSVT 2024). Where an episode has more images of one class than of another, each class counts
-    alike: the cross-entropy of class c is weighted by S / (way * images of c), in the mixes as in the support set. With
-    equal shots that is 1.
+    (Wei et al., IEEE TCSVT 2024). If an episode has more images of one class than of another, each class still counts
+    the same: the cross-entropy of class c is weighted by S / (way * images of c), in the mixes as in the support set.
+    With equal shots that is 1.
 
     Attributes:
         s: the settings.
@@ -232,7 +232,7 @@ class FewShotClassifier:
         pool: folder, checkpoint or address of the diffusion models that mix; None fits on the images alone.
         mix_level, mix_steps, head_steps, head_init, head_scale, seed, sample_batch, precision, device: as the flags of
             `diffusionmix.py`; config.py has their ranges.
-        pool_flags: what bare public checkpoints in the pool do not tell, such as {"num_heads": 4}.
+        pool_flags: what bare public checkpoints in the pool do not say, such as {"num_heads": 4}.
         value_range: the range of images given as floats, (-1, 1) or (0, 1), the latter as torchvision's ToTensor gives
             them. None: (-1, 1), and a call whose floats have no negative value is refused, as they may be the other.
 
@@ -304,7 +304,7 @@ class FewShotClassifier:
     def fit(self, images: Iterable, labels: Iterable[Hashable]) -> "FewShotClassifier":
         """Fit the head on labelled images. Any number of classes (2 or more), each with any number of images.
 
-        Each class counts alike, however many images it has; see `HeadFitter`. `images` and `labels`: see the class.
+        Each class counts the same, however many images it has; see `HeadFitter`. `images` and `labels`: see the class.
         Returns itself. Raises ValueError for images or labels of another kind or number, and for a model or pool that
         does not load.
         """

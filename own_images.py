@@ -31,8 +31,8 @@ class OwnImages:
         if len(self.support.class_names) < 2:
             raise ValueError(f"{s.support}: got 1 class, expected 2 or more: one folder of images per class")
         names = [shown(name) for name in self.support.class_names]
-        if alike := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{s.support}: got two classes that are shown as {alike[0]}; rename one of the folders")
+        if same := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{s.support}: got two classes that are shown as {same[0]}; rename one of the folders")
         paths, left_out = find_images(s.query)
         images, unreadable = read_images(paths, self.fitter.size, workers=s.workers)
         left_out.add_unread(unreadable)

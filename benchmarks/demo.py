@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo
 
-Rows of `benchmarks.table` on fontchars, real characters, at a small size and with one seed. It starts anew each time.
+Rows of `benchmarks.table` on fontchars, real characters, at a small size and with one seed. It starts afresh each time.
 """
 
 import shutil

@@ -40,7 +40,7 @@ from utils.remote import local
 
 RUNGS = {  # a run -> how the table names it
     "by_model": "unguided, by model",
-    "unguided": "unguided, clusters read anew",
+    "unguided": "unguided, clusters, then relabelled",
     "guided": "guided",
     "judged": "unguided, the judge's labels",
     "real": "real images and labels",

@@ -76,8 +76,7 @@ def augment_by(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSetti
 
     Args:
         images: (N, 3, H, W) uint8, or float in [-1, 1].
-        draws: (N, 20) from `draw`; or (1, 20), which changes all images alike, so that none depends on how many there
-            are.
+        draws: (N, 20) from `draw`; or (1, 20), which changes all images in one way, however many there are.
         settings: how far to go.
 
     Returns:

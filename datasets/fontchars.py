@@ -30,7 +30,7 @@ def read_split(split: str) -> tuple[np.ndarray, np.ndarray, list[str], list[str]
             parts = (arrays[f"{split}_{part}"] for part in ("images", "labels", "names", "fonts"))
             images, labels, names, fonts = parts
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{FILE}: is missing or damaged ({error}); get it anew from the repository") from error
+        raise ValueError(f"{FILE}: is missing or damaged ({error}); get it from the repository again") from error
     return images, labels, names.tolist(), fonts.tolist()
 
 

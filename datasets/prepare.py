@@ -299,7 +299,7 @@ def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mappin
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
     made_from = out / SETTINGS
-    got = read_json(made_from, dict, "it is written anew; only the names of the images there are checked")
+    got = read_json(made_from, dict, "it is written again; only the names of the images there are checked")
     if got not in (None, settings):
         raise ValueError(f"{made_from}: the images there are of {got}, now asked for {settings}; give another --out")
     for split, names in classes.items():

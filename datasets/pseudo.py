@@ -164,8 +164,8 @@ def learnt(run: str | os.PathLike) -> PseudoDataset:
     parts = []
     for folder in rounds:
         data = PseudoDataset.load(folder)
-        anew = [*folder.glob("clusters.npy"), *sorted(folder.glob("labels[0-9]*.npy"))]
-        parts.append(PseudoDataset(data.images, _labels(anew[-1]), data.num_classes) if anew else data)
+        newer = [*folder.glob("clusters.npy"), *sorted(folder.glob("labels[0-9]*.npy"))]
+        parts.append(PseudoDataset(data.images, _labels(newer[-1]), data.num_classes) if newer else data)
     return parts[0].joined(parts[1:])
 
 

@@ -33,7 +33,7 @@ def image_bytes(flags: Mapping[str, Any], *, training: bool = False) -> int:
     return _image_bytes(tuple(sorted(flags.items())), training)
 
 
-@functools.cache  # the models of a pool are alike, and each would take a second
+@functools.cache  # the models of a pool are of one kind, and each would take a second
 def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
     flags, peaks = dict(items), []
     for images in (7, 8):  # enough for the peak to be in the images, not in the gradients of the weights
@@ -64,7 +64,7 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
 def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, training: bool = False) -> int:
     """Return how many images, up to `most`, may pass the network of `flags` at once in free memory.
 
-    That is `most` on a GPU, which says when memory is short, and on a system that does not tell what is free.
+    That is `most` on a GPU, which says when memory is short, and on a system that does not say what is free.
     """
     free = free_memory() if device.type == "cpu" else None
     if free is None:
@@ -106,7 +106,7 @@ class _Alive(TorchDispatchMode):
 
 
 def free_memory() -> int | None:
-    """Return the bytes that the system could give to this process, None if it does not tell."""
+    """Return the bytes that the system could give to this process, None if it does not say."""
     free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

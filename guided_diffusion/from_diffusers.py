@@ -75,7 +75,7 @@ def describe(folder: Path, unsaid: Mapping[str, Any]) -> dict[str, Any]:
 
     `image_size`, `class_cond`, `num_classes`, `num_channels` and `learn_sigma` mean what they mean for our networks.
     `unet` and `scheduler` are JSON. The others are those of `unsaid`.
-    unsaid: what holds if the model does not tell: image_size if it has no sample_size, and the flags of the process
+    unsaid: what holds if the model does not say: image_size if it has no sample_size, and the flags of the process
         if it has no scheduler_config.json.
     Raises CheckpointError for a network or a process that the pool cannot use; it names the entry.
     """

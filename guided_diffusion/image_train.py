@@ -113,7 +113,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         for m, group in enumerate(groups, 1)
     ]
     index = Path(s.pool) / "pool.json"
-    known = processes.broadcast(_read(index, "it is written anew"))
+    known = processes.broadcast(_read(index, "it is written again"))
     if known:
         if known.get("models") != models:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")

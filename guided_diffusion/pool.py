@@ -47,7 +47,7 @@ class PoolModel:
     Attributes:
         network: the U-Net in eval mode, without gradients.
         flags: every flag of `create_model_and_diffusion` that it was made with, or those of `from_diffusers.describe`.
-        num_classes: how many classes it was trained on, None if its checkpoint does not tell.
+        num_classes: how many classes it was trained on, None if its checkpoint does not say.
         path: its file, or its folder in the format of diffusers.
     """
 
@@ -222,19 +222,19 @@ class Pool:
 
         Models with the same flags share the answer. found: the images at once that turned out to fit, from now on.
         """
-        alike = repr(sorted(model.flags.items()))
+        kind = repr(sorted(model.flags.items()))
         if found is not None:
-            self._room[alike] = found
-        elif alike not in self._room:
-            self._room[alike] = that_fit(model.flags, batch, device)
-        return min(batch, self._room[alike])
+            self._room[kind] = found
+        elif kind not in self._room:
+            self._room[kind] = that_fit(model.flags, batch, device)
+        return min(batch, self._room[kind])
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:
         """Return how many pseudo classes each model has, in order.
 
         num_classes: of the whole pool; 0 takes the number of each checkpoint.
         per_model: classes per model, of which the last one has the rest; 0 shares them out evenly.
-        Raises ValueError if that needs a pool of another size, or if a checkpoint does not tell its number.
+        Raises ValueError if that needs a pool of another size, or if a checkpoint does not say its number.
         """
         if num_classes:
             least, more = divmod(num_classes, len(self))
@@ -251,7 +251,7 @@ class Pool:
         counts = [self._num_classes(path) for path in self.files]
         if None in counts:
             path = self.files[counts.index(None)]
-            raise ValueError(f"{path}: does not tell how many classes it was trained on; give --num-classes")
+            raise ValueError(f"{path}: does not say how many classes it was trained on; give --num-classes")
         return counts
 
     def check(self, classes: Sequence[int], steps: int, unconditional: bool = False) -> None:
@@ -288,7 +288,7 @@ class Pool:
         return weights, flags, flags["num_classes"] or None, file
 
     def _num_classes(self, path: Path) -> int | None:
-        """Return how many classes a model was trained on, None if it does not tell."""
+        """Return how many classes a model was trained on, None if it does not say."""
         if path.is_dir():  # its config tells; its weights are large
             return self._public_flags(path)["num_classes"] or None
         return self._describe(checkpoint.load(path), path)[2]

@@ -43,7 +43,7 @@ class LossSecondMomentResampler(UniformSampler):
     """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
 
     Uniform until every t has `history_per_term` losses. From then on `uniform_prob` of the mass stays uniform, so that
-    no timestep is forgotten. Several processes learn from the losses of all, and so stay alike.
+    no timestep is forgotten. Several processes learn from the losses of all, and so stay the same.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):

@@ -30,7 +30,7 @@ def ddim(
     `denoise` predicts at s, eps the noise that x_s then holds, z new noise, and sigma^2 = renoise * (1 - abar_t).
 
     noise: (N, C, H, W) float: x_T, or images at the noise level of the highest timestep visited.
-    renoise: share of the noise, by variance, that each step draws anew, 0 to 1; 0 solves the diffusion's ODE.
+    renoise: share of the noise, by variance, that each step draws again, 0 to 1; 0 solves the diffusion's ODE.
     fresh: index of a step -> its new noise (N, C, H, W); needed if renoise is above 0.
     Returns (N, C, H, W) float.
     """

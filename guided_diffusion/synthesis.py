@@ -97,18 +97,18 @@ def _draw(
     size, asked = model.image_size, by_model[m][index].to(device)
     rows = index.tolist()
 
-    def drawn_anew(*step: int) -> Tensor:
+    def noise_of_step(*step: int) -> Tensor:
         return noise((3, size, size), rows, plan.seed, "synthesis", plan.stream, m, *step).to(device, non_blocking=True)
 
     images = sample(
         model.network,
         model.diffusion(f"ddim{plan.steps}"),
-        drawn_anew(),
+        noise_of_step(),
         cond_fn=classifier_guidance(log_probability, asked, plan.scale) if log_probability is not None else None,
         guide_on=plan.guide_on,
         local_labels=asked - plan.first_class(m) if model.class_cond else None,
         renoise=plan.renoise,
-        fresh=drawn_anew,
+        fresh=noise_of_step,
     )
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{model.path}: drew images that are not finite; give --precision float32, or a lower scale")

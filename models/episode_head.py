@@ -32,7 +32,7 @@ class Stage:
         targets: (E, S, way), float soft labels; each sums to 1.
         steps: full-batch steps.
         rate: learning rate.
-        weights: (E, S), float, 0 or more, of each sample in the mean over samples; None: all count alike.
+        weights: (E, S), float, 0 or more, of each sample in the mean over samples; None: all count the same.
     """
 
     inputs: Tensor
@@ -47,7 +47,7 @@ def meta_test_stages(
 ) -> list[Stage]:
     """Return the stages: support, then its diffusion mixes if any, then support again, `steps` each.
 
-    Each class counts alike: if an episode has more images of one than of another, the cross-entropy of class c is
+    Each class counts the same: if an episode has more images of one than of another, the cross-entropy of class c is
     weighted by S / (way * images of c), in the mixes as in the support.
 
     Args:

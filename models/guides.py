@@ -33,7 +33,7 @@ def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, Tensor], 
     Guided by one look at an image, sampling draws marks that only this classifier sees; averaged over views, it does
     not.
 
-    view: (images, number (1,) int64) -> the images changed at random, all alike, differently for each number. View i
+    view: (images, number (1,) int64) -> the images changed at random, all in one way, another for each number. View i
     at t is number views * t + i; the first t, which all images of a batch share in sampling, picks them. It stays on
     the device: to read it, every step would wait for a GPU. The model is put into eval mode.
     """

@@ -12,7 +12,7 @@ DAMAGED = (  # what reading damaged files raises
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, EOFError, RecursionError,
 )  # fmt: skip
 HERE = ""  # the place of results that lie in the run folder itself
-SAME_EPISODES = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # alike: the same
+SAME_EPISODES = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # equal: the same
 SAME_NOISE = ("dataset", "seed", "recipe", "num_classes", "samples_per_class", "sample_steps", "renoise", "image_size")
 
 

@@ -199,7 +199,7 @@ def curves(run: Run) -> Html | None:
             "The band is the 95 % interval over the episodes of a validation."]  # fmt: skip
     source, clusters = run.settings.get("source"), run.settings.get("recipe") == "clusters"
     if clusters and source in ("guided", "unguided", "by_model"):
-        told.append("Each round trains a network from new weights (the first round two), so its curves start anew.")
+        told.append("Each round trains a network from new weights (the first round two), so its curves start again.")
     if source == "guided" and clusters:
         told.append("No class-learner is trained: the network of one round guides the images of the next, so it must "
                     "know the classes well.")  # fmt: skip

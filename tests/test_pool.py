@@ -104,7 +104,7 @@ def test_bare_state_dict_of_a_public_checkpoint(fill, tmp_path, class_cond, kind
     with torch.no_grad():
         torch.testing.assert_close(model.network(x, t, **y), network(x, t, **y))
     if not class_cond:
-        with pytest.raises(ValueError, match="does not tell how many classes.*--num-classes"):
+        with pytest.raises(ValueError, match="does not say how many classes.*--num-classes"):
             pool.share_classes()
     assert pool.share_classes(12) == [12]
 

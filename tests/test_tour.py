@@ -71,7 +71,11 @@ def test_it_runs(monkeypatch, shown, capsys):
     classes = sum(names["counts"])
     assert len(names["unguided"]) == SMALL["unguided"] * classes
     assert len(names["pseudo"]) == SMALL["guided"] * classes
-    assert names["clusters"].bincount().tolist() == names["anew"].bincount().tolist() == [SMALL["unguided"]] * classes
+    assert (
+        names["clusters"].bincount().tolist()
+        == names["relabelled"].bincount().tolist()
+        == [SMALL["unguided"]] * classes
+    )
     assert names["wanted"].bincount().tolist() == [SMALL["guided"]] * classes
     assert len(names["images"]) == len(names["labels"]) == (SMALL["unguided"] + SMALL["guided"]) * classes
     trained = [names[name].model.classifier.weight for name in ("teller", "guide", "meta")]  # from the same weights

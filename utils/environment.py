@@ -63,7 +63,7 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
             **notes,
         }
     )
-    known = read_json(path, list, "it is begun anew") or []  # no run depends on it
+    known = read_json(path, list, "it starts again") or []  # no run depends on it
     known = [each for each in known if isinstance(each, dict)]
     if any({**each, "started": None} == {**start, "started": None} for each in known):
         return

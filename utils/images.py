@@ -24,7 +24,7 @@ FORMATS = (
 UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
 NO_IMAGE = "is no image"  # the reason for a file that is not an image and not named like one
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not tell the size; `square` has MAX_PIXELS instead
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know the size; `square` has MAX_PIXELS instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # several lines for each damaged EXIF
 
 Skipped = dict[str, list[tuple[str, str]]]  # scanned folder: (path, reason) of what was left out

@@ -108,7 +108,7 @@ def _fetch(place: str, target: Path) -> None:
 
 @contextmanager
 def _opened(place: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """Open a file: its stream, and its length in bytes or None if the server does not tell."""
+    """Open a file: its stream, and its length in bytes or None if the server does not say."""
     if _is_blob(place):
         context = _blobs()
         size = context.stat(place).size

@@ -156,7 +156,7 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
                 raise ValueError("not two columns, path and reason")
             rows = [(row[0], row[1]) for row in every[1:]]
         except (ValueError, csv.Error) as error:
-            say_damaged(path, f"is no such table ({' '.join(str(error).split())}); it is written anew")
+            say_damaged(path, f"is no such table ({' '.join(str(error).split())}); it is written again")
     for scan in scans:
         for scanned, left_out in scan.items():
             scanned = cell(scanned)
