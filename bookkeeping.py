@@ -77,8 +77,8 @@ class Bookkeeping:
         if self.images_of_unknown_settings:
             discard(self.folder / "pseudo")
         if self.restored:
-            stands = f"after epoch {self.epoch} of {epochs}"
-            self.log.line(f"{'is finished' if self.epoch == epochs else 'resumes'} {stands}: {self.restored}")
+            stands = f" after epoch {self.epoch} of {epochs}" if epochs else ""
+            self.log.line(f"{'is finished' if self.epoch == epochs else 'resumes'}{stands}: {self.restored}")
         write_skipped(self.folder, *skipped)
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)

@@ -83,9 +83,9 @@ class Training:
         skipped = self.real.skipped if self.real else {}
         books.begin(self.device, s.start_epoch + len(self.phases), self.validation.skipped, skipped)
         left = self.phases[books.epoch - s.start_epoch :]
-        if left or s.source == "none":
+        if left or not books.restored:
             books.log.line(dry_run.opening(self))
-        if s.source == "none":
+        if s.source == "none" and not books.restored:
             books.record({"epoch": 0, "round": 0, **self.accuracy()}, self.learners)
         elif s.source == "guided" and s.recipe == "paper" and books.epoch == s.start_epoch and not s.resume:
             self.calibrate_guide()

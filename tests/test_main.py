@@ -91,7 +91,10 @@ def test_run_folder(train, two_models, toy_pool, tmp_path, monkeypatch, source):
         monkeypatch.setattr(owner, "train_meta_model", None)
     monkeypatch.setattr(main, "synthesise", None)
     weights = checkpoint.load(folder / "last.pt")
-    assert "is finished" in train(folder, *SOURCES[source], pool=pool)
+    again = train(folder, *SOURCES[source], pool=pool)
+    assert "is finished" in again and "random weights" not in again and " images" not in again  # does nothing again
+    best_epoch = next(line["epoch"] for line in lines if line["val_accuracy"] == best["val_accuracy"])
+    assert ("in epoch" not in again) if source == "none" else (f" in epoch {best_epoch}, chance is 20 %" in again)
     assert same(checkpoint.load(folder / "last.pt")["model"], weights["model"])
 
 
