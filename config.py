@@ -29,7 +29,7 @@ _GROUPS = {  # group -> its title in --help, and what a setting of it affects un
     "needed first": ("needed first", "both"),
     "machine": ("the machine and its memory", "nothing"),
     "synthesis": ("synthesis: the pool and its images", "training"),
-    "bare checkpoints": ("bare checkpoints: what public ones do not say", "both"),
+    "bare checkpoints": ("bare checkpoints: settings that public ones do not record", "both"),
     "episodes": ("episodes", "both"),
     "learning": ("learning", "training"),
     "testing": ("testing", "testing"),
@@ -52,123 +52,123 @@ def setting(
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run of `main.py` or `diffusionmix.py` can be told."""
+    """All settings of `main.py` and `diffusionmix.py`."""
 
-    # the twenty that people need first
+    # the twenty that users need first
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
-    source: str = setting("guided", "images to train on: guided; unguided, with the best labels they can get; "
-                          "by_model, unguided and labelled by the model that drew them; real, for reference; none",
+    source: str = setting("guided", "images to train on: guided; unguided, with the best available labels; by_model, "
+                          "unguided and labelled by the model that drew them; real, as a reference; none",
                           choices=SOURCES, affects="training")  # fmt: skip
     recipe: str = setting("paper", "paper: the paper's recipe, corrected; clusters: more accurate in our measurements",
                           choices=("paper", "clusters"), affects="training")  # fmt: skip
-    data_root: str = setting("", "folder with meta_train, meta_val and meta_test, or one per domain with commas "
-                             "between; '': data/DATASET")  # fmt: skip
-    pool: str = setting("", "folder of the pool, or one checkpoint file, or the gs://, az:// or https:// address of "
-                        "either; '': ckpt/pools/DATASET, of glyphs and fontchars ckpt/DATASET")  # fmt: skip
+    data_root: str = setting("", "folder with meta_train, meta_val and meta_test, or one folder per domain, "
+                             "comma-separated; '': data/DATASET")  # fmt: skip
+    pool: str = setting("", "pool folder or single checkpoint file, or a gs://, az:// or https:// URL of either; "
+                        "'': ckpt/pools/DATASET, or ckpt/DATASET for glyphs and fontchars")  # fmt: skip
     save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot", affects="nothing")
-    resume: str = setting("", "checkpoint, or its address: main.py starts from it, diffusionmix.py tests it",
+    resume: str = setting("", "checkpoint file or URL: main.py starts from it, diffusionmix.py tests it",
                           affects="nothing")  # fmt: skip
     nKnovel: int = setting(5, "way: classes per episode", flags=("--way",), low=2)
     nExemplars: int = setting(1, "shot: support images per class", flags=("--shot",), low=1)
-    samples_per_class: int = setting(600, "images per pseudo class and round", low=1, affects="training")
+    samples_per_class: int = setting(600, "images per pseudo class in each round", low=1, affects="training")
     max_epoch: int = setting(90, "epochs", low=1, affects="training")
-    split: str = setting("", "classes to test on; '': as --phase", choices=("", *SPLITS), affects="testing")
+    split: str = setting("", "classes to test on; '': as given by --phase", choices=("", *SPLITS), affects="testing")
     mix: bool = setting(True, "also test heads fitted on diffusion mixes", affects="testing")
-    compare: str = setting("", "run folder or results file of another test on the same episodes: print the paired "
-                           "difference of this run's last test to it, and stop", affects="testing")  # fmt: skip
-    support: str = setting("", "folder with a folder of your own images per class, to learn from", affects="testing")
-    query: str = setting("", "folder of your own images to label, with the folders in it; or one image",
+    compare: str = setting("", "run folder or results file of another test on the same episodes: print this run's last "
+                           "test minus that one, paired, then stop", affects="testing")  # fmt: skip
+    support: str = setting("", "folder of your own images to learn from, one subfolder per class", affects="testing")
+    query: str = setting("", "folder of your own images to label, searched recursively, or one image",
                          affects="testing")  # fmt: skip
-    out: str = setting("", "where to write the labels; '': predictions.csv in the run folder", affects="testing")
-    seed: int = setting(1, "of everything random", low=0, high=2**63 - 1)
+    out: str = setting("", "CSV file for the labels; '': predictions.csv in the run folder", affects="testing")
+    seed: int = setting(1, "seed of all randomness", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", affects="nothing")
-    quiet: bool = setting(False, "show no progress, only the closing line", affects="nothing")
-    dry_run: bool = setting(False, "print the work to come, with an estimate of its time, and stop", affects="nothing")
+    quiet: bool = setting(False, "print only the last line, no progress", affects="nothing")
+    dry_run: bool = setting(False, "print the work ahead with a time estimate, then stop", affects="nothing")
 
     # the machine
-    gpu_devices: str = setting("", "number of the GPU, as 0; the same as --device cuda:0", flags=("-g",),
+    gpu_devices: str = setting("", "GPU number: 0 means --device cuda:0", flags=("-g",),
                                group="machine")  # fmt: skip
-    precision: str = setting("auto", "of the diffusion models; auto: the faster one",
+    precision: str = setting("auto", "number format of the diffusion models; auto: the faster one",
                              choices=("auto", "float32", "bf16"), group="machine", affects="both")  # fmt: skip
     workers: int = setting(4, "threads that read images", flags=("-j",), low=0, high=1024, group="machine")
     sample_batch: int = setting(250, "images per batch of the diffusion models; halved if memory is short", low=1,
                                 group="machine")  # fmt: skip
     test_batch: int = setting(100, "episodes whose heads are fitted at once", low=1, group="machine")
-    tensorboard: bool = setting(False, "also write scalars and sheets for TensorBoard, in the run folder",
+    tensorboard: bool = setting(False, "also write scalars and image sheets for TensorBoard to the run folder",
                                 group="machine")  # fmt: skip
 
     # the pool and its images
-    height: int = setting(0, "pixels per side; 0: that of the pool's images", low=0, high=4096, group="synthesis")
+    height: int = setting(0, "pixels per side; 0: the size of the pool's images", low=0, high=4096, group="synthesis")
     width: int = setting(0, "pixels; must equal the height", low=0, group="synthesis")
-    num_classes: int = setting(0, "pseudo classes C; 0: as many as the pool's models say", low=0, group="synthesis")
-    sample_steps: int = setting(25, "denoising steps per image, by DDIM", low=2, high=1000, group="synthesis")
-    renoise: float = setting(0.0, "share of the noise that each denoising step draws again", low=0, high=1,
+    num_classes: int = setting(0, "pseudo classes C; 0: the number recorded in the pool", low=0, group="synthesis")
+    sample_steps: int = setting(25, "DDIM steps per image", low=2, high=1000, group="synthesis")
+    renoise: float = setting(0.0, "fraction of the noise that each denoising step replaces", low=0, high=1,
                              group="synthesis")  # fmt: skip
     guidance_scale: float = setting(1.0, "s in s * grad log p(c | x)", low=0, group="synthesis")
-    views: int = setting(4, "augmented views that guidance looks through, in the clusters recipe", low=1, high=64,
+    views: int = setting(4, "augmented views that guidance averages over, in the clusters recipe", low=1, high=64,
                          group="synthesis")  # fmt: skip
     refresh_every: int = setting(10, "epochs per round; 2 or more in the clusters recipe", low=1, group="synthesis")
 
     # pools whose checkpoints do not record their settings
     image_size: int = setting(64, "pixels per side", low=8, high=4096, group="bare checkpoints", affects="training")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
-    num_heads_upsample: int = setting(-1, "attention heads on the way up; -1: as on the way down", low=-1,
+    num_heads_upsample: int = setting(-1, "attention heads in the decoder; -1: as in the encoder", low=-1,
                                       group="bare checkpoints")  # fmt: skip
-    num_head_channels: int = setting(-1, "channels per attention head; -1: by the number of heads", low=-1,
+    num_head_channels: int = setting(-1, "channels per attention head; -1: set by the number of heads", low=-1,
                                      group="bare checkpoints")  # fmt: skip
-    use_new_attention_order: bool = setting(False, "split queries, keys and values before heads",
+    use_new_attention_order: bool = setting(False, "split queries, keys and values before the heads",
                                             group="bare checkpoints")  # fmt: skip
-    noise_schedule: str = setting("cosine", "of the noise", choices=("linear", "cosine"),
+    noise_schedule: str = setting("cosine", "noise schedule", choices=("linear", "cosine"),
                                   group="bare checkpoints")  # fmt: skip
-    diffusion_steps: int = setting(1000, "timesteps of the training", low=1, group="bare checkpoints")
-    timestep_respacing: str = setting("", "the only timesteps it was trained on, as 250 or ddim25; '': all",
+    diffusion_steps: int = setting(1000, "timesteps in training", low=1, group="bare checkpoints")
+    timestep_respacing: str = setting("", "subset of timesteps it was trained on, such as 250 or ddim25; '': all",
                                       group="bare checkpoints")  # fmt: skip
     predict_xstart: bool = setting(False, "the network predicts the image, not the noise", group="bare checkpoints")
-    rescale_timesteps: bool = setting(False, "the network is given t scaled to 1000, whatever the number of steps",
+    rescale_timesteps: bool = setting(False, "scale t to 1000 for the network, whatever the number of steps",
                                       group="bare checkpoints")  # fmt: skip
 
     # episodes
-    train_nTestNovel: int = setting(30, "queries per training episode, of all classes", flags=("--train-queries",),
-                                    low=1, group="episodes", affects="training")  # fmt: skip
-    nTestNovel: int = setting(75, "queries per test episode, of all classes", flags=("--queries",), low=1,
+    train_nTestNovel: int = setting(30, "query images per training episode, over all classes", low=1,
+                                    flags=("--train-queries",), group="episodes", affects="training")  # fmt: skip
+    nTestNovel: int = setting(75, "query images per test episode, over all classes", flags=("--queries",), low=1,
                               group="episodes")  # fmt: skip
     train_epoch_size: int = setting(1200, "training episodes per epoch", flags=("--train-episodes",), low=1,
                                     group="episodes", affects="training")  # fmt: skip
     train_batch: int = setting(32, "episodes per training step", low=1, group="episodes", affects="training")
-    image_batch: int = setting(96, "images per training step of the clusters recipe, which has no episodes", low=1,
+    image_batch: int = setting(96, "images per training step in the clusters recipe, which has no episodes", low=1,
                                group="episodes", affects="training")  # fmt: skip
     epoch_size: int = setting(600, "episodes per validation", flags=("--val-episodes",), low=2, group="episodes",
                               affects="training")  # fmt: skip
 
     # learning
-    backbone: str = setting("conv4", f"of the meta-model: {backbones.about()}", group="learning")
-    features: str = setting("pooled", "of an image: its feature map, averaged over locations or whole",
+    backbone: str = setting("conv4", f"backbone of the meta-model: {backbones.about()}", group="learning")
+    features: str = setting("pooled", "image features: the feature map averaged over locations (pooled) or whole (map)",
                             choices=("pooled", "map"), group="learning")  # fmt: skip
-    drop_rate: float = setting(0.0, "DropBlock, if the backbone has it", low=0, high=0.99, group="learning")
-    scale_cls: float = setting(7.0, "factor of the cosine scores", low=0, group="learning")
+    drop_rate: float = setting(0.0, "DropBlock rate, if the backbone has it", low=0, high=0.99, group="learning")
+    scale_cls: float = setting(7.0, "scale of the cosine scores", low=0, group="learning")
     optim: str = setting("sgd", "optimiser", choices=("sgd", "adamw"), group="learning")
-    lr: float = setting(0.1, "learning rate of the meta-model: falls in steps (paper), or as a cosine for each network "
+    lr: float = setting(0.1, "learning rate of the meta-model; falls in steps (paper) or as a cosine for each network "
                         "(clusters)", low=0, high=10, group="learning")  # fmt: skip
-    learner_rate: float = setting(0.1, "rate of the paper's class-learner, as a share of --lr", low=0, high=100,
+    learner_rate: float = setting(0.1, "learning rate of the paper's class-learner, relative to --lr", low=0, high=100,
                                   group="learning")  # fmt: skip
-    weight_decay: float = setting(5e-4, "L2 penalty", low=0, high=1, group="learning")
-    start_epoch: int = setting(0, "first epoch, for --resume of weights alone", low=0, group="learning")
+    weight_decay: float = setting(5e-4, "weight decay", low=0, high=1, group="learning")
+    start_epoch: int = setting(0, "first epoch, if --resume names weights only", low=0, group="learning")
     kl_weight: float = setting(1.0, "weight of KL(g || h)", low=0, group="learning")
     dense_weight: float = setting(0.5, "weight of the dense prototype loss", low=0, group="learning")
     validate_every: int = setting(1, "epochs between validations", low=1, group="learning")
-    flip: bool = setting(True, "mirror training images; False if left and right differ", group="learning")
+    flip: bool = setting(True, "mirror training images; use False if left and right differ", group="learning")
 
     # meta-testing
-    phase: str = setting("test", "val or test: the same as --split meta_val or meta_test", choices=("val", "test"),
+    phase: str = setting("test", "val or test: same as --split meta_val or meta_test", choices=("val", "test"),
                          group="testing")  # fmt: skip
-    episodes: int = setting(600, "episodes of the test", low=2, group="testing")
-    mix_level: int = setting(200, "noise level of the mixes: t of the cosine schedule of 1000 steps, whatever the "
-                             "pool's", low=1, high=1000, group="testing")  # fmt: skip
+    episodes: int = setting(600, "test episodes", low=2, group="testing")
+    mix_level: int = setting(200, "noise level of the mixes: t in the 1000-step cosine schedule, whatever the pool's "
+                             "schedule", low=1, high=1000, group="testing")  # fmt: skip
     mix_steps: int = setting(1, "denoising steps per mix; at most --mix-level, and at most a pool model's timesteps up "
                              "to that level", low=1, high=1000, group="testing")  # fmt: skip
-    head_steps: int = setting(50, "SGD steps of each of the head's three stages", low=1, group="testing")
-    head_init: str = setting("zeros", "start of the head", choices=("zeros", "random", "prototypes"), group="testing")
-    head_scale: float = setting(1.0, "factor of the unit-length features in the head; higher: surer probabilities",
+    head_steps: int = setting(50, "SGD steps in each of the three stages of fitting the head", low=1, group="testing")
+    head_init: str = setting("zeros", "initial head", choices=("zeros", "random", "prototypes"), group="testing")
+    head_scale: float = setting(1.0, "scale of the head's unit-length features; higher: more confident probabilities",
                                 low=0, group="testing")  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class Settings:
                     f"episode, such as {self.nKnovel * max(1, getattr(self, name) // self.nKnovel)}"
                 )
         if self.height != self.width and self.width:
-            raise ValueError(f"got {self.height} x {self.width} pixels, expected a square: give the same twice")
+            raise ValueError(f"got {self.height} x {self.width} pixels, expected a square; give the same number twice")
         if self.finds_classes:
             for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
                 if epochs < 2:
@@ -205,29 +205,29 @@ class Settings:
                     "the first round is not guided; give more epochs, or --source unguided"
                 )
         elif self.source == "by_model" and self.recipe == "paper":
-            raise ValueError("got --source by_model, which --source unguided is with --recipe paper; give that")
+            raise ValueError("got --source by_model with --recipe paper, expected --source unguided, which is the same")
         self._check_names()
         roots = self.data_root.split(",") if self.data_root else []
         if "" in roots or len({Path(root).resolve().name for root in roots}) < len(roots):
             raise ValueError(
-                f"got --data-root {self.data_root!r}, expected folders of different names, with commas between"
+                f"got --data-root {self.data_root!r}, expected folders with different names, separated by commas"
             )
         if self.start_epoch >= self.max_epoch:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
         nearest = next((p for p in (self.run_folder, *self.run_folder.parents) if p.exists()), None)
         if self.save_dir and nearest and not nearest.is_dir():
-            raise ValueError(f"got --save-dir {self.save_dir}, and {nearest} is a file; choose another folder")
+            raise ValueError(f"got --save-dir {self.save_dir}, but {nearest} is a file; give another folder")
         if self.mix_steps > self.mix_level:
             raise ValueError(f"got --mix-steps {self.mix_steps}, expected at most --mix-level, {self.mix_level}")
         if bool(self.support) != bool(self.query) or (self.out and not self.query):
             given = " and ".join(f"--{name}" for name in ("support", "query", "out") if getattr(self, name))
             raise ValueError(
-                f"got {given}, expected both --support, images to learn from, and --query, images to label"
+                f"got {given}, expected both --support (images to learn from) and --query (images to label)"
             )
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise ValueError("got --tensorboard, which needs the package tensorboard; pip install tensorboard")
+            raise ValueError("got --tensorboard without the package tensorboard; pip install tensorboard")
         if self.out and not self.out.endswith(".csv"):
-            raise ValueError(f"got --out {self.out}, expected a name that ends in .csv; its sheet ends in .png")
+            raise ValueError(f"got --out {self.out}, expected a name that ends in .csv")
 
     def _check_names(self) -> None:
         """Refuse names that no file can have, and links that lead back to themselves."""
@@ -265,19 +265,19 @@ class Settings:
         counted = {f"{place}/{split}": each for split, each in real.items() if not (capped and split == "meta_train")}
         lacks = [self._lacking(counted)]
         if self.support:
-            lacks.append("got --support and --query, which are for diffusionmix.py, after training")
+            lacks.append("got --support and --query, which are flags of diffusionmix.py; run it after training")
         if size < 16:
             lacks.append(f"got images of {size} pixels, the meta-model needs 16; give --height 32 --width 32")
         fewest = 2 if self.recipe == "clusters" else self.way  # which has no episodes
         if classes < fewest and self.draws:
-            cure = "a larger pool, more --num-classes, or a lower --way"
+            cure = "a larger pool, a higher --num-classes, or a lower --way"
             cure = "--recipe paper, or a larger pool" if self.recipe == "clusters" else cure
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
                 f"give {cure}"
             )
         if capped:
-            lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; ask for more")
+            lacks.append(f"got --samples-per-class {self.samples_per_class}, an episode needs {needed}; give more")
         if any(lacks):
             raise ValueError("; also, ".join(filter(None, lacks)))
 
@@ -308,7 +308,7 @@ class Settings:
         instead = f", or give {' '.join(changed)}" if way > 1 and min(queries.values()) > 0 else ""
         return f"{'; '.join(lacks)}; add some{instead}"
 
-    # what the fields above come to
+    # what follows from the fields above
 
     @property
     def draws(self) -> bool:
@@ -467,10 +467,10 @@ def _parser(description: str, command: str, defaults: dict[str, Any]) -> OneLine
     parser = OneLineParser(
         description=description, usage="%(prog)s [--FLAG VALUE ...]", add_help=False,
         argument_default=argparse.SUPPRESS, formatter_class=_Help,
-        epilog=f"{_EXAMPLES.get(command, '')}\n\nThe defaults shown are those of --dataset {defaults.get('dataset')} "
-        f"--recipe {defaults.get('recipe')};\ngive another one with --help to see its own.",
+        epilog=f"{_EXAMPLES.get(command, '')}\n\nThe defaults are for --dataset {defaults.get('dataset')} --recipe "
+        f"{defaults.get('recipe')}.\nTo see those of another scenario or recipe, add it to --help.",
     )  # fmt: skip
-    parser.add_argument("-h", "--help", action="store_true", help="show this and stop")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and stop")
     groups = {}
     for f in fields(Settings):
         title = _GROUPS[f.metadata["group"]][0]
@@ -513,7 +513,7 @@ def check_same(path: Path, made_with: dict[str, Any], here: dict[str, Any], may_
     if changed:
         raise ValueError(
             f"{path}: {' and '.join(changed)} changed since this run began (--pool {here.get('pool')!r}, --data-root "
-            f"{here.get('data_root')!r}); put the former files back, or give another --save-dir"
+            f"{here.get('data_root')!r}); restore the original files, or give another --save-dir"
         )
     other = [
         f"{name} {value!r} (got {here.get(name)!r})"
@@ -537,7 +537,7 @@ def that_affect(*what: str) -> set[str]:
 def _refuse_above(free: int | None, needed: int, what: str) -> None:
     if free is not None and needed > free:
         raise ValueError(
-            f"got {what}: {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free; give lower numbers"
+            f"got {what}: needs {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free; give lower numbers"
         )
 
 

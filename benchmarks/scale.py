@@ -148,8 +148,8 @@ def tables(args: argparse.Namespace) -> list[str]:
     lines += [
         "",
         f"GPU memory: {(20 * weights + args.batch * image_bytes(flags, training=True)) / 1e9:.0f} GB to pretrain with "
-        f"batches of {args.batch} images, {(2 * weights + 250 * image_bytes(flags)) / 1e9:.0f} GB to draw 250 images at "
-        "once.",
+        f"batches of {args.batch} images, {(2 * weights + 250 * image_bytes(flags)) / 1e9:.0f} GB to draw 250 images "
+        "at once.",
         "",
         f"| scenario | pretraining, h on {args.gpus} {args.card} | one training | tests | GPU hours in all |",
         "| --- | --- | --- | --- | --- |",

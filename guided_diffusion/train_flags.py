@@ -17,7 +17,7 @@ from utils.cli import OneLineParser
 WEIGHTS, SPEED, PLACE = "weights", "speed", "place"  # what a setting affects; PLACE: files, and what is shown
 NETWORK, PROCESS = "network", "diffusion process"
 COUNT = (1, math.inf, "1 or more")
-SHARE = (0, math.nextafter(1, 0), "a share from 0 to below 1")
+SHARE = (0, math.nextafter(1, 0), "a fraction from 0 to below 1")
 
 
 def setting(default: Any, help: str, *, group: str, affects: str = WEIGHTS, within: tuple = (), choices: tuple = ()):
@@ -42,65 +42,65 @@ process = partial(setting, group=PROCESS)
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that `image_train.py` can be told. `parse` checks the values."""
+    """All settings of `image_train.py`. `parse` checks the values."""
 
-    data_dir: str = files("", "folder of images, nested as you like; for --pool and --class_cond one folder per class")
-    save_dir: str = files("ckpt/diffusion", "folder of one model: its weights, samples, loss and memorisation")
-    pool: str = files("", "make a pool in this folder instead of one model")
-    classes_per_model: int = files(5, "classes of each pool model", within=COUNT)
-    subsets: str = files("", "train only these pool models, as 1,3,5, to share the work between processes; empty: all")
-    hold_out: float = files(0.05, "share of each class of 20 images or more to keep back, at most 16 images, to see "
-                            "whether the model copies; 0: none", within=SHARE, affects=WEIGHTS)  # fmt: skip
-    held_out_dir: str = files("", "class folders of images that the pool never saw, to measure it against instead")
-    steps: int = training(20_000, "optimiser steps; more than a finished model has train it further", within=COUNT)
-    keep_state: bool = running(False, "keep state.pt beside a finished model: more --steps then give exactly what one "
-                               "longer run gives")  # fmt: skip
-    lr: float = training(1e-4, "learning rate", within=(math.ulp(0), 1, "a rate above 0, up to 1"))
+    data_dir: str = files("", "folder of images, read recursively; --pool and --class_cond need one folder per class")
+    save_dir: str = files("ckpt/diffusion", "output folder of one model: weights, samples, loss and memorisation")
+    pool: str = files("", "train a pool in this folder instead of one model")
+    classes_per_model: int = files(5, "classes per pool model", within=COUNT)
+    subsets: str = files("", "train only these pool models, such as 1,3,5, to split the work; empty: all")
+    hold_out: float = files(0.05, "fraction to hold out of each class of 20 or more images, at most 16 images, to "
+                            "check whether the model copies; 0: none", within=SHARE, affects=WEIGHTS)  # fmt: skip
+    held_out_dir: str = files("", "class folders of unseen images, to check for copies instead of --hold_out")
+    steps: int = training(20_000, "optimiser steps; a higher number trains a finished model further", within=COUNT)
+    keep_state: bool = running(False, "keep state.pt of a finished model: training it further then exactly matches one "
+                               "longer run")  # fmt: skip
+    lr: float = training(1e-4, "learning rate", within=(math.ulp(0), 1, "above 0, up to 1"))
     weight_decay: float = training(0.0, "weight decay of AdamW", within=(0, 10))
-    lr_anneal_steps: int = training(0, "take this many steps and lower the rate linearly to 0 over them; 0: off",
+    lr_anneal_steps: int = training(0, "train for this many steps while the learning rate falls linearly to 0; 0: off",
                                     within=(0, math.inf, "0 or more"))  # fmt: skip
     batch_size: int = training(24, "images per step", within=(1, 2**16))
-    microbatch: int = training(-1, "images that pass the network at once; -1: the whole batch", affects=SPEED,
+    microbatch: int = training(-1, "images per forward pass; -1: the whole batch", affects=SPEED,
                                within=(0, 2**16))  # fmt: skip
-    ema_rate: float = training(0.9999, "decay of the moving average of the weights, reached by a warm-up: "
+    ema_rate: float = training(0.9999, "decay of the moving average of the weights, with warm-up: "
                                "min(rate, (1 + step) / (10 + step))", within=SHARE)  # fmt: skip
-    grad_clip: float = training(0.0, "greatest norm of the gradient; 0: no clipping", within=(0, 10**9))
-    random_flip: bool = training(False, "mirror half of the images, if left and right are alike")
-    schedule_sampler: str = training("uniform", "which timesteps to train on", choices=tuple(SAMPLERS))
-    log_interval: int = running(10, "steps between the losses shown", within=COUNT)
+    grad_clip: float = training(0.0, "maximum gradient norm; 0: no clipping", within=(0, 10**9))
+    random_flip: bool = training(False, "mirror half of the images; use only if left and right are interchangeable")
+    schedule_sampler: str = training("uniform", "how to sample timesteps in training", choices=tuple(SAMPLERS))
+    log_interval: int = running(10, "steps between logged losses", within=COUNT)
     save_interval: int = running(2_000, "steps between saves, each with a sheet of EMA samples", within=COUNT)
-    precision: str = training("auto", "number format of the training", choices=PRECISIONS)
+    precision: str = training("auto", "number format in training", choices=PRECISIONS)
     half_weights: bool = training(False, "save the weights in float16, half the size")
     device: str = running("auto", "auto, cpu, cuda or cuda:N", affects=SPEED)
     quiet: bool = running(False, "show no progress bars")
-    dry_run: bool = running(False, "say how many steps are left and, by a trial, how long they take; then stop")
-    seed: int = training(0, "seed of everything random; model m of a pool has seed + m", within=(0, 2**32 - 1))
+    dry_run: bool = running(False, "print the steps left and an estimate of their time from a short trial, then stop")
+    seed: int = training(0, "seed of all randomness; model m of a pool uses seed + m", within=(0, 2**32 - 1))
 
     image_size: int = network(64, "pixels per side", within=(1, 2048))
     num_channels: int = network(128, "channels of the first level; 128 for 64 pixels, 16 to 32 on a CPU",
                                 within=(1, 4096))  # fmt: skip
     num_res_blocks: int = network(2, "residual blocks per level", within=(1, 64))
     num_heads: int = network(4, "attention heads", within=(1, 1024))
-    num_heads_upsample: int = network(-1, "heads of the decoder; -1: as in the encoder", within=(1, 1024))
-    num_head_channels: int = network(-1, "channels per head; -1: by the number of heads", within=(1, 4096))
-    attention_resolutions: str = network("16,8", "pixels per side of the levels with attention")
-    channel_mult: str = network("", "channels of each level as multiples, as 1,2,4; empty: by the image size")
-    dropout: float = network(0.0, "share of the channels dropped in residual blocks", within=SHARE)
-    class_cond: bool = network(False, "train on labels, too; the folders are the classes")
+    num_heads_upsample: int = network(-1, "attention heads in the decoder; -1: as in the encoder", within=(1, 1024))
+    num_head_channels: int = network(-1, "channels per head; -1: set by the number of heads", within=(1, 4096))
+    attention_resolutions: str = network("16,8", "pixels per side of the levels that have attention")
+    channel_mult: str = network("", "multiples of num_channels per level, as 1,2,4; empty: set by image size")
+    dropout: float = network(0.0, "fraction of channels dropped in residual blocks", within=SHARE)
+    class_cond: bool = network(False, "train a class-conditional model; each folder is a class")
     num_classes: int = network(5, "set by the folders", affects=PLACE, within=(1, 100_000))
-    use_checkpoint: bool = network(False, "compute maps again in the backward pass: less memory", affects=SPEED)
-    use_scale_shift_norm: bool = network(True, "let time and class scale the normalised maps, too")
+    use_checkpoint: bool = network(False, "save memory by recomputing activations in the backward pass", affects=SPEED)
+    use_scale_shift_norm: bool = network(True, "let time and class also scale the normalised maps")
     resblock_updown: bool = network(False, "let residual blocks change the resolution")
     use_fp16: bool = network(False, "a flag of old checkpoints; give --precision")
     use_new_attention_order: bool = network(False, "split queries, keys and values before the heads")
     learn_sigma: bool = process(False, "learn the variances")
     diffusion_steps: int = process(1000, "timesteps", within=(1, 100_000))
     noise_schedule: str = process("linear", "noise schedule", choices=("linear", "cosine"))
-    timestep_respacing: str = process("", "train on these timesteps only, as 250 or ddim25; empty: all")
+    timestep_respacing: str = process("", "train only on these timesteps, such as 250 or ddim25; empty: all")
     use_kl: bool = process(False, "train on the variational bound")
     predict_xstart: bool = process(False, "predict the image instead of the noise; better for small networks")
-    rescale_timesteps: bool = process(False, "give the network t of 1000 whatever --diffusion_steps")
-    rescale_learned_sigmas: bool = process(False, "scale the loss of the variances to that of the means")
+    rescale_timesteps: bool = process(False, "scale t to 1000 for the network, whatever --diffusion_steps")
+    rescale_learned_sigmas: bool = process(False, "scale the loss of the variances to match that of the means")
     loss_weighting: str = process("uniform", "min_snr (arXiv 2303.09556) gives good samples in fewer steps",
                                   choices=("uniform", "min_snr"))  # fmt: skip
 
@@ -109,7 +109,7 @@ RANGES = {f.name: f.metadata["within"] for f in fields(TrainSettings) if f.metad
 
 # flags of guided-diffusion's trainers (images, super-resolution, classifier) that this one lacks: what to give instead
 REPLACED = {
-    "resume_checkpoint": "to resume, give the same command again, with its --save_dir or --pool",
+    "resume_checkpoint": "to resume, run the same command again, with its --save_dir or --pool",
     "fp16_scale_growth": "give --precision bf16, which needs no scaling of the loss",
     "sigma_small": "give --learn_sigma True, which learns the variances",
     "large_size": "give --image_size; this trains no super-resolution",
@@ -125,9 +125,9 @@ REPLACED = {
 EXAMPLES = """examples:
   one model, on a GPU:
     python guided_diffusion/image_train.py --data_dir data/mine --save_dir ckpt/mine --learn_sigma True
-  a pool, a model for every five class folders:
+  a pool, one model for every five class folders:
     python guided_diffusion/image_train.py --data_dir data/mine/meta_train --pool ckpt/pools/mine
-  a pool of small networks, on a CPU:
+  a pool of small models, on a CPU:
     python guided_diffusion/image_train.py --data_dir data/mine/meta_train --pool ckpt/pools/mine --image_size 32 \\
         --num_channels 16 --channel_mult 1,2,4 --num_res_blocks 1 --num_heads 2 --attention_resolutions 8 \\
         --predict_xstart True --noise_schedule cosine --loss_weighting min_snr --lr 1e-3 --steps 1500 --batch_size 32

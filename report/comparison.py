@@ -88,7 +88,7 @@ def results(named: Mapping[str, Run]) -> list[Html]:
             parts.append(_results_of(kind, methods))
     if not parts:
         rows = [(name, *_best(run)) for name, run in named.items()]
-        told = "No run was tested. This is the best epoch on meta_val."
+        told = "No run has been tested. These are the best epochs on meta_val."
         parts.append(section("Results", told, table(("run", "accuracy %", "± over episodes"), rows, class_="numbers")))
     return parts
 
@@ -107,9 +107,9 @@ def _results_of(kind: tuple, methods: Sequence[Method]) -> Html:
         name = each.name if count == 1 else element("b", each.name)
         rows.append((name, element("b", f"{mean:.2f}"), _half(half), seeds, closed))
     told = (
-        "Accuracy in percent, with the half-widths of both 95 % intervals. The one over episodes takes the trained "
-        "networks as they are. A claim about a method needs the one over training seeds, which a bar shows where "
-        "there are several."
+        "Accuracy in percent, with half-widths of two 95 % intervals. The interval over episodes is for the networks "
+        "as trained. A claim about a method needs the interval over training seeds. Bars show it if there are several "
+        "seeds."
     )
     head = ("run", "accuracy %", "± over episodes", "± over seeds", "gap closed %")
     marks = [("chance", 100 / way)] if number(way) else []
@@ -141,12 +141,12 @@ def _differences(methods: Sequence[Method]) -> list[Content]:
             title = f"{row.name} minus {column.name}: {text} points"
             cells.append(element("span", text, title=title, class_="clear" if clear else None))
         rows.append((row.name, *cells))
-    second = " then over seeds," if any_seeds else ""
+    second = ", then over seeds" if any_seeds else ""
     told = (
-        f"Row minus column in points, on the same episodes, with the half-width of the 95 % interval over episodes,"
-        f"{second} bold where 0 lies outside. A dash: not on the same episodes."
+        "Row minus column in points, on the same episodes, with the half-width of the 95 % interval over episodes"
+        f"{second}. Bold: the interval excludes 0. Dash: different episodes."
     )
-    more = f" Columns are the first {_MOST_COLUMNS} runs." if len(methods) > _MOST_COLUMNS else ""
+    more = f" Columns show only the first {_MOST_COLUMNS} runs." if len(methods) > _MOST_COLUMNS else ""
     return [element("h3", "Paired differences"), element("p", told + more, class_="told"),
             table(("", *(each.name for each in columns)), rows, class_="numbers")]  # fmt: skip
 
@@ -182,12 +182,12 @@ def images(named: Mapping[str, Run]) -> Html | None:
         count = min(sizes)
         index = {str(i): dict.fromkeys(data, np.arange(i, min(i + _IMAGES, count)))
                  for i in pictures.spread(max(1, count - _IMAGES + 1), _ROWS)}  # fmt: skip
-        told = f"Round {max(shared)}. A row begins with the same noise in each run. Its number is its first image's."
+        told = f"Round {max(shared)}. Within a row, all runs start from the same noise. Rows are named by first image."
     else:
         most = min(int(labels.max()) for _, labels in data.values()) + 1
         index = {str(c): {name: np.flatnonzero(labels == c)[:_IMAGES] for name, (_, labels) in data.items()}
                  for c in pictures.spread(most, _ROWS)}  # fmt: skip
-        told = "The newest round that all runs have, or else of each. A row is a class. The noise differs."
+        told = "The newest round that all runs share, or else the newest of each. Rows are classes. The noise differs."
     rows = []
     for row, by_run in index.items():
         strips = [pictures.strip(data[name][0][i]) if len(i) else None for name, i in by_run.items()]
@@ -208,7 +208,7 @@ def times(named: Mapping[str, Run]) -> Html:
     """Return what each run took."""
     rows = [(name, *(duration(total(run.epochs, key)) for key in ("synthesis_seconds", "seconds")))
             for name, run in named.items()]  # fmt: skip
-    return section("Time", "Over all epochs.", table(("run", "drawing images", "training"), rows, class_="numbers"))
+    return section("Time", "Sums of all epochs.", table(("run", "drawing images", "training"), rows, class_="numbers"))
 
 
 def settings(named: Mapping[str, Run]) -> Html:
@@ -220,8 +220,8 @@ def settings(named: Mapping[str, Run]) -> Html:
         (key, *(shown(run.settings.get(key)) for run in runs)) for key in differ if key not in ("save_dir", "contents")
     ]
     if not rows:
-        return section("Settings that differ", "None, but for the folders.")
-    return section("Settings that differ", "All others are the same.", table(("setting", *named), rows, class_="pairs"))
+        return section("Settings that differ", "None except the folders.")
+    return section("Settings that differ", "The others are the same.", table(("setting", *named), rows, class_="pairs"))
 
 
 def _kind(result: Mapping[str, Any]) -> tuple:

@@ -44,14 +44,14 @@ def render(folder: Path, written: str) -> Html:
         "header",
         element("h1", f"Pool {folder.resolve().name}"),
         element("p", str(folder.resolve()), class_="path soft"),
-        element("p", f"{len(rows)} models{f', {size} pixels' if size else ''}. This page was written {written}.",
+        element("p", f"{len(rows)} models{f', {size} pixels' if size else ''}. Page written {written}.",
                 class_="soft"),
     )  # fmt: skip
     found = wrong(findings(models, figures, number(index.get("steps"))))
     verdict_ = section("Verdict", None, found) if found else None
     told = (
-        "Samples should show the classes, in many ways. If they are blurred, or lie far from the training images, "
-        "train longer (--steps). If they copy, train on more images, or for fewer steps."
+        "Samples should show the classes, with variety. If they are blurred or far from the training images, train "
+        "longer (--steps). If they copy, train on more images, or for fewer steps."
     )
     head = ("model", "classes", "steps", "does it copy?", "loss", "samples")
     models_ = section("Models", told, table(head, rows, class_="pool"))
@@ -63,8 +63,8 @@ def findings(models: Sequence[Any], figures: Mapping[str, Any], steps: int | flo
     found, few = [], []
     if steps is not None and steps < FEW_STEPS:
         found.append(Finding(
-            f"Few steps: {steps:,}.",
-            "What a pool draws badly, nothing later mends. Train further: the same command with higher --steps.",
+            f"Few training steps: {steps:,}.",
+            "Later stages cannot fix poor pool images. Train further: run the same command with higher --steps.",
         ))  # fmt: skip
     for m, model in enumerate(models, 1):
         figure, classes = figures.get(f"subset{m}"), model.get("classes") if isinstance(model, dict) else None
@@ -73,8 +73,8 @@ def findings(models: Sequence[Any], figures: Mapping[str, Any], steps: int | flo
             few.append(f"subset{m} ({images} of {len(classes)} classes)")
     if few:
         found.append(Finding(
-            f"Few training images: {', '.join(few[:_CLASSES])}{' and others' if len(few) > _CLASSES else ''}.",
-            f"With fewer than {FEW_IMAGES} per class a model learns little more than those images. Add images.",
+            f"Few training images: {', '.join(few[:_CLASSES])}{' and more' if len(few) > _CLASSES else ''}.",
+            f"With fewer than {FEW_IMAGES} images per class a model learns little beyond those images. Add images.",
         ))  # fmt: skip
     return found
 
@@ -85,8 +85,8 @@ def memorisation(figure: Any) -> str:
         return "not measured yet"
     ratio, near = (number(figure.get(name)) for name in ("ratio", "too_near"))
     if near is None:
-        return f"not known: that takes classes of {FEW_IMAGES} images, or --held_out_dir"
-    far = "" if ratio is None else f"samples lie {ratio:.2f} times as far from the training images as unseen images"
+        return f"not known: needs classes of {FEW_IMAGES} images or more, or --held_out_dir"
+    far = "" if ratio is None else f"samples lie {ratio:.2f} times as far from the training images as unseen images do"
     if verdict.copying(figure):
         share = f"{100 * near:.0f} % of the samples are nearer than 95 % of the unseen images"
         return "copies: " + "; ".join(filter(None, (far, share)))
@@ -115,7 +115,7 @@ def samples(place: Path) -> Html | None:
 def _classes(model: Any) -> str:
     names = model.get("classes") if isinstance(model, dict) else None
     names = [str(name) for name in names] if isinstance(names, list) else []
-    more = f" and {len(names) - _CLASSES} others" if len(names) > _CLASSES else ""
+    more = f" and {len(names) - _CLASSES} more" if len(names) > _CLASSES else ""
     return ", ".join(names[:_CLASSES]) + more or "–"
 
 

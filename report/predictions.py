@@ -49,12 +49,12 @@ def render(
         examples = [image_tag(pictures.picture(support[i]), f"learnt from: {names[c]}") for i in learnt[:SHOWN]]
         parts = [element("h3", f"Learnt from {_images(len(learnt))}"), element("div", *examples, class_="tiles")]
         if len(own):
-            parts += [element("h3", "Surest"), tiles(own[: min(SHOWN, len(own) - len(least))])]
+            parts += [element("h3", "Most confident"), tiles(own[: min(SHOWN, len(own) - len(least))])]
         if len(least):
-            parts += [element("h3", "Least sure"), tiles(least[:SHOWN])]
+            parts += [element("h3", "Least confident"), tiles(least[:SHOWN])]
         return section(names[c], f"{_images(len(own))} got this label.", *parts)
 
-    told = f"{_images(len(paths))} with {len(names)} classes. Hover over an image for its two likeliest classes."
+    told = f"{_images(len(paths))}, {len(names)} classes. Hover over an image to see its two likeliest classes."
     heading = element("header", element("h1", "Labels of your images"), element("p", told, class_="soft"))
     return page("Labels of your images", heading, *map(of_class, range(len(names))),
                 _confusable(names, order, probabilities, tiles), made_by=PAGE)  # fmt: skip
@@ -74,8 +74,10 @@ def _confusable(names: Sequence[str], order: np.ndarray, probabilities: np.ndarr
         for part in (element("h3", f"{names[a]} or {names[b]}: {_images(len(found))}"), tiles(found[:SHOWN]))
     ]
     told = (
-        f"{'Images' if parts else 'There is no image'} whose second class is at least half as likely as the "
-        f"first{', by pair of classes, the closest first: look at these' if parts else ''}."
+        "Images whose second class is at least half as likely as the first, by pair of classes, closest first. Check "
+        "these."
+        if parts
+        else "No image has a second class at least half as likely as the first."
     )
     return section("Between two classes", told, *parts)
 

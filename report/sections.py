@@ -50,7 +50,7 @@ def heading(run: Run, written: str, comparison: Path | None = None) -> Html:
         "header",
         element("h1", title(run)),
         element("p", str(run.folder.resolve()), class_="path soft"),
-        element("p", f"{far}. This page was written {written}.", class_="soft"),
+        element("p", f"{far}. Page written {written}.", class_="soft"),
         _links(run, comparison),
         damaged if run.damaged else None,
     )
@@ -90,7 +90,7 @@ def result(run: Run) -> Html | None:
     outcomes = verdict.findings(run)
     parts.append(wrong([each for found in outcomes.values() for each in found]))
     if fine := [name for name, found in outcomes.items() if not found]:
-        parts.append(element("p", f"Nothing wrong with {_listed(fine)}.", class_="soft"))
+        parts.append(element("p", f"No problem with {_listed(fine)}.", class_="soft"))
     return section("Verdict", None, *parts) if any(parts) else None
 
 
@@ -125,7 +125,8 @@ def _test_result(run: Run, test: tuple[str, str], each: Mapping[str, Any]) -> Ht
         far = f"{abs(gain):.2f}" + (f"{_PLUS_MINUS}{width:.2f}" if width is not None else "")
         told.append(f"{far} points {'above' if gain >= 0 else 'below'} {name}")
     if mixed:
-        told.append(f"mixes change it by {plus_minus(each, 'paired_difference', 'paired_ci95', sign=True)} points")
+        change = plus_minus(each, "paired_difference", "paired_ci95", sign=True)
+        told.append(f"mixes change accuracy by {change} points")
     text = element("b", f"{value:.2f}", element("small", f"{_PLUS_MINUS}{half:.2f} %") if half is not None else " %")
     name = f"{each.get('way')}-way {each.get('shot')}-shot on {each.get('split')}"
     where = ", ".join(filter(None, (name, *(part for part in test if part != f"{each.get('shot')}-shot"))))
@@ -134,7 +135,7 @@ def _test_result(run: Run, test: tuple[str, str], each: Mapping[str, Any]) -> Ht
         "div",
         element("p", text, element("span", f"{where}, {'with' if mixed else 'without'} mixes"), class_="big"),
         element("p", "; ".join(told).capitalize() + ".", class_="told") if told else None,
-        element("p", "This is not above chance.", class_="warn") if at_chance else None,
+        element("p", "Not above chance.", class_="warn") if at_chance else None,
         charts.bars(rows, marks),
         class_="test",
     )
@@ -151,13 +152,13 @@ def images(run: Run) -> Html | None:
     if rounds[-1].number in twins:
         parts += _pairs(rounds[-1], twins[rounds[-1].number])
     parts += _sheet(pictures.shown_rounds(rounds))
-    return section("Images", "A row is a class. Its images should show one thing, in many ways.", *parts)
+    return section("Images", "Each row is a class. Its images should show one thing, with variety.", *parts)
 
 
 def _pairs(guided, unguided) -> list[Content]:
     told = (
-        f"Round {guided.number}, unguided (above) and guided (below) from the same noise, each row a class that was "
-        "asked for. The unguided images are those of the run beside this one."
+        f"Round {guided.number}: unguided (top) and guided (bottom) images from the same noise. Each row is a "
+        "requested class. The unguided images come from the unguided run in a sibling folder."
     )
     rates, rows = guided.hit_rates, []
     for c, both in pictures.pairs(guided, unguided):
@@ -184,7 +185,7 @@ def _sheet(rounds: Sequence) -> list[Content]:
             cells.append(element("div", image, _percent(rate) if rate is not None else None, class_="strip"))
         rows.append((c, *cells))
     names = [f"round {each.number}" + (", by clusters" if each.clustered else "") for each in rounds]
-    told = f"The first images of {len(classes)} classes, with the hit rate where it is known."
+    told = f"The first images of {len(classes)} classes, with the hit rate if known."
     return [element("h3", "Round by round"), element("p", told, class_="told"),
             table(("", *names), rows, class_="sheet")]  # fmt: skip
 
@@ -195,17 +196,17 @@ def curves(run: Run) -> Html | None:
     drawn = [charts.accuracy({"": run}, verdict.levels(run)), charts.losses({"": run}), own]
     if not any(drawn):
         return None
-    told = ["Each dotted line starts a round, with new images.",
-            "The band is the 95 % interval over the episodes of a validation."]  # fmt: skip
+    told = ["Dotted lines mark the start of each round, with new images.",
+            "The band is the 95 % interval over validation episodes."]  # fmt: skip
     source, clusters = run.settings.get("source"), run.settings.get("recipe") == "clusters"
     if clusters and source in ("guided", "unguided", "by_model"):
-        told.append("Each round trains a network from new weights (the first round two), so its curves start again.")
+        told.append("Each round trains one network from new weights (the first round two), so the curves restart.")
     if source == "guided" and clusters:
-        told.append("No class-learner is trained: the network of one round guides the images of the next, so it must "
-                    "know the classes well.")  # fmt: skip
+        told.append("There is no class-learner: the network of each round guides the images of the next, so it must "
+                    "classify well.")  # fmt: skip
     elif source == "guided":
-        told.append("The class-learner guides. It must know the classes where there is least noise; where there is "
-                    "most, it cannot know much.")  # fmt: skip
+        told.append("The class-learner guides. It must be accurate at the lowest noise; at the highest noise it cannot "
+                    "be.")  # fmt: skip
     return section("Learning", " ".join(told), element("div", *drawn, class_="charts"))
 
 
@@ -218,15 +219,15 @@ def hit_rates(run: Run) -> Html | None:
     by_class = any(each.hit_rates for each in known)  # older runs noted only the rate over all classes
     rounds = [(f"round {each.number}", _percent(each.hit_rate), *(_least(each.hit_rates) if by_class else ()))
               for each in known]  # fmt: skip
-    head = ("", "over all", *(("classes below 50 %", "lowest: class (rate)") if by_class else ()))
-    told = "The share of a round's images to which the network that guided them gives the class asked for."
+    head = ("", "overall", *(("classes below 50 %", "lowest: class (rate)") if by_class else ()))
+    told = "The share of a round's images that the guiding network assigns to the requested class."
     chart = charts.hit_rates(last.hit_rates, last.hit_rate, last.number) if any(last.hit_rates) else None
     return section("Did guidance hit?", told, table(head, rounds, class_="numbers"),
                    element("div", chart, class_="charts") if chart else None)  # fmt: skip
 
 
 def pool(run: Run) -> Html | None:
-    """Return what the pool's models draw by themselves."""
+    """Return unguided samples of the pool's models."""
     found = run.pool_samples()
     if not found or run.settings.get("source") in ("real", "none"):  # which draw nothing
         return None
@@ -234,8 +235,8 @@ def pool(run: Run) -> Html | None:
         element("figure", image_tag(pictures.samples(path), f"samples of {name}"), element("figcaption", name))
         for name, path in found[:_MODELS]
     ]
-    more = f" Shown are the first {_MODELS} of {len(found)}." if len(found) > _MODELS else ""
-    told = "Unguided samples of each model, from the end of its training. What is wrong here, guidance cannot mend."
+    more = f" Only the first {_MODELS} of {len(found)} are shown." if len(found) > _MODELS else ""
+    told = "Unguided samples of each model, drawn at the end of its training. Guidance cannot fix flaws that show here."
     return section("The pool", told + more, element("div", *figures, class_="grids"))
 
 
@@ -258,8 +259,8 @@ def mixes(run: Run) -> Html | None:
     if not parts:
         return None
     told = (
-        "A mix blends two real images under noise, and a pool model denoises the blend. A dot is an episode, a larger "
-        "one several: above the line the mixes helped."
+        "A mix blends two noised real images, and a pool model denoises the blend. Each dot is an episode; a larger "
+        "dot is several. Mixes helped in episodes above the line."
     )
     return section("Mixes", told, *parts)
 
@@ -275,7 +276,7 @@ def _gallery(place: str, models: Sequence[Sequence[tuple]]) -> Html:
             for a, b, mix, share in triples
         ]  # fmt: skip
         parts += [element("p", f"pool model {m + 1}", class_="told"), element("div", *shown_, class_="mixes")]
-    told = "λ is the share of the first image, in the blend and in the label."
+    told = "λ is the weight of the first image in the blend and in the label."
     return joined([*parts, element("p", told, class_="told")])
 
 
@@ -323,7 +324,7 @@ def time_by_phase(run: Run) -> Html | None:
             element("span", duration(seconds)),
         )
     ]
-    told = "Over all rounds. Training leaves out validation and saving."
+    told = "Sums of all rounds. Training excludes validation and saving."
     return section("Time", told, element("div", *cells, class_="bars"))
 
 
@@ -342,7 +343,7 @@ def environment(run: Run) -> Html | None:
             for a, b in facts.items()
         )
         tables.append(element("dl", *items, class_="facts"))
-    told = "A start is noted when it differs from the ones before. Resuming with the same command is not."
+    told = "A start is listed only if it differs from earlier ones. Resuming with the same command adds no entry."
     return section("Environment", told, *tables)
 
 
@@ -357,14 +358,14 @@ def settings(run: Run) -> Html | None:
     parts: list[Content] = [
         element("dl", *(element("div", element("dt", a), element("dd", b)) for a, b in facts), class_="facts")
     ]
-    preset = f"the preset of {s.get('dataset')} with the recipe {s.get('recipe')}"
+    preset = f"the defaults of {s.get('dataset')} with recipe {s.get('recipe')}"
     if changed:
-        parts.append(element("h3", f"What differs from {preset}"))
+        parts.append(element("h3", f"Changes from {preset}"))
         parts.append(element("ul", *(_difference(name, a, b) for name, (a, b) in changed.items()), class_="differs"))
     elif run.preset:
-        parts.append(element("p", f"Every setting is that of {preset}.", class_="soft"))
+        parts.append(element("p", f"All settings are {preset}.", class_="soft"))
     else:
-        parts.append(element("p", "What the preset was is not noted in this folder.", class_="soft"))
+        parts.append(element("p", "This folder does not record the defaults.", class_="soft"))
     every = [
         element("div", element("dt", name), element("dd", shown(value), class_="changed" if name in changed else None))
         for name, value in s.items()

@@ -1,4 +1,4 @@
-"""What went wrong in a run, found by rules, each with what to do about it."""
+"""Problems in a run, found by rules, each with a remedy."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,14 +52,14 @@ def guide(run: Run) -> list[Finding] | None:
     else:
         levels = run.last.get("class_learner_accuracy")
         value = number(levels[0]) if isinstance(levels, list) and levels else None
-        name, where = "class-learner", "where there is least noise"
+        name, where = "class-learner", "at the lowest noise"
     if value is None:
         return None
     if value > 200 / classes:
         return []
     return [Finding(
         f"The {name} that guides is at chance: {value:.1f} % {where}, chance is {100 / classes:.1f} %.",
-        "It steers nothing. Train longer before each round: raise --refresh-every or --train-epoch-size.",
+        "Guidance has no effect. Train longer before each round: raise --refresh-every or --train-epoch-size.",
     )]  # fmt: skip
 
 
@@ -77,9 +77,9 @@ def hit_rate(run: Run) -> list[Finding] | None:
     least = min(2 / max(1, len(last.hit_rates)), _HARDLY)
     if missed := [f"{c} ({100 * rate:.0f} %)" for c, rate in enumerate(last.hit_rates) if (rate or 0) <= least]:
         found.append(Finding(
-            f"Guidance hardly reached {len(missed)} of {len(last.hit_rates)} classes: {', '.join(missed[:10])}"
-            f"{' and others' if len(missed) > 10 else ''}.",
-            "Look at their images below. If they look like other classes, lower --num-classes or raise "
+            f"Guidance almost never hit {len(missed)} of {len(last.hit_rates)} classes: {', '.join(missed[:10])}"
+            f"{' and more' if len(missed) > 10 else ''}.",
+            "Check their images below. If they look like other classes, lower --num-classes or raise "
             "--guidance-scale.",
         ))  # fmt: skip
     return found
@@ -96,27 +96,27 @@ def validation(run: Run) -> list[Finding] | None:
     for name, level in levels(run).items():
         if top - half <= level:
             return [Finding(
-                f"The best validation, {top:.1f} %, is not above {name}, {level:.1f} %.",
-                "Nothing was learnt that helps. Look at the images below, then at the loss: if it does not fall, "
-                "change --lr; if the images show nothing, train the pool longer.",
+                f"The best validation accuracy, {top:.1f} %, is not above {name}, {level:.1f} %.",
+                "The network learnt nothing useful. Check the images below: if they show nothing, train the pool "
+                "longer. Then check the loss: if it does not fall, change --lr.",
             )]  # fmt: skip
     flat = ""
     if best is first:
         end = last["val_accuracy"]
-        flat = f"Validation never rose above epoch {first['epoch']}: {top:.1f} %, at the end {end:.1f} %."
+        flat = f"Validation never exceeded epoch {first['epoch']}: {top:.1f} % there, {end:.1f} % at the end."
     elif top - least <= (number(first.get("val_ci95")) or 0):
-        flat = f"Validation is flat: from {least:.1f} to {top:.1f} %."
+        flat = f"Validation is flat: {least:.1f} to {top:.1f} %."
     if flat:
         return [Finding(
             flat,
-            "If the loss is flat too, more epochs will not help: compare with --source unguided and --source real. "
-            "If the loss still falls, train longer.",
+            "If the loss is also flat, more epochs will not help: compare with --source unguided and --source real. "
+            "If the loss is still falling, train longer.",
         )]  # fmt: skip
     if run.finished and top - last["val_accuracy"] > max(half, number(last.get("val_ci95")) or 0):
         return [Finding(
             f"Validation fell from {top:.1f} % in epoch {best['epoch']} to {last['val_accuracy']:.1f} % at the end.",
-            "The weights of the best epoch were kept. Lower --max-epoch to save time, or --guidance-scale if the "
-            "images got worse.",
+            "The best epoch's weights were kept. To save time, lower --max-epoch. If the images got worse, lower "
+            "--guidance-scale.",
         )]  # fmt: skip
     return []
 
@@ -132,8 +132,8 @@ def chosen_epoch(run: Run) -> list[Finding] | None:
         return []
     return [Finding(
         f"The best epoch, {best['epoch']}, came before any guided round.",
-        "So best_model.pt owes nothing to guidance. Try another --guidance-scale, or use --source unguided, which "
-        "is faster.",
+        "best_model.pt was trained without guided images. Try another --guidance-scale, or use --source unguided, "
+        "which is faster.",
     )]  # fmt: skip
 
 
@@ -143,16 +143,16 @@ def copies(run: Run) -> list[Finding] | None:
     for name, each in figures.items():
         ratio, near = number(each.get("ratio")), number(each.get("too_near"))
         if copying(each):
-            parts = [f"{ratio:.2f} times as far from the training images as unseen ones"] if ratio is not None else []
-            parts += [f"{100 * near:.0f} % of them nearer than 95 % of those"] if near is not None else []
+            parts = [f"{ratio:.2f} times as far away as unseen images"] if ratio is not None else []
+            parts += [f"{100 * near:.0f} % nearer than 95 % of unseen images"] if near is not None else []
             found.append(f"{name} ({', '.join(parts)})")
     if not any(number(each.get("too_near")) is not None for each in figures.values()):
         return None
     if not found:
         return []
     return [Finding(
-        f"Samples of the pool copy its training images: {'; '.join(found)}.",
-        "They give those images away and vary little. Train these models on more images, or for fewer steps.",
+        f"Pool samples copy training images: {'; '.join(found)}.",
+        "They reveal private images and lack variety. Train these models on more images, or for fewer steps.",
     )]  # fmt: skip
 
 
@@ -181,9 +181,9 @@ def variety(run: Run) -> list[Finding] | None:
     if not alike:
         return []
     return [Finding(
-        f"The images of {len(alike)} of {len(inner)} classes are all alike: {', '.join(alike[:10])}"
-        f"{' and others' if len(alike) > 10 else ''}.",
-        "A class needs variety to learn from. Lower --guidance-scale, raise --renoise, or train the pool on more "
+        f"In {len(alike)} of {len(inner)} classes the images are all alike: {', '.join(alike[:10])}"
+        f"{' and more' if len(alike) > 10 else ''}.",
+        "Training needs variety within a class. Lower --guidance-scale, raise --renoise, or train the pool on more "
         "images.",
     )]  # fmt: skip
 
@@ -196,8 +196,8 @@ def number_of_images(run: Run) -> list[Finding] | None:
     if each >= _FEW:
         return []
     return [Finding(
-        f"A round has few images: {each} per class.",
-        "They teach little, whatever else is right. Raise --samples-per-class; small scenarios take 40.",
+        f"Each round has few images: {each} per class.",
+        "This is too few to learn from. Raise --samples-per-class; the small scenarios use 40.",
     )]  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def mixes(run: Run) -> list[Finding] | None:
         return None
     return [
         Finding(
-            f"Mixes made the {each.get('shot')}-shot test worse, by {-change:.2f} ± {half:.2f} points.",
-            "Test with --mix False, or lower --mix-level so that a mix keeps more of its two images.",
+            f"Mixes lowered {each.get('shot')}-shot accuracy by {-change:.2f} ± {half:.2f} points.",
+            "Test with --mix False, or lower --mix-level so that each mix keeps more of its two images.",
         )
         for change, half, each in pairs
         if change + half < 0
