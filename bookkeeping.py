@@ -52,7 +52,7 @@ class Bookkeeping:
             path = last
         else:
             path = local(self.s.resume) if self.s.resume else None
-        made_with = read_json(config, dict, "it is written again, and the pseudo images are drawn again")
+        made_with = read_json(config, dict, "rewriting it and drawing the pseudo images again")
         self.images_of_unknown_settings = made_with is None and path != last and config.exists()
         if path != last:  # of a run killed in its first epoch, whose pseudo images are there
             check_same(config, made_with or {}, self.resolved(), self.may_change - {"resume"})
@@ -77,8 +77,8 @@ class Bookkeeping:
         if self.images_of_unknown_settings:
             discard(self.folder / "pseudo")
         if self.restored:
-            stands = f" after epoch {self.epoch} of {epochs}" if epochs else ""
-            self.log.line(f"{'is finished' if self.epoch == epochs else 'resumes'}{stands}: {self.restored}")
+            where = f" after epoch {self.epoch} of {epochs}" if epochs else ""
+            self.log.line(f"{'is finished' if self.epoch == epochs else 'resumes'}{where}: {self.restored}")
         write_skipped(self.folder, *skipped)
         self.log.settings(self.resolved())
         self.log.forget_after(self.epoch)

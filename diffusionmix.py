@@ -224,7 +224,7 @@ def opening(s: Settings, tests: list[Testing]) -> str:
     """Return a line that says what is about to happen."""
     images, classes = (sum(len(getattr(test.images, part)) for test in tests) for part in ("labels", "class_names"))
     fitter = tests[0].fitter
-    mixes = f"mixes by {len(fitter.pool)} models ({s.pool_place})" if fitter.pool else "no mixes"
+    mixes = f"mixes from {len(fitter.pool)} models ({s.pool_place})" if fitter.pool else "no mixes"
     return (
         f"{s.dataset}: {s.episodes} episodes, {s.way}-way {s.shot}-shot, on {images:,} images of {classes} classes of "
         f"{s.test_split}, {mixes}; {fitter.path}, {fitter.device}"
@@ -295,7 +295,7 @@ def compare(settings: Settings) -> None:
     difference, half = paired_difference(one["by_episode"], other["by_episode"])
     for path, results in zip(paths, found, strict=True):
         print(f"{path}: {results['accuracy']:.2f} +- {results['ci95']:.2f} %")
-    print(f"the first minus the second {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
+    print(f"first minus second: {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
 
 
 if __name__ == "__main__":

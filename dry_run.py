@@ -1,4 +1,4 @@
-"""--dry-run: what a command would do, and about how long that takes, before it is done."""
+"""--dry-run: print what a command would do and about how long it would take."""
 
 import shlex
 import time
@@ -54,7 +54,7 @@ def of_training(training: Any) -> None:
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [
             f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
-            + ", each guided round drawn twice: unguided, then guided" * bool(twice),
+            + "; guided rounds are drawn twice: unguided, then guided" * bool(twice),
             _work(work),
             f"disk: {_bytes(images * 3 * training.size**2)} of images in {s.run_folder / 'pseudo'}",
         ]
@@ -62,11 +62,11 @@ def of_training(training: Any) -> None:
         lines.append(f"--source {s.source}: nothing is drawn")
     if training.phases:
         learning, last = len(left) * _epoch_seconds(training) if left else 0.0, s.max_epoch % s.refresh_every
-        parts = f"{duration(work.seconds)} to draw, {duration(guiding)} to guide, {duration(learning)} to learn"
+        parts = f"{duration(work.seconds)} to draw, {duration(guiding)} to guide, {duration(learning)} to train"
         lines += [
             f"{len(left)} epochs of {s.epoch_steps} steps in rounds of {s.refresh_every}"
-            + f", the last of {last} alone" * bool(last),
-            f"about {duration(work.seconds + guiding + learning)} on {training.device}, after trials: {parts}",
+            + f", the last of {last}" * bool(last),
+            f"about {duration(work.seconds + guiding + learning)} on {training.device}, estimated from trials: {parts}",
         ]
     print(*lines, _given(s, "training"), sep="\n")
 
@@ -75,11 +75,11 @@ def opening(training: Any) -> str:
     """Return a line that says what a `main.Training` is about to do."""
     s, pool, classes = training.s, training.pool, training.num_classes
     rounds = len({phase.round for phase in training.phases})
-    images = f"{len(training.validation.class_names)} classes of meta_val to choose by"
+    images = f"validation on {len(training.validation.class_names)} classes of meta_val"
     if s.draws:
         drawn = sum(training.per_model) * s.samples_per_class
         images = (
-            f"{rounds} round{'s' * (rounds != 1)} of {drawn:,} images of {classes} classes from {len(pool)} models "
+            f"{rounds} round{'s' * (rounds != 1)} of {drawn:,} images, {classes} classes, from {len(pool)} models "
             f"({s.pool_place}), {images}"
         )
     if training.real:
@@ -105,7 +105,7 @@ def of_testing(s: Settings, fitter: Any, support: int) -> None:
         lines = [
             f"{support} support images x {len(pool)} models x {s.mix_steps} step{'s' * (s.mix_steps > 1)}",
             _work(work),
-            f"about {duration(work.seconds)} on {pick_device(s.device_name)}, after a trial",
+            f"about {duration(work.seconds)} on {pick_device(s.device_name)}, estimated from a trial",
         ]
     print(*lines, _given(s, "testing"), sep="\n")
 
@@ -152,7 +152,7 @@ def _given(s: Settings, command: str) -> str:
     shown, preset = that_affect(command, "both", "nothing") - {"dry_run"}, s.preset()
     flags = [f"{flag_of(f)} {shlex.quote(str(getattr(s, f.name)))}" for f in fields(s)
              if f.name in shown and getattr(s, f.name) != preset[f.name]]  # fmt: skip
-    return f"not the defaults of --dataset {s.dataset} --recipe {s.recipe}: {' '.join(flags) or 'nothing'}"
+    return f"changed from the defaults of --dataset {s.dataset} --recipe {s.recipe}: {' '.join(flags) or 'nothing'}"
 
 
 def _guidance_seconds(training: Any) -> float:

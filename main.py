@@ -167,7 +167,7 @@ class Training:
         asked = unguided.labels if unguided else None  # None: class after class
         images, labels, hits = synthesise(self.pool, plan, self.device, self.learners.guide(), asked)
         rate = float(hits.float().mean())
-        self.books.log.line(f"round {phase.round}: guided hit rate {100 * rate:.1f} %")
+        self.books.log.line(f"round {phase.round}: hit rate {100 * rate:.1f} %")
         notes |= {"hit_rate": rate, "hit_rate_by_class": rate_by_class(hits, labels, self.num_classes)}
         return PseudoDataset(images, labels, self.num_classes), notes
 

@@ -56,8 +56,8 @@ class OwnImages:
         on_sheet = write_predictions(self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET)
         print(
             f"labelled {len(self.paths)} images with {len(self.support.class_names)} classes, learnt from "
-            f"{len(self.support.labels)}, {time.perf_counter() - self.started:.0f} s; {self.path}, "
-            f"{self.path.with_suffix('.png')} (the surest {on_sheet}, by label)"
+            f"{len(self.support.labels)} images, {time.perf_counter() - self.started:.0f} s; {self.path}, "
+            f"{self.path.with_suffix('.png')} (the {on_sheet} most confident, by label)"
         )
 
     def write_page(self, probabilities: np.ndarray) -> None:
@@ -76,8 +76,8 @@ class OwnImages:
             right = int((logits.argmax(1) == labels).sum())
             low, high = (100 * each for each in binomtest(right, len(labels)).proportion_ci(method="wilson"))
             print(
-                f"left out in turn, {right} of {len(labels)} support images are labelled right (chance "
-                f"{100 / len(self.support.class_names):.0f} %); expect {low:.0f} to {high:.0f} % right of the rest"
+                f"leave-one-out: {right} of {len(labels)} support images are labelled right (chance "
+                f"{100 / len(self.support.class_names):.0f} %); expect {low:.0f} to {high:.0f} % right on the others"
             )
 
 
@@ -86,5 +86,5 @@ def _with_a_model(s: Settings) -> Settings:
     ships = Path(s.pool_place) / "meta_model.pt"
     if s.resume or (s.run_folder / "best_model.pt").exists() or not ships.exists():
         return s
-    print(f"{s.run_folder} has no model yet; takes {ships}, which ships with the pool")
+    print(f"{s.run_folder} has no model yet; using {ships}, which ships with the pool")
     return replace(s, resume=str(ships))

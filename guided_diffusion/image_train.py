@@ -3,14 +3,15 @@
     python guided_diffusion/image_train.py --data_dir path/to/data --save_dir ckpt/diffusion/mine
     python guided_diffusion/image_train.py --data_dir data/mine/meta_train --pool ckpt/pools/mine --classes_per_model 5
 
-A pool takes the class folders of --data_dir in sorted order. It trains one model for every --classes_per_model of them
-into <pool>/subset{m}/ckpt/model.pt, and <pool>/pool.json says what is where. To resume, run the same command again: it
-skips what is done, and higher --steps train it further. Images or flags that would give other weights are refused.
+--pool splits the class folders of --data_dir, in sorted order, into groups of --classes_per_model. It trains one model
+per group as <pool>/subset{m}/ckpt/model.pt and writes the index <pool>/pool.json. To resume, run the same command
+again: it skips finished models, and higher --steps train them further. It refuses images or flags that would change
+the weights.
 
-Images that cannot be read are left out; skipped_images.csv in the folder of the model or the pool says which and why.
+Images that cannot be read are left out; skipped_images.csv in the folder of the model or the pool lists them.
 
-A few images of each class are kept back (--hold_out). After the training a line says how near the model's samples lie
-to its training images, and how near those held-out images lie to them. memorisation.json keeps it, or pool.json.
+A few images of each class are held out (--hold_out). After training, one line gives the distances of samples and of
+held-out images to the nearest training image. They are saved in memorisation.json, or for a pool in pool.json.
 The loss is in metrics.jsonl beside each model, and report.html in the pool shows all of its models.
 """
 
@@ -71,7 +72,7 @@ def main() -> None:
             _refuse_splits(flag, Path(getattr(s, flag)))
     device = pick_device(s.device)
     say("mirrors half of the images (--random_flip True)" if s.random_flip else "mirrors no images; give "
-        "--random_flip True if left and right are alike")  # fmt: skip
+        "--random_flip True if left and right are interchangeable")  # fmt: skip
     (train_pool if s.pool else train_one)(s, device)
 
 
@@ -113,7 +114,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         for m, group in enumerate(groups, 1)
     ]
     index = Path(s.pool) / "pool.json"
-    known = processes.broadcast(_read(index, "it is written again"))
+    known = processes.broadcast(_read(index, "rewriting it"))
     if known:
         if known.get("models") != models:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
@@ -131,7 +132,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
     standing = {m: _standing(own[m], subset_path(s.pool, m).parent, groups[m - 1]) for m in wanted}
     to_train = [m for m in wanted if not standing[m].done]
     if len(groups) < POOL:
-        say(f"{len(groups)} models: main.py will need --recipe paper; its default learns to tell {POOL} or more apart")
+        say(f"{len(groups)} models: main.py will need --recipe paper; its default recipe needs {POOL} or more")
     if s.dry_run and not to_train:
         return say(f"{s.pool}: all models are trained")
     for m in to_train if s.dry_run else wanted:
@@ -185,7 +186,7 @@ def _check_pool(index: Path, known: dict[str, Any], here: dict[str, Any], wanted
     then = known.get(ENTRY)
     if not isinstance(then, Mapping):
         then = {name: known[name] for name in ("image_size", "steps") if name in known}
-        say(f"{index}: is of an older version, which does not say what it was made with; assuming the same flags")
+        say(f"{index}: is from an older version that did not record its flags; assuming the same flags")
     check_same(index, then, here, longer=True)
     others = [subset_path(index.parent, m) for m in range(1, count + 1) if m not in wanted]
     behind = [path for path in others if path.exists()]
@@ -239,7 +240,7 @@ def training(
 
 def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
     """Say what `models` like that of `loop` take, with `left` steps in all, and about how long."""
-    say(f"a trial of about {TRIAL:.0f} s ...")
+    say(f"running a trial of about {TRIAL:.0f} s ...")
     own, flops, seconds, sheet = loop.measure(TRIAL)
     s = loop.settings
     steps = own if left is None else left
@@ -250,13 +251,13 @@ def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
     return (
         f"{models} model{'s' * (models > 1)} x {s.steps:,} steps{begun} x {s.batch_size} images: "
         f"{steps * flops / 1e12:,.1f} TFLOP, about {duration(steps * seconds + drawing)} on {loop.device} "
-        f"({duration(drawing)} to draw samples), after a trial of {TRIAL:.0f} s; saves come on top"
+        f"({duration(drawing)} to draw samples), estimated from a trial of {TRIAL:.0f} s; saving is extra"
     )
 
 
 def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) -> dict[str, Any]:
     """Measure and print how near the samples of a finished model lie to its training images."""
-    say(f"{path}: draws {memorisation.SAMPLES} images to see whether it copies ...")
+    say(f"{path}: drawing {memorisation.SAMPLES} images to check whether it copies ...")
     figure = measure(
         Pool(path).load(0, device), loaded.data.images, loaded.held_out, mirrored=s.random_flip, seed=s.seed,
         precision=s.precision, device=device,

@@ -1,4 +1,4 @@
-"""Write the reports of runs again, finished or not, and compare several runs; or write the report of a pool.
+"""Rebuild the reports of runs, finished or not, and compare several runs; or rebuild the report of a pool.
 
 python -m report ckpt/runs/glyphs/1-shot          # writes report.html into the folder
 python -m report ckpt/pools/mine                  # the models of a pool
@@ -14,10 +14,10 @@ from utils.cli import OneLineParser, run
 
 def main() -> None:
     """Parse, read, write."""
-    parser = OneLineParser(prog="python -m report", description="Write the reports of runs again, and compare several.")
+    parser = OneLineParser(prog="python -m report", description="Rebuild and compare the reports of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or one pool folder")
-    parser.add_argument("--out", type=Path, help="for one folder its report (default RUN/report.html), for several "
-                        "the page that compares them (default report.html)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="report of one folder (default RUN/report.html), or the page that "
+                        "compares several (default report.html)")  # fmt: skip
     args = parser.parse_args()
     if len(args.runs) == 1:
         pages = {args.out or args.runs[0] / NAME: lambda: render_folder(args.runs[0])}

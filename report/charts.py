@@ -1,4 +1,4 @@
-"""Charts as SVG and HTML, in the colours of the page, light or dark. Every mark tells its numbers on hover."""
+"""Charts as SVG and HTML, in the colours of the page, light or dark. Every mark shows its numbers on hover."""
 
 import math
 from collections import Counter
@@ -228,7 +228,7 @@ def levels(run: Run) -> Html | None:
     """Draw the class-learner's accuracy by epoch, a line for each quarter of the noise levels."""
     chart = Chart("accuracy of the class-learner on noised images, in %", "epoch")
     known = [each for each in run.epochs if isinstance(each.get("class_learner_accuracy"), list)]
-    for quarter, name in enumerate(("least noise", "second quarter", "third quarter", "most noise")):
+    for quarter, name in enumerate(("lowest noise", "second quarter", "third quarter", "highest noise")):
         by_epoch = [(each["epoch"], each["class_learner_accuracy"][quarter : quarter + 1]) for each in known]
         chart.line(name, [(e, v[0]) for e, v in by_epoch if v and number(v[0]) is not None], quarter)
     return _of_classes(chart, run, known)
@@ -236,7 +236,7 @@ def levels(run: Run) -> Html | None:
 
 def training_accuracy(run: Run) -> Html | None:
     """Draw by epoch how often the network names the pseudo class of the images that it trains on."""
-    chart = Chart("accuracy on the images it trains on, in %", "epoch")
+    chart = Chart("accuracy on its training images, in %", "epoch")
     chart.line("network", points_of(run.epochs, "base_accuracy"), 0)
     return _of_classes(chart, run, run.epochs)
 
@@ -255,7 +255,7 @@ def hit_rates(rates: Sequence[float | None], over_all: float, round_: int) -> Ht
     chart = Chart(f"hit rate of each class in round {round_}, in %", "class", ylim=(0, 100))
     known = [(c, 100 * rate) for c, rate in enumerate(rates) if rate is not None]
     chart.bars((c, rate, f"class {c}: {rate:.0f} %") for c, rate in known)
-    chart.level("over all", 100 * over_all)
+    chart.level("overall", 100 * over_all)
     return chart.svg()
 
 

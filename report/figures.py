@@ -156,7 +156,7 @@ def main() -> None:
     """Parse, refuse, read, write."""
     parser = OneLineParser(prog="python -m report.figures", description="Write figures and tables of runs for a paper.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder that is new, empty, or was written by this")
+    parser.add_argument("--out", type=Path, required=True, help="folder that is new, empty, or was written before")
     args = parser.parse_args()
     check_place(args.out)
     found = [Run.read(folder) for folder in args.runs]

@@ -394,7 +394,7 @@ def test_the_command_and_the_class_agree(label, classifier, tmp_path):
     np.testing.assert_allclose(probabilities(rows), expected, atol=1e-6)
     assert [row["label"] for row in rows] == classifier.predict([row["path"] for row in rows]).tolist()
     np.testing.assert_allclose(probabilities(rows).sum(1), 1, atol=3e-6)
-    assert re.search("labelled 5 .* 3 classes.* 6", out) and "the surest 5" in out
+    assert re.search("labelled 5 .* 3 classes.* 6", out) and "the 5 most" in out
     with Image.open(tmp_path / "run" / "predictions.png") as sheet:
         assert sheet.format == "PNG" and sheet.width > 900
     assert not (tmp_path / "run" / "own_mixes").exists() and not (tmp_path / "run" / "results.json").exists()
@@ -414,7 +414,7 @@ def test_the_command_without_mixes_and_with_many_pictures(label, tmp_path, monke
     folders(tmp_path / "few", *pictures({"a": 1, "b": 2}))
     folders(tmp_path / "more", *pictures({"x": 9}, seed=1))
     status, out, err = label("--mix", "False", pool="no/such/pool")
-    assert status == 0 and err == "" and "the surest 4" in out
+    assert status == 0 and err == "" and "the 4 most" in out
     assert len(rows_of(tmp_path / "run" / "predictions.csv")) == 9
 
 

@@ -157,7 +157,7 @@ def test_pool_holds_it(call, folder, tmp_path, monkeypatch):
     assert f"{path}: its samples lie {first['samples']:.3f}" in text and f"ratio {first['ratio']:.2f}" in text
     # the other model: the first keeps its figure, and is not measured again
     status, text, err = call(image_train, *pool_command(folder, out, "--hold_out", "0.1"))
-    assert status == 0 and text.count("to see whether it copies") == 1, err
+    assert status == 0 and text.count("whether it copies") == 1, err
     assert figures(out)["subset1"] == first and lengths == [54, 19]
     assert figures(out)["subset2"]["held_out"] is None  # 19 images can spare none
     before = (out / "pool.json").read_bytes()
