@@ -108,7 +108,7 @@ def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tens
 def sentence(figure: dict[str, float | None]) -> str:
     """Return the figure as one line."""
     if figure["held_out"] is None:
-        return "no images were held out, so copying was not measured; this needs classes of 20 images, or --held_out_dir"
+        return "no images were held out, so copying was not measured; give classes of 20 images, or --held_out_dir"
     text = f"its samples lie {figure['samples']:.3f} from the nearest training image"
     ratio = "none" if figure["ratio"] is None else f"{figure['ratio']:.2f}"
     return (
