@@ -26,7 +26,7 @@ GONE = {"sampler": "ddim", "first_labels": "random", "guide_on": "x_t", "ask": "
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
         "noise_schedule", "diffusion_steps", "timestep_respacing", "predict_xstart", "rescale_timesteps")  # fmt: skip
 _GROUPS = {  # group -> its title in --help, and what a setting of it affects unless it says otherwise
-    "needed first": ("needed first", "both"),
+    "needed first": ("most used", "both"),
     "machine": ("the machine and its memory", "nothing"),
     "synthesis": ("synthesis: the pool and its images", "training"),
     "bare checkpoints": ("bare checkpoints: settings that public ones do not record", "both"),
@@ -167,7 +167,7 @@ class Settings:
     mix_steps: int = setting(1, "denoising steps per mix; at most --mix-level, and at most a pool model's timesteps up "
                              "to that level", low=1, high=1000, group="testing")  # fmt: skip
     head_steps: int = setting(50, "SGD steps in each of the three stages of fitting the head", low=1, group="testing")
-    head_init: str = setting("zeros", "initial head", choices=("zeros", "random", "prototypes"), group="testing")
+    head_init: str = setting("zeros", "head initialisation", choices=("zeros", "random", "prototypes"), group="testing")
     head_scale: float = setting(1.0, "scale of the head's unit-length features; higher: more confident probabilities",
                                 low=0, group="testing")  # fmt: skip
 
