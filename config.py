@@ -193,6 +193,8 @@ class Settings:
                 )
         if self.height != self.width and self.width:
             raise ValueError(f"got {self.height} x {self.width} pixels, expected a square; give the same number twice")
+        if self.source == "guided" and self.guidance_scale == 0:
+            raise ValueError("got --guidance-scale 0, which guides nothing; give more, or --source unguided")
         if self.finds_classes:
             for flag, epochs in (("--refresh-every", self.refresh_every), ("--max-epoch", self.max_epoch)):
                 if epochs < 2:
@@ -379,6 +381,11 @@ class Settings:
     def bare_checkpoint_flags(self) -> dict[str, Any]:
         """Return, for the pool, what a checkpoint without settings does not say."""
         return {name: getattr(self, name) for name in BARE}
+
+    def given_for_bare_checkpoints(self) -> dict[str, Any]:
+        """Return those of these flags that differ from the preset."""
+        preset = self.preset()
+        return {name: value for name, value in self.bare_checkpoint_flags().items() if value != preset[name]}
 
     def notes(self) -> dict[str, Any]:
         """Return what to note of a run that starts: its settings, those of its preset, and where its pool is."""

@@ -72,7 +72,7 @@ class HeadFitter:
         self.device = pick_device(s.device_name)
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
-        self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if s.mix else None
+        self.pool = Pool.of(s) if s.mix else None
         self.precision = self.pool.precision(s.precision, self.device) if self.pool else s.precision
         for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
@@ -298,7 +298,7 @@ class FewShotClassifier:
         del params["value_range"]  # of images that no flag gives
         if odd := sorted(set(flags or {}) - set(BARE)):
             raise ValueError(f"got pool_flags with {', '.join(odd)}, expected some of {', '.join(BARE)}")
-        places = {"resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
+        places = {"dataset": "custom", "resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
         return Settings(**places, **params, **(flags or {}))
 
     def fit(self, images: Iterable, labels: Iterable[Hashable]) -> "FewShotClassifier":

@@ -36,7 +36,6 @@ from utils.lock import locked
 from utils.metrics import rate_by_class
 from utils.pieces import digest_of, discard
 from utils.progress import hush
-from utils.remote import local
 from utils.seeding import generator
 
 CALIBRATION = 4  # unguided images per class, whose statistics normalise a random class-learner
@@ -51,7 +50,7 @@ class Training:
         self.device = pick_device(s.device_name)
         self.phases = phases(s)
         needs_pool = s.draws or Path(s.pool_place).exists()
-        self.pool = Pool(local(s.pool_place), s.bare_checkpoint_flags()) if needs_pool else None
+        self.pool = Pool.of(s) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
         self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model) if s.draws else []
         s.check_memory(sum(self.per_model) or s.num_classes or 1, size, free_memory())

@@ -36,7 +36,6 @@ from models.meta_model import MetaModel
 from schedule import Phase
 from utils.cli import run as run_command
 from utils.lock import locked
-from utils.remote import local
 
 RUNGS = {  # a run -> how the table names it
     "by_model": "unguided, by model",
@@ -104,7 +103,7 @@ def main() -> None:
     folder = args.folder or table.ROOT / "ckpt" / "runs" / "ladder" / s.dataset
     lines = ["| rung | meta_val, 1 / 5 shots, % | own, % | purity, % |", "| --- | --- | --- | --- |"]
     _train(flags, folder / "judge", "real", s.seed + 1000)
-    device, pool = pick_device(s.device_name), Pool(local(s.pool_place), s.bare_checkpoint_flags())
+    device, pool = pick_device(s.device_name), Pool.of(s)
     judge, _, trained = load_model(folder / "judge" / "last.pt", device)
     counts = pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
     for name in args.rungs:

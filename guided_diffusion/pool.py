@@ -24,6 +24,7 @@ from guided_diffusion.script_util import (
     unwrapped,
 )
 from utils import checkpoint
+from utils.remote import local
 
 _DEFAULTS = model_and_diffusion_defaults()
 _PROCESS_FLAGS = (  # those that matter for sampling
@@ -153,6 +154,24 @@ class Pool:
                 )
             )
         self.files = [found[m] for m in sorted(found)]
+
+    @classmethod
+    def of(cls, settings: Any) -> "Pool":
+        """Return the pool that `config.Settings` name.
+
+        Raises ValueError as the constructor does, and for a flag that all models contradict: it would change nothing.
+        """
+        pool = cls(local(settings.pool_place), settings.bare_checkpoint_flags())
+        if given := settings.given_for_bare_checkpoints():
+            recorded = [pool.load(m).flags for m in range(len(pool))]
+            for name, value in given.items():
+                if all(flags[name] != value for flags in recorded):
+                    cure = f", or give --height {value} to resize its images" if name == "image_size" else ""
+                    raise ValueError(
+                        f"{pool.path}: got --{name.replace('_', '-')} {value}, its models were trained with "
+                        f"{recorded[0][name]!r}; leave that flag out{cure}"
+                    )
+        return pool
 
     def __len__(self) -> int:
         return len(self.files)

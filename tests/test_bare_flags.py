@@ -63,3 +63,25 @@ def test_a_flag_draws_what_the_stored_setting_draws(fill, tmp_path, name):
 def test_the_classifier_takes_them_too():
     settings = FewShotClassifier("m.pt", "p.pt", pool_flags=OTHERS).settings()
     assert settings.bare_checkpoint_flags() == OTHERS
+
+
+@pytest.mark.usefixtures("enough_memory")
+def test_a_flag_that_every_model_contradicts_is_refused(fill, tmp_path):
+    flags = {**model_and_diffusion_defaults(), **NETWORK, "num_heads": 2}
+    weights = fill(create_model_and_diffusion(**flags)[0]).state_dict()
+    stored = {"model": weights, "flags": flags, "num_classes": 1}
+    paths = [tmp_path / f"subset{m}" / "ckpt" / "model.pt" for m in (1, 2)]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        checkpoint.save(path, stored)
+    common = ["--dataset", "custom", "--pool", str(tmp_path)]
+
+    def pool(*more):
+        return Pool.of(parse([*common, *more], description=""))
+
+    assert len(pool()) == len(pool("--num-heads", "2", "--image-size", "16")) == 2  # unsaid, and the same
+    for flag, value, cure in (("--num-heads", "8", "leave"), ("--image-size", "32", "--height 32")):
+        with pytest.raises(ValueError, match=f"{flag} {value}.*{cure}"):
+            pool(flag, value)
+    checkpoint.save(paths[1], weights)  # a bare one, which takes what is said
+    assert pool("--num-heads", "8", "--image-size", "16").load(1).flags["num_heads"] == 8
