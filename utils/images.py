@@ -44,6 +44,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Return float images (N, 3, H, W) with H = W at `size` pixels a side, resampled bilinearly with antialiasing."""
+    if images.shape[-1] == size:
+        return images
+    return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
 def read_images(
     paths: Sequence[Path], size: int, most: int | None = None, workers: int | None = None
 ) -> tuple[list[np.ndarray], list[tuple[Path, str]]]:
