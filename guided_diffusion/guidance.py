@@ -1,4 +1,4 @@
-"""Sampling from a pool model, with or without classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, alg. 2)."""
+"""Sampling from a pool model, guided by a classifier or not (Dhariwal & Nichol 2021, arXiv 2105.05233, alg. 2)."""
 
 from collections.abc import Callable
 
@@ -44,7 +44,10 @@ def guide_on_x_t(process: GaussianDiffusion, gradient: Gradient, out: dict, x: T
 
 
 def guide_on_x_0(process: GaussianDiffusion, gradient: Gradient, out: dict, x: Tensor, t: Tensor) -> Tensor:
-    """Return x_0 shifted by the gradient at the predicted x_0: (N, 3, H, W) in [-1, 1]."""
+    """Return x_0 shifted by (1 - abar) / abar times the gradient at the predicted x_0: (N, 3, H, W) in [-1, 1].
+
+    This is `guide_on_x_t` with the predicted noise held fixed in the chain rule, and the factor capped.
+    """
     abar, x_0 = process.at("alphas_cumprod", t, x), out["pred_xstart"]
     strength = ((1 - abar) / abar).clamp(max=GREATEST_STEP)
     return (x_0 + strength * gradient(x_0, t)).clamp(-1, 1)

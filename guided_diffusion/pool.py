@@ -169,7 +169,7 @@ class Pool:
     def each(
         self, device: torch.device, precision: str = "float32", only: Sequence[int] | None = None
     ) -> Iterator[PoolModel]:
-        """Load and yield the models numbered `only` (None: all). The next one is read while the caller uses this one."""
+        """Yield the models numbered `only` (None: all) from `load`. The next is read while the caller uses this one."""
         wanted = range(len(self)) if only is None else only
         if not wanted:
             return
@@ -340,7 +340,7 @@ def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
 
 
 def _on_meta(flags: Mapping[str, Any], path: Path) -> nn.Module:
-    """Return the U-Net of `flags` on the meta device: drawing initial weights is slow, and they are replaced at once."""
+    """Return the U-Net of `flags` on the meta device: initial weights are slow to draw, and are replaced at once."""
     try:
         with torch.device("meta"):
             return from_diffusers.create_network(flags)
