@@ -157,8 +157,8 @@ def report(
 ) -> None:  # fmt: skip
     """Measure and print the JSON line.
 
-    chosen: the settings; dtype: what --precision selected; unit: "images" or "episodes"; work: the product's way; plain:
-    the baseline without its speed-ups.
+    chosen: the settings; dtype: what --precision selected; unit: "images" or "episodes"; work: the program's own way;
+    plain: the baseline without its speed-ups.
     """
     with contextlib.redirect_stdout(sys.stderr):
         _say(f"{name}, {args.size}, {device}: counting the work of a run")

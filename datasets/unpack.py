@@ -5,7 +5,7 @@ of images against the published ones (datasets.published) and raises a one-line 
 """
 
 import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> ImagesByCla
         _check(path, listed, "get the csv files of Ravi and Larochelle")
         for name, files in listed.items():
             places = [root / "images", root, root / "images" / name, root / name, root / _short(split) / name]
-            paths = {file: _first_file(place / file for place in places) for file in sorted(files)}
+            paths = {file: next(filter(Path.is_file, (p / file for p in places)), None) for file in sorted(files)}
             missing += [file for file, path in paths.items() if path is None]
             found[name] = [path for path in paths.values() if path is not None]
     if missing:
@@ -209,9 +209,6 @@ def _texts(content: Mapping) -> dict:
     """Return `content` with str keys. A Python 2 pickle that was saved again has bytes keys."""
     return {_text(key): value for key, value in content.items()}
 
-
-def _first_file(paths: Iterable[Path]) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _short(split: str) -> str:

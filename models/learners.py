@@ -150,7 +150,7 @@ class PaperLearners(Learners):
     def train_class_learner(self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator) -> dict[str, Any]:
         """Train h on noised images, as many as f and g saw, with t uniform, at --learner-rate times their rates.
 
-        Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent for each quarter of the levels.
+        Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent, for each quarter of t.
         """
         s, levels, labels = self.s, self.process.num_timesteps, data.labels.to(self.device)
         batch = s.train_batch * (s.way * s.shot + s.train_nTestNovel)

@@ -87,10 +87,6 @@ def class_learner_loss(
     logits = learner(seen, t)
     loss = F.cross_entropy(logits, classes)
     if kl_weight:
-        loss = loss + kl_weight * _kl(F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1))
+        log_g, log_h = F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1)
+        loss = loss + kl_weight * F.kl_div(log_h, log_g, reduction="batchmean", log_target=True)  # KL(g || h)
     return loss, logits.detach().argmax(1) == classes
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) in nats, averaged over the rows of log-probabilities (N, K)."""
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
