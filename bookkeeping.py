@@ -27,7 +27,7 @@ def kept_precision(s: Settings) -> str | None:
 
 
 class Bookkeeping:
-    """The run folder of a training.
+    """The run folder of one training run.
 
     Attributes:
         epoch: number of finished epochs.

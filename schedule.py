@@ -23,7 +23,7 @@ STEPS = ((80, 0.0024), (70, 0.012), (60, 0.06))  # the paper's rates: (from epoc
 
 @dataclass(frozen=True)
 class Phase:
-    """One epoch.
+    """What one epoch trains on, and how.
 
     Attributes:
         epoch: its number, from 0. The log counts from 1: it calls epoch 10 "epoch 11".

@@ -210,6 +210,5 @@ def _texts(content: Mapping) -> dict:
     return {_text(key): value for key, value in content.items()}
 
 
-
 def _short(split: str) -> str:
     return split.removeprefix("meta_")

@@ -1,4 +1,4 @@
-"""The settings and images that a model is trained with. Its files record them, so that no other run resumes it."""
+"""Record the settings and images that a model is trained with, so that no run with different ones resumes it."""
 
 import hashlib
 import json

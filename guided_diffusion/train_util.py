@@ -1,4 +1,4 @@
-"""Training one diffusion model: AdamW, an EMA with warm-up, and saves that a killed run resumes from."""
+"""Train one diffusion model: AdamW, an EMA with warm-up, and saves from which a killed run resumes."""
 
 import math
 import os

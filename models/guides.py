@@ -1,4 +1,4 @@
-"""The guides of sampling: log p(c | x_t, t) from the class-learner h, or log p(c | x) from g on augmented views."""
+"""Guides for sampling: log p(c | x_t, t) from the class-learner h, or log p(c | x) from g on augmented views."""
 
 from collections.abc import Callable
 

@@ -137,7 +137,7 @@ class MetaModel(nn.Module):
         return self.flat(self.maps(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the features (N, D) of images at unit length, for the heads of episodes. Arguments and errors as for `maps`."""
+        """Return the features (N, D) of images, scaled to unit length. Arguments and errors as for `maps`."""
         return F.normalize(self.look(images), dim=-1)
 
     def base_logits(self, maps: Tensor) -> Tensor:
