@@ -21,7 +21,7 @@ PRECISION = "drawn_in"  # entry of config.json: the number format that the run d
 
 
 def kept_precision(s: Settings) -> str | None:
-    """Return the number format that --precision auto chose when the run began; None for a new run."""
+    """Return the format that --precision auto chose when the run began; None if new, or with another --precision."""
     kept = (read_json(s.run_folder / "config.json", dict) or {}).get(PRECISION) if s.precision == "auto" else None
     return kept if kept in ("float32", "bf16") else None
 
