@@ -1,4 +1,4 @@
-"""What a run of `main.py` keeps in its folder: its log, a checkpoint of each epoch, and what it resumes from."""
+"""The run folder of `main.py`: its log, its checkpoints, and how a stopped run resumes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,35 +17,35 @@ from utils.plots import curves
 from utils.remote import local
 from utils.run_log import RunLog, read_json, read_metrics, write_skipped
 
-PRECISION = "drawn_in"  # entry of config.json: what --precision auto came to when the run began
+PRECISION = "drawn_in"  # entry of config.json: the number format that the run draws in
 
 
 def kept_precision(s: Settings) -> str | None:
-    """Return the number format in which a run that resumes has drawn its images so far; None for a new run."""
+    """Return the format that --precision auto chose when the run began; None if new, or with another --precision."""
     kept = (read_json(s.run_folder / "config.json", dict) or {}).get(PRECISION) if s.precision == "auto" else None
     return kept if kept in ("float32", "bf16") else None
 
 
 class Bookkeeping:
-    """The run folder of a training.
+    """The run folder of one training run.
 
     Attributes:
-        epoch: epochs that are done.
-        best: the highest accuracy on meta_val so far, in percent; -1 before the first.
-        log: open from `begin` on.
+        epoch: number of finished epochs.
+        best: highest accuracy on meta_val so far, in percent; -1 before the first validation.
+        log: the run's log, open once `begin` was called.
     """
 
-    may_change = that_affect("nothing", "testing")  # settings, between a stopped run and its resumption
+    may_change = that_affect("nothing", "testing")  # settings that may differ when a stopped run resumes
 
     def __init__(self, settings: Settings, found: Mapping[str, Any]):
-        """found: what the pool and the images said: num_classes, image_size, and contents, their digests by name."""
+        """found: what was read from pool and images: num_classes, image_size, and contents, their digests by name."""
         self.s, self.found = settings, found
         self.folder = settings.run_folder
         self.epoch, self.best = settings.start_epoch, -1.0
         self.restored: Path | None = None
 
     def restore(self, learners: Learners, device: torch.device) -> None:
-        """Resume from last.pt of this folder if it is there, or start from the weights of --resume."""
+        """Resume from last.pt in this folder; if there is none, start from the weights of --resume, if given."""
         last, config = self.folder / "last.pt", self.folder / "config.json"
         state = checkpoint.load_newest(last, device)
         if state is not None:
@@ -54,7 +54,7 @@ class Bookkeeping:
             path = local(self.s.resume) if self.s.resume else None
         made_with = read_json(config, dict, "rewriting it and drawing the pseudo images again")
         self.images_of_unknown_settings = made_with is None and path != last and config.exists()
-        if path != last:  # of a run killed in its first epoch, whose pseudo images are there
+        if path != last:  # a run killed in its first epoch leaves pseudo images but no last.pt
             check_same(config, made_with or {}, self.resolved(), self.may_change - {"resume"})
         if path is None:
             return
@@ -71,7 +71,7 @@ class Bookkeeping:
             self.epoch, self.best, self.restored = state["epoch"], state["val_accuracy"], last
 
     def begin(self, device: torch.device, epochs: int, *skipped: Mapping) -> None:
-        """Open the run folder, and say how the run starts. epochs: in all; skipped: images that could not be read."""
+        """Open the run folder and log how the run starts. epochs: their total; skipped: images that cannot be read."""
         self.log = RunLog(self.folder, tensorboard=self.s.tensorboard, done=self.epoch, epochs=epochs)
         self.report = Report(self.folder)
         if self.images_of_unknown_settings:
@@ -86,9 +86,9 @@ class Bookkeeping:
         self.report.write()
 
     def record(self, entries: dict[str, Any], learners: Learners) -> None:
-        """Log an epoch, keep its weights if they are the best, and save what a killed run resumes from.
+        """Log an epoch, save its weights if they are the best so far, and save last.pt to resume from.
 
-        entries: what is noted of the epoch, with `epoch`, `round`, and `val_accuracy` if it was validated.
+        entries: the epoch's log entry, with `epoch`, `round`, and `val_accuracy` if the epoch was validated.
         """
         text = "random weights:"  # of --source none
         if "loss" in entries:
@@ -105,9 +105,9 @@ class Bookkeeping:
         self.report.write_sometimes()
 
     def save(self, name: str, learners: Learners, **extra) -> None:
-        """Save the weights with all that is needed to use them.
+        """Save the weights with everything needed to use them.
 
-        extra: entries that only a resumed run needs. With them the file before is kept too, should this one be damaged.
+        extra: entries that only resuming needs. If given, the previous file is kept, in case this one is damaged.
         """
         if processes.is_first():
             contents = {
@@ -117,7 +117,7 @@ class Bookkeeping:
             checkpoint.save(self.folder / name, contents, keep_old=bool(extra))
 
     def end(self) -> None:
-        """Write what is only there at the end, and say how the run ended."""
+        """Draw the curves, write the report, and log how the run ended."""
         if processes.is_first():
             curves(self.log.metrics_path, self.folder / "curves.png")
         self.report.write()
@@ -129,10 +129,10 @@ class Bookkeeping:
         )  # fmt: skip
 
     def resolved(self) -> dict[str, Any]:
-        """Return the settings with what pool and images said, for config.json."""
+        """Return the settings and what was read from pool and images, for config.json."""
         return {**self.s.as_dict(), **self.found}
 
     def check_pool(self, digest: str) -> None:
-        """Refuse a pool that changed since the run began: ValueError."""
+        """Raise ValueError if the pool has changed since the run began."""
         here = {**self.resolved(), "contents": {**self.found["contents"], "pool": digest}}
         check_same(self.folder / "config.json", {"contents": self.found["contents"]}, here, set())

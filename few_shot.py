@@ -1,10 +1,10 @@
-"""Few-shot classification: linear heads on a frozen meta-model, fitted on images and on diffusion mixes of them.
+"""Few-shot classification: linear heads on a frozen meta-model, fitted on images and their diffusion mixes.
 
     classifier = FewShotClassifier("ckpt/runs/glyphs/1-shot/best_model.pt", pool="ckpt/glyphs")
     classifier.fit(images, labels)
     classifier.predict(images)
 
-`HeadFitter` is the method, for many episodes at once as `diffusionmix.py` tests it; `FewShotClassifier` is one episode.
+`HeadFitter` is the method, for many episodes at once, as `diffusionmix.py` runs it. `FewShotClassifier` fits one.
 """
 
 import hashlib
@@ -33,52 +33,51 @@ from models.episode_head import Heads, fit_heads, meta_test_stages, predict
 from models.meta_model import MetaModel
 from models.saved import MODEL_ENTRIES, WHAT
 from utils import checkpoint
-from utils.images import ImageError, pixels_of, shown, to_float, to_uint8
+from utils.images import ImageError, pixels_of, resized, shown, to_float, to_uint8
 from utils.labels import check_kinds, encoded, plain_labels
 from utils.pieces import Pieces, digest_of
 from utils.remote import local
 from utils.seeding import generator, noise, numpy_generator
 
-# between a stopped test and its resumption; of images and of the pool their contents count
+# settings that may differ when a stopped test resumes; images and pool are compared by their contents instead
 MAY_CHANGE = that_affect("nothing") | {"compare", "support", "query", "out", "pool", "data_root"}
-RATES = (0.05, 0.01, 0.05)  # of the head's three stages
+RATES = (0.05, 0.01, 0.05)  # learning rates of the head's three stages
 MIX_BETA = 0.4  # lambda ~ Beta(0.4, 0.4)
-RANGES = ((-1, 1), (0, 1))  # that floats may be in
-TOLERANCE = 0.001  # how far rounding may take floats out of their range
+RANGES = ((-1, 1), (0, 1))  # accepted for float images
+TOLERANCE = 0.001  # how far rounding may push floats outside their range
 
 
 class HeadFitter:
-    """A trained meta-model and the pool that mixes for it: fits the heads of episodes.
+    """Fits the heads of episodes, with a trained meta-model and the pool that makes the mixes.
 
     A head is fitted on the support set, on diffusion mixes of it from every pool model, and on the support set again
-    (Wei et al., IEEE TCSVT 2024). If an episode has more images of one class than of another, each class still counts
-    the same: the cross-entropy of class c is weighted by S / (way * images of c), in the mixes as in the support set.
-    With equal shots that is 1.
+    (Wei et al., IEEE TCSVT 2024). Classes count the same even with unequal shots: the cross-entropy of class c is
+    weighted by S / (way * images of c), on the mixes as on the support set. With equal shots this weight is 1.
 
     Attributes:
         s: the settings.
-        path: the checkpoint of the meta-model.
-        device: where networks are.
+        path: the meta-model's checkpoint.
+        device: the device of the networks.
         model: the meta-model, in eval mode.
-        size: side of the images that it takes, in pixels.
-        trained: the settings of its training, as the checkpoint has them, with what the pool said.
-        pool: None without mixes.
-        precision: number format in which the pool mixes; without mixes --precision as it is.
+        size: side of the meta-model's images, in pixels.
+        trained: the meta-model's training settings, with its num_classes and image_size.
+        pool: the diffusion models; None without mixes.
+        precision: number format of the pool models; without mixes, --precision as given.
     """
 
     def __init__(self, settings: Settings):
-        """Load what `settings` name. Raises ValueError for a checkpoint that is missing, damaged or of another kind."""
+        """Load the meta-model and check the pool. Raises ValueError for a missing, damaged or unsuitable checkpoint."""
         s = self.s = settings
         self.device = pick_device(s.device_name)
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool.of(s) if s.mix else None
         self.precision = self.pool.precision(s.precision, self.device) if self.pool else s.precision
-        for m in range(len(self.pool) if self.pool else 0):  # what is wrong with one is said before others are at work
+        for m in range(len(self.pool) if self.pool else 0):  # fail on a bad model before any starts work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 
     def pieces(self, folder: str, *data: Tensor) -> Pieces:
-        """Return where in the run folder the features of mixes are: of this model, pool, data and settings alone."""
+        """Return the store of mix features in the run folder, its name a hash of model, pool, data and settings."""
         same = {k: v for k, v in self.s.as_dict().items() if k not in MAY_CHANGE}
         with open(self.path, "rb") as file:
             model = hashlib.file_digest(file, "sha256").hexdigest()
@@ -88,13 +87,14 @@ class HeadFitter:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return unit-length features (N, D), on the CPU, of images (N, 3, H, W) float in [-1, 1]."""
+        """Return features (N, D) of unit length, on the CPU, of images (N, 3, H, W), float in [-1, 1]."""
         return torch.cat([self.model.embed(part.to(self.device)).cpu() for part in images.split(500)])
 
     def fit(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None) -> Heads:
-        """Fit the heads of E episodes, --test-batch of them at once on the device. Return them on the CPU.
+        """Fit the heads of E episodes on the device, --test-batch at a time. Return them on the CPU.
 
-        support: (E, S, D) features; targets: (E, S, way) float, one-hot; mixes: what `mixes` gives, None without.
+        support: (E, S, D) features; targets: (E, S, way) float, one-hot.
+        mixes: their features (E, M * S, D) and soft labels (E, M * S, way); None fits on the support set alone.
         """
         s, parts = self.s, []
         sets = [(support, targets), *([mixes] if mixes else [])]
@@ -104,7 +104,7 @@ class HeadFitter:
         return Heads(torch.cat([h.weight for h in parts]).cpu(), torch.cat([h.bias for h in parts]).cpu(), s.head_scale)
 
     def fit_part(self, first: int, own: Sequence[Tensor], mixes: Sequence[Tensor] | None = None) -> Heads:
-        """Fit the heads of episodes number `first` and on, all at once. As `fit`, but all on the device."""
+        """Fit the heads of episodes numbered from `first`, all at once. As `fit`, with all tensors on the device."""
         s, (support, targets) = self.s, own
         stages = meta_test_stages(support, targets, mixes, steps=s.head_steps, rates=RATES)
         numbers = range(first, first + len(support))
@@ -112,10 +112,10 @@ class HeadFitter:
         return fit_heads(support, targets, stages, scale=s.head_scale, init=s.head_init, generators=rngs)
 
     def learn(self, images: Tensor, labels: Tensor, way: int, pieces: Pieces) -> tuple[Heads, tuple[Tensor, Tensor]]:
-        """Fit the head of one episode. Return it, and what `leave_one_out` says of its images.
+        """Fit the head of one episode. Return it, and the logits and labels that `leave_one_out` returns.
 
-        images: (N, 3, size, size) uint8; labels: (N,) int64, 0 to way - 1; pieces: keeps the mixes' features until all
-        are made.
+        images: (N, 3, size, size) uint8; labels: (N,) int64, 0 to way - 1; pieces: stores the features of finished
+        mixes.
         """
         order = labels.argsort(stable=True)
         images, labels = images[order], labels[order]
@@ -126,15 +126,17 @@ class HeadFitter:
         return self.fit(features[None], targets, mixes), self.leave_one_out(features, labels)
 
     def leave_one_out(self, features: Tensor, labels: Tensor, most: int = 100) -> tuple[Tensor, Tensor]:
-        """Return logits (K, way) of K images by heads without mixes that are fitted on all others, and their labels.
+        """Return logits (K, way) and labels (K,) of K left-out images. Each head is fitted on the N - 1 other images.
 
-        features: (N, D); labels: (N,) int64, 0 to way - 1. Left out are images whose class has another, evenly spread,
-        at most `most`, fewer if N is large. K is 0 if there is none.
+        These heads use no mixes. The left-out images are evenly spread over those whose class has another image: at
+        most `most`, fewer if N is large. K is 0 if there are none, or only one class.
+
+        features: (N, D); labels: (N,) int64, 0 to way - 1.
         """
         asked = (labels.bincount()[labels] > 1).nonzero().flatten()
         if not len(asked) or len(labels.unique()) < 2:
             return features.new_zeros(0, int(labels.max()) + 1), labels[:0]
-        most = max(1, min(most, len(asked), 50_000 // len(labels)))  # 200 MB of 1,024 features each
+        most = max(1, min(most, len(asked), 50_000 // len(labels)))  # 50,000 rows of 1,024 features take 200 MB
         asked = asked[torch.linspace(0, len(asked) - 1, most).long()]
         others = torch.arange(len(labels)).expand(len(asked), -1)[torch.arange(len(labels)) != asked[:, None]]
         others = others.view(len(asked), -1)  # (K, N - 1)
@@ -147,12 +149,12 @@ class HeadFitter:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Make the mixes of every pool model. Return features (E, M * S, D), soft labels (E, M * S, way), some images.
 
-        One pool model works after the other, so each checkpoint is read once. `pieces` keeps its full batches. Several
-        processes share them out.
+        The pool models work one after another, so each checkpoint is read once. `pieces` stores finished batches, and
+        several processes share the work.
 
-        images: (N, 3, size, size) uint8; support: (E, S) int64, which of them; targets: (E, S, way), their labels.
-        keep: (m, item) -> whether mix number `item` (from 0, of all episodes) of model m is one of the K images that
-            are returned, (K, 3, size, size) uint8.
+        images: (N, 3, size, size) uint8; support: (E, S) int64 indices of images; targets: (E, S, way) labels.
+        keep: (m, item) -> whether to return the image of mix `item` (numbered from 0 over all episodes) of model m.
+            The images are (K, 3, size, size) uint8.
         """
         s, (count, shots) = self.s, support.shape
         partners = [self.partners(m, count, shots) for m in range(len(self.pool))]
@@ -174,7 +176,7 @@ class HeadFitter:
         return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1), made["pictures"]
 
     def partners(self, m: int, episodes: int, shots: int) -> tuple[Tensor, Tensor]:
-        """Return each support image's partner in the mixes of model m (E, S), and its own share of its mix (E, S)."""
+        """Return each support image's partner (E, S) in the mixes of model m, and its own share (E, S) of its mix."""
         rngs = [numpy_generator(self.s.seed, "mix", m, i) for i in range(episodes)]
         order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
         weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs])
@@ -184,10 +186,8 @@ class HeadFitter:
         self, images: Tensor, support: Tensor, partners: list[tuple[Tensor, Tensor]], keep: Callable[[int, int], bool],
         member: PoolModel, m: int, part: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Return the `features` of mixes number `part` of pool model m, and as `pictures` those to keep."""
-        mixed = self.mixed(images, support, partners[m], member, m, part)
-        if member.image_size != self.size:
-            mixed = F.interpolate(mixed, (self.size, self.size), mode="bilinear", antialias=True)
+        """Return the `features` of the mixes numbered `part` of pool model m, and the mixes to keep as `pictures`."""
+        mixed = resized(self.mixed(images, support, partners[m], member, m, part), self.size)
         kept = torch.tensor(
             [i for i, item in enumerate(part.tolist()) if keep(m, item)], dtype=torch.int64, device=mixed.device
         )
@@ -196,10 +196,10 @@ class HeadFitter:
     def mixed(
         self, images: Tensor, support: Tensor, partners: tuple[Tensor, Tensor], member: PoolModel, m: int, part: Tensor
     ) -> Tensor:
-        """Return mixes number `part` of pool model m: (N, 3, size, size) float in [-1, 1], at that model's size."""
+        """Return the mixes numbered `part` of pool model m, at its size: (N, 3, size, size), float in [-1, 1]."""
         s, size, (order, weight) = self.s, member.image_size, partners
         pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
-        x_a, x_b = (self.resized(images[index], size) for index in pairs)
+        x_a, x_b = (resized(to_float(images[index].to(self.device)), size) for index in pairs)
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
         local_labels = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
         return diffusion_mixes(
@@ -207,40 +207,33 @@ class HeadFitter:
             level=s.mix_level, steps=s.mix_steps, local_labels=local_labels,
         )  # fmt: skip
 
-    def resized(self, images: Tensor, size: int) -> Tensor:
-        """Return uint8 images as floats on the device, at a pool model's size."""
-        images = to_float(images.to(self.device))
-        if size == self.size:
-            return images
-        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
 
 class FewShotClassifier:
-    """Learns classes from a few images each, with scikit-learn's methods.
+    """A classifier that learns each class from a few images, with scikit-learn's methods.
 
-    Images are given as a list of paths, PIL images, or single arrays; or as one array or tensor, (N, H, W, 3) uint8 or
-    (N, 3, H, W) float in [-1, 1] or, with value_range=(0, 1), in [0, 1], RGB. They may be of any sizes: of each the
-    central square is resized by Lanczos to what the meta-model takes. Labels are one hashable value per image, in
-    a list, an array or a column.
+    Images are a list of paths, PIL images or single arrays; or one array or tensor of RGB images, (N, H, W, 3) uint8 or
+    (N, 3, H, W) float in [-1, 1], or in [0, 1] with value_range=(0, 1). They may have any size: the central square of
+    each is resized by Lanczos to the meta-model's size. Labels are a list, array or column of one hashable value per
+    image.
 
-    All that is random comes from `seed`. It does not matter in which order the classes are given, while that of the
-    images of a class decides which are mixed. scikit-learn is not needed; its `clone`, pipelines and cross-validation,
-    and `pickle`, work.
+    All randomness comes from `seed`. The order of the classes does not matter; the order of the images in a class
+    decides which are mixed. scikit-learn is not required, but its `clone`, pipelines and cross-validation work, and so
+    does `pickle`.
 
     Args:
-        model: best_model.pt or last.pt of a run of main.py, or its address.
-        pool: folder, checkpoint or address of the diffusion models that mix; None fits on the images alone.
+        model: path or address of best_model.pt or last.pt of a run of main.py.
+        pool: folder, checkpoint or address of the diffusion models that make mixes; None fits on the images alone.
         mix_level, mix_steps, head_steps, head_init, head_scale, seed, sample_batch, precision, device: as the flags of
             `diffusionmix.py`; config.py has their ranges.
-        pool_flags: what bare public checkpoints in the pool do not say, such as {"num_heads": 4}.
-        value_range: the range of images given as floats, (-1, 1) or (0, 1), the latter as torchvision's ToTensor gives
-            them. None: (-1, 1), and a call whose floats have no negative value is refused, as they may be the other.
+        pool_flags: flags that bare public checkpoints in the pool lack, such as {"num_heads": 4}.
+        value_range: range of float images: (-1, 1), or (0, 1) as from torchvision's ToTensor. None means (-1, 1), but
+            a call whose floats are never negative is refused, because they may be in [0, 1].
 
     Attributes:
-        classes_: (way,) array, the labels in order: sorted, or if they cannot be, by type and text.
+        classes_: (way,) array of the labels, sorted; by type and text if they do not compare.
         fitter_: the loaded model and pool.
-        heads_: the head, of one episode.
-        left_out_: logits (K, way) and labels (K,) of support images, each by a head fitted on the others.
+        heads_: the fitted head, as the `Heads` of one episode.
+        left_out_: logits (K, way) and labels (K,) of `HeadFitter.leave_one_out`; only after `fit`, not after `load`.
         sharpness_: factor of the logits in `predict_proba`: `sharpness` of left_out_.
     """
 
@@ -263,18 +256,18 @@ class FewShotClassifier:
         pool_flags: Mapping[str, Any] | None = None,
         value_range: tuple[float, float] | None = None,
     ):
-        self.model, self.pool, self.pool_flags = model, pool, pool_flags  # as given, as scikit-learn's clone expects
+        self.model, self.pool, self.pool_flags = model, pool, pool_flags  # unchanged: scikit-learn's clone expects it
         self.mix_level, self.mix_steps = mix_level, mix_steps
         self.head_steps, self.head_init, self.head_scale = head_steps, head_init, head_scale
         self.seed, self.sample_batch, self.precision, self.device = seed, sample_batch, precision, device
         self.value_range = value_range
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the arguments of the constructor, by name; `deep` changes nothing."""
+        """Return the constructor's arguments by name; `deep` has no effect."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **params: Any) -> "FewShotClassifier":
-        """Change arguments of the constructor, for the next `fit`. Raises ValueError for one that it does not have."""
+        """Change constructor arguments for the next `fit`, and return self. Raises ValueError for an unknown name."""
         known = self.get_params()
         for name, value in params.items():
             if name not in known:
@@ -283,7 +276,7 @@ class FewShotClassifier:
         return self
 
     def __sklearn_tags__(self) -> Any:
-        """Return what scikit-learn (1.6 or newer), which alone calls this, asks of a classifier."""
+        """Return the tags of a classifier. Only scikit-learn 1.6 or newer calls this."""
         from sklearn.utils import ClassifierTags, Tags, TargetTags
 
         return Tags("classifier", TargetTags(required=True), classifier_tags=ClassifierTags())
@@ -292,21 +285,21 @@ class FewShotClassifier:
         return f"FewShotClassifier({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
 
     def settings(self) -> Settings:
-        """Return the parameters as settings of `diffusionmix.py`. Raises ValueError for one out of range."""
+        """Return the parameters as settings of `diffusionmix.py`. Raises ValueError if one is out of range."""
         params = self.get_params()
         model, pool, flags = (params.pop(name) for name in ("model", "pool", "pool_flags"))
-        del params["value_range"]  # of images that no flag gives
+        del params["value_range"]  # `diffusionmix.py` has no such flag
         if odd := sorted(set(flags or {}) - set(BARE)):
             raise ValueError(f"got pool_flags with {', '.join(odd)}, expected some of {', '.join(BARE)}")
         places = {"dataset": "custom", "resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
         return Settings(**places, **params, **(flags or {}))
 
     def fit(self, images: Iterable, labels: Iterable[Hashable]) -> "FewShotClassifier":
-        """Fit the head on labelled images. Any number of classes (2 or more), each with any number of images.
+        """Fit the head on labelled images: 2 or more classes, with any number of images each. Return self.
 
-        Each class counts the same, however many images it has; see `HeadFitter`. `images` and `labels`: see the class.
-        Returns itself. Raises ValueError for images or labels of another kind or number, and for a model or pool that
-        does not load.
+        Each class counts the same, however many images it has; see `HeadFitter`. `images`, `labels`: see the class.
+        Raises ValueError for images or labels of another kind, for unequal numbers of them, and for a model or pool
+        that does not load.
         """
         fitter = HeadFitter(self.settings())
         classes, numbers = encoded(plain_labels(labels))
@@ -319,19 +312,19 @@ class FewShotClassifier:
         return self
 
     def predict_proba(self, images: Iterable) -> np.ndarray:
-        """Return `probabilities` (N, way) float64 of images, columns as in `classes_`."""
+        """Return class probabilities (N, way), float64, of images; columns as in `classes_`. See `probabilities`."""
         self._check_fitted()
         return probabilities(self.heads_, self.sharpness_, torch.from_numpy(self.transform(images)))
 
     def transform(self, images: Iterable) -> np.ndarray:
-        """Return the features (N, D) float32 of images, of unit length, that the head sees."""
+        """Return the features (N, D), float32 of unit length, that the head gets of images."""
         self._check_fitted()
         return self.fitter_.features(to_float(_read(images, self.fitter_.size, self.value_range))).numpy()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the fitted head to one file. The meta-model stays where it is: the file names it.
+        """Write the fitted head to one file. The file holds the path of the meta-model, not its weights.
 
-        Raises ValueError if it is not fitted, or has labels that are no texts or numbers.
+        Raises ValueError if the classifier is not fitted, or if a label is neither text nor a number.
         """
         self._check_fitted()
         classes = self.classes_.tolist()
@@ -343,7 +336,10 @@ class FewShotClassifier:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FewShotClassifier":
-        """Return what `save` wrote, ready to predict. Raises ValueError for another file, or a missing meta-model."""
+        """Return the classifier that `save` wrote, ready to predict.
+
+        Raises ValueError for a file that `save` did not write, and for a model or pool that does not load.
+        """
         state = checkpoint.load(Path(path))
         checkpoint.entries(state, Path(path), _SAVED, "file of FewShotClassifier.save")
         classifier = cls(**state["params"])
@@ -362,10 +358,9 @@ class FewShotClassifier:
         return self.classes_[best]
 
     def score(self, images: Iterable, labels: Iterable[Hashable]) -> float:
-        """Return the share of images, 0 to 1, whose predicted label is theirs.
+        """Return the accuracy, 0 to 1, of the predicted labels.
 
-        Raises ValueError for labels that no prediction could equal, such as texts if `fit` was given numbers, and as
-        `fit` does.
+        Raises ValueError as `fit` does, and for labels that no prediction equals, such as texts if `fit` got numbers.
         """
         found, wanted = self.predict(images), plain_labels(labels)
         check_kinds(wanted, self.classes_.tolist())
@@ -375,19 +370,21 @@ class FewShotClassifier:
 
 
 def probabilities(heads: Heads, factor: float, features: Tensor) -> np.ndarray:
-    """Return probabilities (N, way) float64 of images with features (N, D), by the head of one episode.
+    """Return softmax(factor * logits) (N, way), float64, of features (N, D) under the head of one episode.
 
-    They are the softmax of its logits times `factor`: the head takes few and small steps, so its own probabilities stay
-    close together. An image's row depends on no other image.
+    The factor is needed because the head takes few, small steps, which leave its own probabilities close together.
+    An image's row depends on no other image.
     """
     return (factor * predict(heads, features[None])[0].double()).softmax(-1).numpy()
 
 
 def sharpness(logits: Tensor, labels: Tensor) -> float:
-    """Return the factor of logits that makes the mean highest probability equal the share that is right.
+    """Return the factor of the logits, from 1 to 1000, that makes the mean highest probability equal the accuracy.
 
-    logits: (K, way) of images that the head was not fitted on; labels: (K,) int64. The share is (right + 1) / (K + 2),
-    so that a few images that are all right give no certainty. 1 if K is 0. Between 1 and 1000.
+    The accuracy is taken as (right + 1) / (K + 2), so that a few images, all right, do not mean certainty. The factor
+    is 1 if K is 0.
+
+    logits: (K, way) of images that the head was not fitted on; labels: (K,) int64.
     """
     if not len(labels):
         return 1.0
@@ -411,9 +408,10 @@ _SAVED = {
 
 
 def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[str, Any]]:
-    """Return the meta-model of a run in eval mode, the size of its training images, and all of its settings.
+    """Return a run's meta-model in eval mode, its image size in pixels, and its training settings.
 
-    Raises ValueError if there is no such file, or it is no checkpoint of main.py, or damaged.
+    The settings include num_classes and image_size. Raises ValueError if the file is missing, damaged, or not a
+    checkpoint of main.py.
     """
     if not path.exists():
         found = sorted(map(str, path.parent.parent.parent.glob(f"*/*/{path.name}")))[:3]
@@ -426,11 +424,11 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
     checkpoint.entries(state, path, MODEL_ENTRIES, WHAT)
     settings = state["settings"]
     shape = dict(features=settings.get("features", "pooled"), image_size=state["image_size"])
-    with torch.device("meta"):  # where weights that do not fit take no memory
+    with torch.device("meta"):  # no memory is spent before the weights are known to fit
         network = MetaModel(state["num_classes"], backbone=settings["backbone"], **shape)
     checkpoint.check_state(network, state["model"], path)
     checkpoint.check_size(state["model"], path)
-    with torch.random.fork_rng(devices=[]):  # the weights that it is made with are replaced: leave no trace of them
+    with torch.random.fork_rng(devices=[]):  # drawing initial weights must not change the caller's random state
         model = MetaModel(state["num_classes"], settings["scale_cls"], settings["backbone"], **shape)
     model.to(device)
     checkpoint.load_state(model, state["model"], path)
@@ -440,7 +438,7 @@ def load_model(path: Path, device: torch.device) -> tuple[MetaModel, int, dict[s
 
 
 def _read(images: Iterable, size: int, value_range: Sequence[float] | None) -> Tensor:
-    """Return images, given as `FewShotClassifier` takes them, as (N, 3, size, size) uint8."""
+    """Return images, in any form that `FewShotClassifier` accepts, as (N, 3, size, size) uint8."""
     if value_range is not None and (not isinstance(value_range, list | tuple) or tuple(value_range) not in RANGES):
         raise ValueError(f"got value_range {value_range!r}, expected {RANGES[0]}, {RANGES[1]} or None")
     single = isinstance(images, str | os.PathLike | Mapping | Set) or not isinstance(images, Iterable)
@@ -483,7 +481,7 @@ def _is_float(image: object) -> bool:
 
 
 def _centred(image: np.ndarray | Tensor) -> Tensor:
-    """Return floats in [0, 1] as floats in [-1, 1]. Raises ImageError for others."""
+    """Map floats in [0, 1] to [-1, 1]. Raises ImageError for values outside [0, 1]."""
     found = torch.as_tensor(image).detach().to(torch.float32)
     low, high = (float(found.min()), float(found.max())) if found.numel() else (0.0, 1.0)
     if not -TOLERANCE < low <= high < 1 + TOLERANCE:  # refuses NaN, too

@@ -5,7 +5,8 @@
 
 `Training.train` is the algorithm: synthesise a pseudo dataset, train the meta-model on it, train the class-learner,
 validate, save. `schedule.py` says what each epoch does. Only the paper's recipe has a class-learner; in the clusters
-recipe the meta-model guides. The best weights on meta_val are kept. To resume, run the same command again.
+recipe the meta-model guides sampling. The weights that score best on meta_val are kept. To resume, run the same
+command again.
 """
 
 import time
@@ -38,14 +39,14 @@ from utils.pieces import digest_of, discard
 from utils.progress import hush
 from utils.seeding import generator
 
-CALIBRATION = 4  # unguided images per class, whose statistics normalise a random class-learner
+CALIBRATION = 4  # unguided images per class that calibrate an untrained class-learner
 
 
 class Training:
-    """One run: its settings, the pool, the real images it is validated on, its learners and its folder."""
+    """One training run: its settings, pool, validation images, learners and run folder."""
 
     def __init__(self, settings: Settings):
-        """Read all that the run needs. Raises ValueError for what would stop it later; nothing is written yet."""
+        """Load everything the run needs; write nothing. Raises ValueError for anything that would stop it later."""
         s = self.s = settings
         self.device = pick_device(s.device_name)
         self.phases = phases(s)
@@ -56,7 +57,7 @@ class Training:
         s.check_memory(sum(self.per_model) or s.num_classes or 1, size, free_memory())
         self.validation = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
         self.real = None
-        if s.source == "real":  # only the reference may see labelled base images
+        if s.source == "real":  # only the real-data reference may see labelled base images
             self.real = load_real(s.dataset, s.data_paths, "meta_train", size, s.real_per_class, s.workers)
         self.num_classes = len(self.real.class_names) if self.real else sum(self.per_model) or s.num_classes or 1
         real = {"meta_val": self.validation} | ({"meta_train": self.real} if self.real else {})
@@ -77,7 +78,7 @@ class Training:
         self.books.restore(self.learners, self.device)
 
     def train(self) -> None:
-        """Run all epochs, from where the run folder stands."""
+        """Train all epochs that the run folder does not have yet."""
         s, books = self.s, self.books
         skipped = self.real.skipped if self.real else {}
         books.begin(self.device, s.start_epoch + len(self.phases), self.validation.skipped, skipped)
@@ -91,12 +92,12 @@ class Training:
         for phase in left:
             started = time.perf_counter()
             data = self.pseudo_dataset(phase)
-            if phase.fresh:  # only now: the network before has just guided and labelled these images
+            if phase.fresh:  # only now: the previous network had to guide and label these images
                 self.learners = self.new_learners()
             made = time.perf_counter()
             rng = generator(s.seed, "epoch", phase.epoch, device=self.device)
             entries = self.learners.train_meta_model(data, phase.rates, rng, phase.epoch)
-            if phase.guided:  # a no-op in the clusters recipe, which has none
+            if phase.guided:  # does nothing in the clusters recipe, which has no class-learner
                 entries |= self.learners.train_class_learner(data, phase.rates, rng)
             check_finite(entries, phase.epoch)
             entries |= {"synthesis_seconds": made - started, "seconds": time.perf_counter() - made}
@@ -106,27 +107,27 @@ class Training:
         books.end()
 
     def new_learners(self) -> Learners:
-        """Return the networks of the recipe with random weights, and their optimisers."""
+        """Return the recipe's networks, with random weights, and their optimisers."""
         if self.s.recipe == "paper":
             return PaperLearners(self.s, self.num_classes, self.size, self.device, shared_process())
         return ClusterLearners(self.s, self.num_classes, self.size, self.device)
 
     def calibrate_guide(self) -> None:
-        """Normalise a random class-learner by a few unguided images, so that it can guide round 0."""
+        """Set the running statistics of the untrained networks from a few unguided images, to guide round 0."""
         few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
         images, _, _ = synthesise(self.pool, few, self.device)
         guides.calibrate(self.learners.model, self.learners.learner, images)
 
     def accuracy(self) -> dict[str, float]:
-        """Return the accuracy of nearest prototypes on meta_val, with half of its 95 % interval, in percent."""
+        """Return the nearest-prototype accuracy on meta_val and half the width of its 95 % interval, in percent."""
         s = self.s
         mean, half = validate(self.learners.model, self.validation.images, self.val_episodes, s.way, s.scale_cls)
         return {"val_accuracy": mean, "val_ci95": half}
 
     def pseudo_dataset(self, phase: Phase) -> PseudoDataset:
-        """Return the labelled images of an epoch; what is not there yet is made and kept."""
+        """Return the labelled images of an epoch. Draw and save those that do not exist yet."""
         if (phase.rounds, phase.labels) != self.data_key:
-            self.data_key, self.data = (phase.rounds, phase.labels), None  # frees the old before the new is there
+            self.data_key, self.data = (phase.rounds, phase.labels), None  # free the old data before loading the new
             if self.real:
                 self.data = PseudoDataset(self.real.images, self.real.labels, self.num_classes).on(self.device)
             else:
@@ -135,14 +136,14 @@ class Training:
         return self.data
 
     def round_of(self, number: int, phase: Phase) -> PseudoDataset:
-        """Return the images of a round with the labels that `phase` gives them."""
+        """Return the images of round `number`, labelled as `phase` asks."""
         folder = self.s.run_folder / "pseudo" / f"round{number:02d}"
         if number < phase.round:
             data = PseudoDataset.load(folder)
         else:
             data = kept(folder, partial(self.new_round, phase))
             self.books.log.board.image("images", folder / "sheet.png", phase.epoch)
-            discard(self.plan(number).folder)  # its images are in the dataset now
+            discard(self.plan(number).folder)  # the dataset holds these images now
         if phase.labels == "clusters":
             return kept_labels(folder / "clusters.npy", data, partial(self.clusters, data))
         if number in phase.relabel:
@@ -150,9 +151,9 @@ class Training:
         return data
 
     def new_round(self, phase: Phase) -> tuple[PseudoDataset, dict]:
-        """Draw and label the newest round of `phase`. Return it, and what to note of it.
+        """Draw and label the newest round of `phase`. Return it, and notes to save with it.
 
-        To ask each noise for its likeliest class, the round is drawn twice: unguided, and guided from the same noise.
+        To guide each image towards its likeliest class, draw twice from the same noise: unguided, then guided.
         """
         processes.same_weights(*self.learners.networks.values())
         self.books.check_pool(processes.broadcast(self.pool.digest()))
@@ -171,23 +172,23 @@ class Training:
         return PseudoDataset(images, labels, self.num_classes), notes
 
     def unguided(self, plan: Synthesis) -> PseudoDataset:
-        """Draw unguided images, labelled by model: the first class of a model stands for all of its classes."""
+        """Draw unguided images, labelled by model: each gets the first class of the model that drew it."""
         images, classes, _ = synthesise(self.pool, plan, self.device)
         return PseudoDataset(images, plan.first_of(classes), self.num_classes)
 
     def clusters(self, data: PseudoDataset) -> Tensor:
-        """Return new labels (N,): balanced clusters of features, within each model. data: labelled by model."""
+        """Return new labels (N,): balanced clusters of features within each model. data: images labelled by model."""
         seen = features(self.learners.model, data.images)
         return cluster_classes(seen, data.labels, self.per_model, generator(self.s.seed, "clusters"))
 
     def likeliest(self, data: PseudoDataset) -> Tensor:
-        """Return new labels (N,): the likeliest classes within each model, equally many images per class."""
+        """Return new labels (N,): each image's likeliest class of its model, with equally many images per class."""
         scores = guides.clean_scores(self.learners.guide(), data.images, self.device)
         by_model = self.plan(0).first_of(data.labels)
         return processes.broadcast(share_out(scores, by_model, self.per_model))
 
     def plan(self, stream: int | str) -> Synthesis:
-        """Return how this run draws images."""
+        """Return the settings for drawing images. stream: the round, or a name; each has its own noise."""
         s = self.s
         return Synthesis(
             classes=self.per_model, per_class=s.samples_per_class, steps=s.sample_steps, size=self.size, seed=s.seed,
@@ -197,13 +198,13 @@ class Training:
 
 
 def main() -> None:
-    """Parse and train, or say what that would be."""
+    """Parse the flags and train; with --dry-run, only print what the run would do."""
     settings = parse(description="Meta-train without data, from a pool of diffusion models.", command="training")
     hush(settings.quiet)
-    training = Training(settings)  # refuses what is wrong before it makes a folder
+    training = Training(settings)  # raises for wrong settings before any folder is made
     if settings.dry_run:
         return dry_run.of_training(training)
-    processes.meet()  # before the first one writes what the others have just read
+    processes.meet()  # all must have read the run folder before the first process writes to it
     with locked(settings.run_folder):
         training.train()
 

@@ -1,14 +1,14 @@
-"""The schedule of a run as data: what each epoch trains on. `main.py` obeys it, `dry_run.py` counts it.
+"""The schedule of a run, as data: what each epoch trains on. `main.py` follows it; `dry_run.py` reports it.
 
 The paper's recipe trains the same networks from round to round, on the newest images:
 
-    round 0, 1, 2, ...     images guided by the class-learner; or unguided, labelled by the model that drew them
+    round 0, 1, 2, ...     images guided by the class-learner, or unguided ones labelled by the model that drew them
 
 The clusters recipe trains one network after another on all images so far, each from the initial weights:
 
     round 0, first half    unguided images, labelled by the model that drew them
     round 0, second half   the same images, labelled by clusters of the first network's features
-    round 1, 2, ...        new images too, guided by the network before; it also labels the unguided images again
+    round 1, 2, ...        more images, guided by the previous network, which also relabels the unguided images
 """
 
 import math
@@ -16,25 +16,25 @@ from dataclasses import dataclass
 
 from config import Settings
 
-WARM_UP = 20  # steps over which the rate rises from 0, in the clusters recipe
+WARM_UP = 20  # steps of linear warm-up, in the clusters recipe
 NONE = range(0)
-STEPS = ((80, 0.0024), (70, 0.012), (60, 0.06))  # the paper's rates from these epochs of 90 on, as shares of the first
+STEPS = ((80, 0.0024), (70, 0.012), (60, 0.06))  # the paper's rates: (from epoch, of 90; share of the first rate)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One epoch.
+    """What one epoch trains on, and how.
 
     Attributes:
-        epoch: its number, from 0; the log counts from 1, so it calls epoch 10 "epoch 11".
-        rounds: the rounds whose images are trained on; the last one is new.
-        labels: of the images. "model": the model that drew it. "asked": the class that guidance asked for, each as
-            often as another. "clusters": clusters of features. "likeliest": the likeliest class by the network before,
-            which guidance also asks for. "real": the folder.
+        epoch: its number, from 0. The log counts from 1: it calls epoch 10 "epoch 11".
+        rounds: the rounds whose images it trains on; the last one is the newest.
+        labels: where the labels come from. "model": the model that drew the image. "asked": the class that guidance
+            asked for, with equally many images per class. "clusters": clusters of features. "likeliest": the class
+            that the previous network finds likeliest, which guidance asks for too. "real": the image folder.
         guided: whether the images of the newest round are guided.
-        relabel: the rounds before the newest whose images the network before labels again: those that are unguided.
-        fresh: whether it starts again from the initial weights.
-        rates: the learning rate of each of its steps.
+        relabel: the earlier rounds that the previous network relabels: the unguided ones.
+        fresh: whether training restarts from the initial weights.
+        rates: the learning rate of each step.
     """
 
     epoch: int
@@ -52,7 +52,7 @@ class Phase:
 
 
 def phases(settings: Settings) -> list[Phase]:
-    """Return the epochs of a run from --start-epoch on, in order; none where nothing is trained."""
+    """Return the epochs of a run in order, from --start-epoch; an empty list if nothing is trained."""
     if settings.source == "none":
         return []
     make = _paper if settings.recipe == "paper" else _clusters
@@ -71,7 +71,7 @@ def _clusters(s: Settings, epoch: int) -> Phase:
     if s.source == "real":
         return Phase(epoch, range(1), "real", False, NONE, False, _cosine(s, epoch, s.max_epoch))
     number, half = epoch // s.refresh_every, s.refresh_every // 2
-    start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)  # of its network
+    start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)  # of this network
     if s.source == "by_model":
         labels = "model"
     elif number > 0:
@@ -88,7 +88,7 @@ def _clusters(s: Settings, epoch: int) -> Phase:
 
 
 def _cosine(s: Settings, done: int, total: int) -> tuple[float, ...]:
-    """Return the rates of epoch number `done` of the `total` epochs of a network: a warm-up, then half a cosine."""
+    """Return the rates of the epoch after `done` of a network's `total` epochs: half a cosine, after a warm-up."""
     steps = range(done * s.epoch_steps, (done + 1) * s.epoch_steps)
     fall = [0.5 * (1 + math.cos(math.pi * step / (total * s.epoch_steps))) for step in steps]
     return tuple(s.lr * min(1.0, (step + 1) / WARM_UP) * each for step, each in zip(steps, fall, strict=True))

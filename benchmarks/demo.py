@@ -2,7 +2,8 @@
 
     python -m benchmarks.demo
 
-Rows of `benchmarks.table` on fontchars, real characters, at a small size and with one seed. It starts afresh each time.
+It makes rows of `benchmarks.table` on fontchars, a set of real characters, at a small size and with one seed. Each call
+starts afresh.
 """
 
 import shutil
@@ -21,7 +22,7 @@ TEST = "--episodes 200".split()
 
 
 def main() -> None:
-    """Run every row, show the table, and say what was seen."""
+    """Make every row, print the table, and print a summary."""
     started = time.time()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
     rows = rows_of(run_all(FOLDER, [1], [1], ["none", "unguided", "guided", "real"], TRAIN, TEST))

@@ -1,15 +1,15 @@
-"""Where a pool loses accuracy: images, labels or training. Needs labelled base images beside the pool (meta_train).
+"""Find where a pool loses accuracy: images, labels or training. Needs labelled base images (meta_train) of the pool.
 
     python -m benchmarks.ladder                                            # glyphs
     python -m benchmarks.ladder --dataset custom --data-root data/mine --pool ckpt/pools/mine
 
 Each rung is a run of `main.py` that is kept in --folder, so the ladder resumes; other flags go to `main.py`. Accuracy
-is that of nearest prototypes on meta_val. A judge, trained on real base labels, only measures:
+is nearest-prototype accuracy on meta_val. A judge, trained on real base labels, measures the images:
 
-    own       share of images to which it gives a class of the model that drew them
-    purity    share that agree with it, under the best one-to-one match of pseudo classes to base classes
+    own       share of images that the judge assigns to a class of the model that drew them
+    purity    share whose label agrees with the judge, under each model's best match of pseudo classes to base classes
 
-The pool's models must have the base classes in order, as `image_train.py --classes_per_model` shares them out.
+The pool's models must have learned the base classes in order, as `image_train.py --classes_per_model` assigns them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from schedule import Phase
 from utils.cli import run as run_command
 from utils.lock import locked
 
-RUNGS = {  # a run -> how the table names it
+RUNGS = {  # run -> its name in the table
     "by_model": "unguided, by model",
     "unguided": "unguided, clusters, then relabelled",
     "guided": "guided",
@@ -47,7 +47,7 @@ RUNGS = {  # a run -> how the table names it
 
 
 class Judged(Training):
-    """A run on the unguided images of another run, with the judge's labels: what no pool can have."""
+    """A run on the unguided images of another run, with labels from the judge, which no pool has."""
 
     def __init__(self, settings: Settings, images: Tensor, labels: Tensor):
         super().__init__(settings)
@@ -59,15 +59,15 @@ class Judged(Training):
 
 
 def classes(judge: MetaModel, images: Tensor, device: torch.device) -> Tensor:
-    """Return the class (N,) that the judge gives each image (N, 3, H, W) uint8, on the CPU."""
+    """Return the judge's class (N,) of each image (N, 3, H, W) uint8, on the CPU."""
     return clean_scores(lambda x, t: judge.classify(x), images, device).argmax(1)
 
 
 def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> tuple[float, float]:
-    """Return own and purity in percent.
+    """Return own and purity, in percent.
 
-    said: (N,) int64, the judge's base class of each image; labels: (N,) its pseudo class; counts, real: pseudo classes
-    and base classes of each model, one model after the other.
+    said: (N,) int64, the judge's base class of each image; labels: (N,) int64, its pseudo class; counts, real: number
+    of pseudo classes and of base classes of each model, in order.
     """
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[labels]
     truth = torch.arange(len(real)).repeat_interleave(torch.tensor(real))[said]
@@ -80,7 +80,7 @@ def purity(said: Tensor, labels: Tensor, counts: list[int], real: list[int]) -> 
 
 
 def accuracy(s: Settings, path: Path) -> list[float]:
-    """Return accuracy in percent on meta_val at 1 and at 5 shots, of the checkpoint `path`."""
+    """Return the accuracy of the checkpoint `path` on meta_val at 1 and at 5 shots, in percent."""
     model, size, _ = load_model(path, pick_device(s.device_name))
     real = load_real(s.dataset, s.data_paths, "meta_val", size, workers=s.workers)
     found = []
@@ -92,7 +92,7 @@ def accuracy(s: Settings, path: Path) -> list[float]:
 
 
 def main() -> None:
-    """Run every rung that is not there, measure all, print a table."""
+    """Run every missing rung, measure all, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, help="of the runs (default ckpt/runs/ladder/DATASET)")
     parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS), help="to measure (default all)")
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def _shared(total: int, counts: list[int]) -> list[int]:
-    """Return the base classes of each model, as pools are made: in order, as many for one as for another."""
+    """Return the number of base classes of each model, shared evenly in order, as `image_train.py` does."""
     if sum(counts) == total:
         return counts
     each = -(-total // len(counts))

@@ -1,4 +1,4 @@
-"""What the speed measurements share: flags, models, timing, counted work, the machine's own rate, one JSON line."""
+"""Shared by the speed measurements: flags, models, timing, counted work, the machine's own rate, one JSON line."""
 
 import argparse
 import contextlib
@@ -26,10 +26,10 @@ from utils.environment import commit, hardware
 from utils.seeding import seed_everything
 
 SEED = 0
-MATRIX = {"cpu": 4096, "cuda": 8192}  # side of the square matrices that tell the machine's own rate
-GLYPHS = Path(__file__).resolve().parent.parent / "ckpt" / "glyphs"  # its first model is the small U-Net
+MATRIX = {"cpu": 4096, "cuda": 8192}  # side of the square matrices that measure the machine's own rate
+GLYPHS = Path(__file__).resolve().parent.parent / "ckpt" / "glyphs"  # the pool whose first model is the small U-Net
 PAPER = dict(image_size=64, num_channels=128, num_res_blocks=3, learn_sigma=True, noise_schedule="cosine")
-_ATTENTION = {  # how a CPU computes attention, which torch leaves out of its count
+_ATTENTION = {  # attention on a CPU, which torch leaves out of its count
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)
@@ -38,7 +38,7 @@ _ATTENTION = {  # how a CPU computes attention, which torch leaves out of its co
 
 
 def parse(description: str) -> argparse.Namespace:
-    """Parse the flags of all four. Raises ValueError for one that does not fit."""
+    """Parse the flags of all four measurements. Raises ValueError for an invalid one."""
     parser = OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--size", required=True, choices=("paper", "small"), help="of the networks and images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -55,18 +55,18 @@ def parse(description: str) -> argparse.Namespace:
 def settings(
     args: argparse.Namespace, device: torch.device, sizes: Mapping[str, dict], on_gpu: Mapping[str, dict]
 ) -> dict[str, Any]:
-    """Return the numbers of a size: `sizes`, of which a GPU replaces `on_gpu`, and of that --batch the batch."""
+    """Return the settings of --size in `sizes`, updated on a GPU from `on_gpu`, with the batch of --batch if given."""
     chosen = {**sizes[args.size], **(on_gpu.get(args.size, {}) if device.type == "cuda" else {})}
     return {**chosen, "batch": args.batch} if args.batch else chosen
 
 
 def unet_flags(size: str) -> dict[str, Any]:
-    """Return every flag of `create_model_and_diffusion` for a size: the paper's, or those of the shipped pool."""
+    """Return every flag of `create_model_and_diffusion` for a size: the paper's, or the shipped pool's."""
     return Pool(GLYPHS).load(0).flags if size == "small" else {**model_and_diffusion_defaults(), **PAPER}
 
 
 def unet_settings(size: str) -> dict[str, Any]:
-    """Return what the JSON line says about a size's U-Net."""
+    """Return the JSON line's entries on the U-Net of a size."""
     flags = unet_flags(size)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in create_model(**flags).parameters())
@@ -76,7 +76,7 @@ def unet_settings(size: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _pool(size: str) -> Iterator[Pool]:
-    """Yield a pool in files, as main.py has it: the one that ships, or a random one of the paper's size."""
+    """Yield a pool in files, as main.py reads it: the shipped one, or a random model of the paper's size."""
     if size == "small":
         yield Pool(GLYPHS)
         return
@@ -84,7 +84,7 @@ def _pool(size: str) -> Iterator[Pool]:
     seed_everything(SEED)
     network = create_model(**flags)
     for weight in network.parameters():
-        if not weight.any():  # layers that start at zero: a GPU multiplies by zeros at less power, hence faster
+        if not weight.any():  # layers that start at zero: a GPU uses less power on zeros, and so runs faster
             torch.nn.init.normal_(weight, std=0.02)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
@@ -93,19 +93,19 @@ def _pool(size: str) -> Iterator[Pool]:
 
 
 def pool_model(size: str, device: torch.device, precision: str = "float32") -> PoolModel:
-    """Return the first model of that pool."""
+    """Return the first model of the pool of a size."""
     with _pool(size) as pool:
         return pool.load(0, device, precision)
 
 
 def settle_precision(args: argparse.Namespace, device: torch.device) -> None:
-    """Replace --precision auto by what it comes to here, as main.py does."""
+    """Replace --precision auto by the format that it selects on this machine, as main.py does."""
     with _pool(args.size) as pool:
         args.precision = pool.precision(args.precision, device)
 
 
 def plain_model(size: str, device: torch.device) -> PoolModel:
-    """Return the same model the straightforward way: built, filled, in eval mode, and nothing more."""
+    """Return the same model without any speed-up: built, filled, in eval mode, in float32."""
     model = pool_model(size, torch.device("cpu"))
     network = create_model(**model.flags)
     network.load_state_dict(model.network.state_dict())
@@ -113,7 +113,7 @@ def plain_model(size: str, device: torch.device) -> PoolModel:
 
 
 def timed(function: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Return the seconds of each of `repeats` calls, after one that is not timed."""
+    """Return the seconds of each of `repeats` calls, after an untimed one."""
     function()
     seconds = []
     for _ in range(repeats):
@@ -126,7 +126,7 @@ def timed(function: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Count operations of matrix products, convolutions and attention in a call, 2 per multiply-add."""
+    """Return the operations of matrix products, convolutions and attention in a call, 2 per multiply-add."""
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     counter.mod_tracker = _WholeOnly()
     with counter:
@@ -135,16 +135,16 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the machine's own rate: GFLOP per second of a large square matrix product, the median of five."""
+    """Return the machine's own rate in GFLOP per second: a large square matrix product, by the median of five."""
     side = MATRIX[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2e-9 * side**3 / statistics.median(timed(lambda: a @ b, device, 5))
 
 
 class Timed(NamedTuple):
-    """What is timed. make: returns a function; each call of that does `units` images or episodes.
+    """A piece of work to time. make: returns a function that processes `units` images or episodes per call.
 
-    `make` is called when its turn comes, so that the memory of one is not counted for the other.
+    `make` is called only just before the timing, so that one piece's memory is not counted for another.
     """
 
     units: int
@@ -157,7 +157,8 @@ def report(
 ) -> None:  # fmt: skip
     """Measure and print the JSON line.
 
-    chosen: the settings; dtype: what --precision came to; unit: "images" or "episodes"; plain: the work done plainly.
+    chosen: the settings; dtype: what --precision selected; unit: "images" or "episodes"; work: the program's own way;
+    plain: the baseline without its speed-ups.
     """
     with contextlib.redirect_stdout(sys.stderr):
         _say(f"{name}, {args.size}, {device}: counting the work of a run")
@@ -196,7 +197,7 @@ def report(
 
 
 class _WholeOnly(contextlib.nullcontext):
-    """In place of the counter's hooks on each module, which `torch.autograd.grad` of guidance does not bear."""
+    """Replaces the counter's hooks on each module, which fail with `torch.autograd.grad` in guidance."""
 
     parents = {"Global"}
 
@@ -211,7 +212,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _float32_on(device: torch.device) -> dict[str, str]:
-    """Return how a GPU computes float32 products and convolutions: "ieee", "tf32", or "none" for torch's default."""
+    """Return how a GPU computes float32 products and convolutions: "ieee", "tf32", or "none", torch's default."""
     if device.type != "cuda":
         return {}
     return {
@@ -221,10 +222,10 @@ def _float32_on(device: torch.device) -> dict[str, str]:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Return in MiB the most that torch held on a GPU, or the process on a CPU."""
+    """Return the peak memory in MiB: of torch on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
@@ -238,7 +239,7 @@ def _say(text: str) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Round floats to four digits, also those in lists and dicts."""
+    """Round floats, also in lists and dicts, to four significant digits."""
     if isinstance(value, dict):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list):

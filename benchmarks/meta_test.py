@@ -1,9 +1,9 @@
-"""How fast a meta-test with diffusion mixes is: mixes by one pool model, features, heads, in episodes per second.
+"""Measure a meta-test with diffusion mixes of one pool model, in episodes per second: mixes, features and heads.
 
     python -m benchmarks.meta_test --size small
 
-Support images of all episodes are mixed in full batches, and all heads are fitted together, as `diffusionmix.py` does
-it. Plainly: in float32, episode by episode, each head an `nn.Linear` under `torch.optim.SGD`.
+Support images of all episodes are mixed in full batches, and all heads are fitted together, as in `diffusionmix.py`.
+The plain baseline works in float32, episode by episode, and fits each head as an `nn.Linear` by `torch.optim.SGD`.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from utils.images import to_float
 from utils.seeding import generator, noise, numpy_generator
 
 _COMMON = dict(way=5, shot=1, level=200, head_steps=50, classes=64)
-SIZES = {  # steps: of a mix; method_steps: those of the whole method, if fewer are timed
+SIZES = {  # steps: timed steps per mix; method_steps: steps in the real method
     "paper": dict(episodes=4, batch=250, steps=2, method_steps=200, plain_episodes=1, **_COMMON),
     "small": dict(episodes=40, batch=200, steps=3, method_steps=3, plain_episodes=20, **_COMMON),
 }
@@ -34,7 +34,7 @@ ON_GPU = {"paper": dict(episodes=100, steps=200)}
 
 @dataclass(frozen=True)
 class Tasks:
-    """E episodes of S support images: images (E, S, 3, H, W) uint8, the partner of each (E, S), its share (E, S)."""
+    """E episodes: support images (E, S, 3, H, W) uint8, their partners (E, S), and their shares of the mixes (E, S)."""
 
     images: Tensor
     order: Tensor
@@ -43,7 +43,7 @@ class Tasks:
 
     @classmethod
     def random(cls, s: dict[str, Any], size: int) -> "Tasks":
-        """Return random pixels, mixed with one another as `diffusionmix.py` mixes."""
+        """Return episodes of random pixels, with partners and shares drawn as in `diffusionmix.py`."""
         count, shots = s["episodes"], s["way"] * s["shot"]
         rngs = [numpy_generator(measure.SEED, "mix", i) for i in range(count)]
         order = torch.stack([torch.from_numpy(rng.permutation(shots)) for rng in rngs])
@@ -54,7 +54,7 @@ class Tasks:
         return cls(images, order, weight, targets.expand(count, -1, -1).contiguous())
 
     def features(self, member: PoolModel, model: MetaModel, index: Tensor, s: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return features (N, D) on the CPU of support images number `index` of all E * S, and of their mixes."""
+        """Return features (N, D), on the CPU, of the support images numbered `index` (of E * S), and of their mixes."""
         device = next(model.parameters()).device
         images, size = self.images.flatten(0, 1), self.images.shape[-1]
         partner = (self.order + self.order.shape[1] * torch.arange(len(self.order))[:, None]).flatten()
@@ -66,7 +66,7 @@ class Tasks:
             return model.embed(x_a).cpu(), model.embed(mixed).cpu()
 
     def stages(self, parts: list[tuple[Tensor, Tensor]], chosen: slice, steps: int) -> list:
-        """Return what heads of the episodes `chosen` are fitted on, from batches of their features."""
+        """Return the stages to fit the heads of the episodes `chosen`. parts: their features, batch by batch."""
         shape, targets = self.order[chosen].shape, self.targets[chosen]
         support, mixes = (torch.cat(one).unflatten(0, shape) for one in zip(*parts, strict=True))
         partner = targets.gather(1, self.order[chosen][..., None].expand_as(targets))
@@ -75,7 +75,7 @@ class Tasks:
 
 
 def together(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any]) -> Heads:
-    """Return the heads of all episodes."""
+    """Return the heads of all episodes, fitted together."""
     parts = torch.arange(tasks.order.numel()).split(s["batch"])
     found = [tasks.features(member, model, part, s) for part in parts]
     stages = tasks.stages(found, slice(None), s["head_steps"])
@@ -83,7 +83,7 @@ def together(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any
 
 
 def one_by_one(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, Any]) -> list[torch.nn.Linear]:
-    """Return the heads of the first `plain_episodes` episodes, each fitted by itself."""
+    """Return the heads of the first `plain_episodes` episodes, fitted one by one."""
     heads = []
     for index in torch.arange(tasks.order.numel()).split(tasks.order.shape[1])[: s["plain_episodes"]]:
         chosen = slice(len(heads), len(heads) + 1)
@@ -102,7 +102,7 @@ def one_by_one(tasks: Tasks, member: PoolModel, model: MetaModel, s: dict[str, A
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the flags, measure, and print the result."""
     args = measure.parse("Episodes a second of a meta-test with diffusion mixes.")
     device = pick_device(args.device)
     measure.settle_precision(args, device)

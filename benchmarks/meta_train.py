@@ -1,10 +1,10 @@
-"""How fast the two learners train: an epoch of both as `main.py --recipe paper` has it, in episodes per second.
+"""Measure the training of both learners, an epoch as in `main.py --recipe paper`, in episodes per second.
 
     python -m benchmarks.meta_train --size small
 
-Each episode counts once, though the class-learner sees as many images again. The learners train in float32 on every
-device. Plainly: Conv4 in the default memory format with ReLU before the pool, images kept on the CPU and augmented one
-by one.
+Each episode counts once, although the class-learner then sees as many images again. The learners train in float32 on
+every device. The plain baseline has Conv4 in the default memory format with ReLU before the pool, keeps images on the
+CPU, and augments them one by one.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from utils.cli import run
 from utils.seeding import generator
 
 _COMMON = dict(way=5, shot=1, query=6)
-SIZES = {  # episodes: timed, of an epoch's method_episodes; per_class: images; plain_episodes: timed the plain way
+SIZES = {  # episodes: timed ones, of method_episodes per epoch; per_class: images; plain_episodes: of the baseline
     "paper": dict(episodes=96, method_episodes=1200, batch=32, image_size=64, classes=64, per_class=600,
                   dense_weight=0.5, flip=True, plain_episodes=32, **_COMMON),
     "small": dict(episodes=100, method_episodes=100, batch=4, image_size=32, classes=40, per_class=40,
@@ -32,7 +32,7 @@ ON_GPU = {"paper": dict(episodes=1200)}
 
 
 class PlainConv4(nn.Module):
-    """Conv4 as it is usually written: four times (convolution, batch norm, ReLU, 2x2 max pool)."""
+    """Conv4 as usually written: four blocks of convolution, batch norm, ReLU and 2x2 max pool."""
 
     feature_dim = 64
 
@@ -49,10 +49,10 @@ class PlainConv4(nn.Module):
 
 
 class Training:
-    """The paper's learners with random weights, random images, and an epoch of them."""
+    """An epoch of the paper's learners, with random weights and random images."""
 
     def __init__(self, s: dict[str, Any], device: torch.device, base: nn.Module | None = None, on: str = "") -> None:
-        """base: in place of the meta-model's own backbone; on: where the images are, by default on the device."""
+        """base: replaces the meta-model's own backbone; on: device of the images, by default `device`."""
         settings = Settings(
             nKnovel=s["way"], nExemplars=s["shot"], train_nTestNovel=s["way"] * s["query"], train_batch=s["batch"],
             train_epoch_size=s["episodes"], dense_weight=s["dense_weight"], flip=s["flip"], seed=measure.SEED,
@@ -74,13 +74,13 @@ class Training:
 
 
 def one_by_one(learners: PaperLearners) -> None:
-    """Make learners augment images one after the other; those of a batch draw the same random numbers that way."""
+    """Make `learners` augment images one by one. The generator is drawn from for each image in turn."""
     batch = learners.changed
     learners.changed = lambda images, rng: torch.cat([batch(image[None], rng) for image in images])
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the flags, measure, and print the result."""
     args = measure.parse("Episodes a second of an epoch of both learners.")
     device = pick_device(args.device)
     if args.precision == "bf16":

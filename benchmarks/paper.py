@@ -1,12 +1,12 @@
-"""A row of the paper's table: data, pool, meta-training, tests at 1 and at 5 shots; beside published figures.
+"""Reproduce a row of the paper's table: data, pool, meta-training, tests at 1 and 5 shots, beside published figures.
 
     python -m benchmarks.paper --scenario un_cifarfs --data path/to/cifar100 --gpus 4
     python -m benchmarks.paper --scenario cifar_mini --data path/to/cifar100,path/to/miniimagenet --seeds 1 2 3
     python -m benchmarks.paper --scenario un_cifarfs --print sbatch         # prints the commands and runs nothing
 
-Run it in the top folder. Data sets lie in data/, pools in ckpt/pools/, the rest in --folder. To resume, run the same
-command again. Other flags go to `main.py` and `diffusionmix.py`, those after --test to `diffusionmix.py` alone, those
-after --pretrain to `image_train.py`. published.json has the published figures, each with its source.
+Run it in the top folder. Data sets are in data/, pools in ckpt/pools/, everything else in --folder. To resume, run the
+same command again. Other flags go to `main.py` and `diffusionmix.py`, flags after --test only to `diffusionmix.py`, and
+flags after --pretrain to `image_train.py`. published.json has the published figures, each with its source.
 """
 
 import os
@@ -30,12 +30,12 @@ from utils.metrics import over_seeds
 from utils.run_log import read_json, write_json
 
 NAMES = [name for name, scenario in SCENARIOS.items() if {*scenario.images} <= {"cifarfs", "miniimagenet"}]
-SHOTS = (1, 5)  # of the tests; one training serves both, as in benchmarks.table
-PER_MODEL = 5  # classes that a pool model learns; of 64, the last of 13 models has 4
+SHOTS = (1, 5)  # shots of the tests; one training serves both, as in benchmarks.table
+PER_MODEL = 5  # classes per pool model; with 64 classes, the last of 13 models has 4
 NETWORK = [word for name, value in PAPER.items() for word in (f"--{name}", str(value))] + ["--random_flip", "True"]
 OWN = "-d --dataset --data-root --pool --source --save-dir --resume --seed --nExemplars --shot".split()  # set here
-FREE = {"cifarfs"}  # what can be downloaded
-TASK = "@TASK@"  # stands for the number of a task of an array job
+FREE = {"cifarfs"}  # data sets that can be downloaded
+TASK = "@TASK@"  # placeholder for a task number in an array job
 FIGURES = Path(__file__).with_name("published.json")
 TOLD = f"{INTERVALS} Published figures have the interval of their source."
 HEAD = ("method", "1 shot, %", "5 shots, %", "source")
@@ -43,29 +43,29 @@ PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torc
 
 
 class Step(NamedTuple):
-    """A command. words: as typed in the top folder; makes: a file or folder that is there once it has ended."""
+    """A command. words: as typed in the top folder; makes: a file or folder that exists once it has finished."""
 
     words: list[str]
     makes: Path
 
     @property
     def line(self) -> str:
-        """Return the command as a line for a shell."""
+        """The command as a shell line."""
         return shlex.join(self.words)
 
 
 def classes_of(domain: str) -> dict[str, tuple[str, ...]]:
-    """Return the published classes of a data set by split."""
+    """Return the published classes of a data set, by split."""
     return {"cifarfs": published.CIFARFS, "miniimagenet": published.MINIIMAGENET}[domain]
 
 
 def models(domain: str) -> int:
-    """Return how many models the pool of a data set has."""
+    """Return the number of models in the pool of a data set."""
     return -(-len(classes_of(domain)["meta_train"]) // PER_MODEL)
 
 
 def plan(a: Namespace, array: bool = False) -> dict[str, list[Step]]:
-    """Return the steps of each stage, in order. array: a step stands for every model of a pool, or for every seed."""
+    """Return the steps of each stage, in order. array: one step stands for all models of a pool, or for all seeds."""
     many = ["torchrun", "--standalone", "--nproc_per_node", str(a.gpus)] if a.gpus > 1 else ["python"]
     condition, joined, before = "co" if a.scenario.startswith("co_") else "un", f"ckpt/pools/{a.scenario}", 0
     stages = {stage: [] for stage in ("data", "pool", "train", "test", "table")}
@@ -74,7 +74,7 @@ def plan(a: Namespace, array: bool = False) -> dict[str, list[Step]]:
         words = ["python", "-m", "datasets.prepare", domain, "--out", f"data/{domain}"]
         if source or domain in FREE:
             stages["data"].append(Step([*words, *(["--from", source] if source else [])], Path("data", domain)))
-        if pool != joined:  # a link for each model, so that the pools of both data sets serve other scenarios, too
+        if pool != joined:  # link each model, so that other scenarios can use the pools of both data sets too
             link = f"{joined}/subset$((m + {before}))"
             each = f"[ -d {link} ] || ln -sfn ../{Path(pool).name}/subset$m {link}"
             words = ["sh", "-c", f"mkdir -p {joined} && for m in $(seq {models(domain)}); do {each}; done"]
@@ -98,7 +98,7 @@ def plan(a: Namespace, array: bool = False) -> dict[str, list[Step]]:
 
 
 def sbatch(a: Namespace) -> list[str]:
-    """Return the lines that submit the jobs: arrays of pool models and of seeds, each after what it needs."""
+    """Return the lines that submit the jobs: arrays of pool models and of seeds, each after the jobs it depends on."""
     stages, lines = plan(a, array=True), []
     seeds = f"--array={','.join(map(str, a.seeds))} --gpus-per-node={a.gpus} "
 
@@ -119,7 +119,7 @@ def sbatch(a: Namespace) -> list[str]:
 
 
 def run_all(a: Namespace) -> None:
-    """Run what has not been run, and note it in done.json; exit as a step does that fails."""
+    """Run the steps that are not done, noting each in done.json. Exit with the status of a step that fails."""
     *stages, _ = plan(a).values()
     notes = ROOT / a.folder / "done.json"
     for step in sum(stages, []):
@@ -134,12 +134,12 @@ def run_all(a: Namespace) -> None:
 
 
 def call(words: list[str]) -> None:
-    """Run a command in the top folder; exit as it does if it fails."""
+    """Run a command in the top folder. Exit with its status if it fails."""
     execute(*PROGRAMS.get(words[0], words[:1]), *words[1:])
 
 
 def rows_of(a: Namespace) -> list[tuple[str, ...]]:
-    """Return the rows of the table under `HEAD`: ours, then the published ones. Accuracies in percent."""
+    """Return the table's rows under `HEAD`: ours, then the published ones. Accuracies are in percent."""
     found = {}
     for shot in SHOTS:
         paths = [ROOT / a.folder / f"seed{seed}" / f"{shot}-shot" / "results.json" for seed in a.seeds]
@@ -159,7 +159,7 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
 
 
 def show(a: Namespace) -> None:
-    """Print the table, and write paper.html."""
+    """Print the table and write paper.html."""
     rows, title, out = rows_of(a), a.scenario, a.folder / "paper.html"
     none = f"no published figure on file; add one to benchmarks/{FIGURES.name}" if len(rows) == 2 else ""
     print("", f"{title}. {TOLD}", "", sep="\n")
@@ -171,7 +171,7 @@ def show(a: Namespace) -> None:
 
 
 def arguments(argv: list[str]) -> Namespace:
-    """Return the settings of a command line. Raises ValueError for any that a later step would refuse."""
+    """Return the settings of a command line. Raises ValueError for any setting that a later step would refuse."""
     parts, at = {None: [], "--pretrain": [], "--test": []}, None
     for word in argv:
         if word in parts:
@@ -208,7 +208,7 @@ def arguments(argv: list[str]) -> Namespace:
 
 
 def main() -> None:
-    """Parse; print the commands, or run them and show the table."""
+    """Parse the flags, then print the commands, or run them and print the table."""
     a = arguments(sys.argv[1:])
     if a.print:
         return print(*(sbatch(a) if a.print == "sbatch" else (s.line for s in sum(plan(a).values(), []))), sep="\n")

@@ -1,9 +1,9 @@
-"""How fast a diffusion model is pretrained: `TrainLoop.train_step`, in images per second.
+"""Measure the pretraining of a diffusion model, `TrainLoop.train_step`, in images per second.
 
     python -m benchmarks.pretrain --size small
 
-Plainly: eager float32, AdamW and the moving average of the weights one tensor after the other, images converted one by
-one.
+The plain baseline runs in eager float32, updates AdamW and the moving average of the weights tensor by tensor, and
+converts images one by one.
 """
 
 from copy import deepcopy
@@ -21,7 +21,7 @@ from utils.cli import run
 from utils.images import to_float
 from utils.seeding import generator, seed_everything
 
-SIZES = {  # steps: timed; batch: images per step, method_batch if smaller than the method's
+SIZES = {  # steps: timed steps; batch: images per step; method_batch: images per step in the real method
     "paper": dict(batch=4, method_batch=24, steps=1, lr=1e-4, ema_rate=0.9999, flip=True, images=3000),
     "small": dict(batch=32, method_batch=32, steps=5, lr=1e-3, ema_rate=0.995, flip=False, images=4000),
 }
@@ -29,13 +29,13 @@ ON_GPU = {"paper": dict(batch=24, steps=20), "small": dict(steps=50)}
 
 
 def random_images(count: int, size: int) -> TrainingImages:
-    """Return `count` images of random pixels, of five classes."""
+    """Return `count` images of random pixels, in five classes."""
     pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator(measure.SEED, "images"))
     return TrainingImages(pixels, torch.arange(count) % 5, [f"class{c}" for c in range(5)])
 
 
 def model_of(flags: dict[str, Any]) -> tuple[torch.nn.Module, GaussianDiffusion]:
-    """Return a new network with its process; the same weights at every call."""
+    """Return a new network and its diffusion process, with the same weights at every call."""
     seed_everything(measure.SEED)
     return create_model_and_diffusion(**flags)
 
@@ -53,7 +53,7 @@ class Plain:
         self.step = 0
 
     def train_step(self) -> torch.Tensor:
-        """Take a step on the images, timesteps and noise that `TrainLoop` would take. Return the loss."""
+        """Take a step on the images, timesteps and noise that `TrainLoop` would use. Return the loss."""
         s = self.settings
         rng = generator(s.seed, "batch", self.step)
         index = torch.randint(len(self.data.images), (s.batch_size,), generator=rng)
@@ -78,7 +78,7 @@ class Plain:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the flags, measure, and print the result."""
     args = measure.parse("Images a second of pretraining a diffusion model.")
     device = pick_device(args.device)
     s = measure.settings(args, device, SIZES, ON_GPU)

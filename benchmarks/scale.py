@@ -1,11 +1,11 @@
-"""What the paper's scenarios take on GPUs: hours, memory and disk, from counted operations and a stated efficiency.
+"""Estimate GPU hours, memory and disk of the paper's scenarios, from counted operations and an assumed efficiency.
 
     python -m benchmarks.scale                      # one H100
     python -m benchmarks.scale --gpus 8 --card a100
 
-Operations, parameters, bytes and images are counted, on the meta device and from the settings of `main.py`. What a card
-does of its peak is assumed: give --efficiency and --learner-efficiency where you have measured them. Nothing here has
-run on a GPU. docs/scale.md has the tables.
+Operations, parameters, bytes and images are counted, on the meta device and from the settings of `main.py`. The share
+of its peak that a card reaches is assumed: give --efficiency and --learner-efficiency if you have measured them. None
+of this was run on a GPU. docs/scale.md has the tables.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from models.meta_model import MetaModel
 from schedule import phases
 from utils.cli import OneLineParser, run
 
-PEAK = {  # dense TFLOP/s of the maker's data sheets: bf16, TF32
+PEAK = {  # dense TFLOP/s in the maker's data sheet: bf16, TF32
     "h100": (989.0, 494.0),  # H100 SXM
     "a100": (312.0, 156.0),  # A100 SXM
 }
 
 
 class Network(NamedTuple):
-    """A pool model: operations of one image, forward and with the backward pass; how many weights it has.
+    """A pool model: operations per image, forward and with the backward pass, and its number of weights.
 
-    Labels of a class-conditional one add no operations and next to no weights.
+    The labels of a class-conditional model add no operations and almost no weights.
     """
 
     forward: int
@@ -44,10 +44,10 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a scenario takes with one training seed.
+    """The cost of a scenario with one training seed.
 
-    pretraining, drawing, guiding, learning, testing: operations, 2 per multiply-add; of tests at 1 and 5 shots.
-    models: of the pool; disk: bytes of its checkpoints and of the pseudo images.
+    pretraining, drawing, guiding, learning, testing: operations, 2 per multiply-add; testing covers 1 and 5 shots.
+    models: number of pool models; disk: bytes of their checkpoints and of the pseudo images.
     """
 
     models: int
@@ -61,7 +61,7 @@ class Cost:
 
 @cache
 def learner_flops(features: str, backbone: str, size: int) -> tuple[int, int]:
-    """Return the operations of one image of the meta-model: forward, and with the backward pass."""
+    """Return the meta-model's operations per image: forward, and with the backward pass."""
     found, model = [], MetaModel(64, backbone=backbone, features=features, image_size=size)
     for training in (False, True):
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
@@ -73,13 +73,13 @@ def learner_flops(features: str, backbone: str, size: int) -> tuple[int, int]:
 
 
 def cost(s: Settings, network: Network, steps: int, batch: int) -> Cost:
-    """Count a scenario. steps, batch: of pretraining each model, which are all like `network`."""
+    """Return the cost of a scenario. network: every pool model; steps, batch: of pretraining each of them."""
     scenario, plan = SCENARIOS[s.dataset], phases(s)
     models, images = -(-s.num_classes // scenario.per_model), s.num_classes * s.samples_per_class
     look, learn = learner_flops(s.features, s.backbone, s.image_size)
     rounds = {phase.round: phase.guided for phase in plan}
     guided = sum(rounds.values())
-    drawn = len(rounds) + (guided if s.finds_classes else 0)  # these are drawn unguided first
+    drawn = len(rounds) + (guided if s.finds_classes else 0)  # guided rounds are drawn unguided first
     views = s.views if s.recipe == "clusters" else 1
     per_step = s.image_batch * learn
     if s.recipe == "paper":  # f and g learn on episodes; h sees as many images, clean and noised
@@ -96,10 +96,10 @@ def cost(s: Settings, network: Network, steps: int, batch: int) -> Cost:
 
 
 def hours(c: Cost, gpus: int, card: str, efficiency: float, learner_efficiency: float) -> tuple[float, float, float]:
-    """Return the hours of pretraining, of a training and of its tests, on `gpus` cards.
+    """Return the hours of pretraining, of one training and of its tests, on `gpus` cards.
 
-    Cards share the models of the pool (as the jobs of `paper.sbatch`), the images of a round and the mixes. Each learns
-    the same.
+    The cards share the pool models (as in the jobs of `paper.sbatch`), the images of a round and the mixes. Learning is
+    not shared: each card repeats it.
     """
     bf16, tf32 = (3600e12 * peak for peak in PEAK[card])
     pretraining = c.pretraining / c.models * -(-c.models // gpus) / (bf16 * efficiency)

@@ -1,9 +1,9 @@
-"""How fast the pool's images are drawn: guided sampling as `main.py` does it, in images per second.
+"""Measure guided sampling from the pool, as in `main.py`, in images per second.
 
     python -m benchmarks.synthesis --size small
 
-Random weights guide: a Conv4 and a class-learner, asked about the predicted x_0. Plainly: in float32, one image at a
-time on a CPU, whole batches on a GPU.
+A Conv4 and a class-learner with random weights guide on the predicted x_0. The plain baseline runs in float32, one
+image at a time on a CPU, in whole batches on a GPU.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from utils.cli import run
 from utils.images import to_uint8
 from utils.seeding import generator, noise
 
-SIZES = {  # method_steps: those of an image in main.py, if fewer are timed; plain_images: drawn the plain way
+SIZES = {  # steps: timed steps per image; method_steps: steps in main.py; plain_images: of the baseline
     "paper": dict(batch=8, steps=2, method_steps=25, classes=64, guide_on="x_0", scale=8.0, plain_images=1),
     "small": dict(batch=200, steps=8, method_steps=8, classes=40, guide_on="x_0", scale=8.0, plain_images=20),
 }
@@ -31,7 +31,7 @@ ON_GPU = {"paper": dict(batch=256, steps=25)}
 
 
 def guide(classes: int, device: torch.device) -> LogProbability:
-    """Return log p(c | x, t) by networks of random weights."""
+    """Return log p(c | x, t) from networks with random weights."""
     rng = generator(measure.SEED, "weights")
     model = MetaModel(classes, generator=rng)
     learner = ClassLearner(classes, model.feature_dim, generator=rng)
@@ -41,7 +41,7 @@ def guide(classes: int, device: torch.device) -> LogProbability:
 def draw(
     model: PoolModel, function: LogProbability, s: dict[str, Any], index: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Draw images number `index` as one batch: (N, 3, H, W) uint8, on the CPU."""
+    """Draw the images numbered `index` as one batch: (N, 3, H, W) uint8, on the CPU."""
     size = model.image_size
     x_t = noise((3, size, size), index, measure.SEED, "synthesis").to(device)
     wanted = torch.tensor(index, device=device) % s["classes"]
@@ -56,7 +56,7 @@ def draw(
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the flags, measure, and print the result."""
     args = measure.parse("Images a second of guided sampling.")
     device = pick_device(args.device)
     measure.settle_precision(args, device)

@@ -1,12 +1,12 @@
-"""The rows that a result table needs, over training seeds and shots, into RESULTS.md and results.csv.
+"""Make the rows of a result table, over training seeds and shots, for RESULTS.md and results.csv.
 
     python -m benchmarks.table                                  # glyphs, seeds 1 to 5
     python -m benchmarks.table --small --dataset custom --data-root data/mine --pool ckpt/pools/mine
 
-Runs `main.py` once and `diffusionmix.py` once a shot for every row and seed, every row of a seed on the same episodes.
-What is made stays in --folder, so a killed run resumes. With --publish the accuracies of every episode also go to
-benchmarks/kept/DATASET.jsonl, and RESULTS.md is written from all that is kept there of the same settings: further seeds
-and rows can be added on another machine. Other flags go to `main.py`, and what follows --test to `diffusionmix.py`.
+For every row and seed, it runs `main.py` once and `diffusionmix.py` once per shot. All rows of a seed are tested on the
+same episodes. Runs stay in --folder, so a killed command resumes. With --publish, the accuracy of every episode is also
+saved in benchmarks/kept/DATASET.jsonl, and RESULTS.md is written from all results there with the same settings, so that
+seeds and rows can be added on another machine. Other flags go to `main.py`, flags after --test to `diffusionmix.py`.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from utils.metrics import gap_closed, over_seeds
 from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks"  # where RESULTS.md and results.csv are
-SAME = {"features"}  # of the clusters recipe, what the row of the paper's recipe has as well
-PUBLISHED = [  # of what recipes change, given last so that it wins over what was given for the other rows
+RESULTS = ROOT / "benchmarks"  # folder of RESULTS.md and results.csv
+SAME = {"features"}  # settings of the clusters recipe that the paper's row uses too
+PUBLISHED = [  # flags that undo the clusters recipe; given last, so that they override the flags of the other rows
     word
     for f in fields(Settings)
     if f.name in RECIPES["clusters"]
     for word in (flag_of(f), str(RECIPES["clusters"][f.name] if f.name in SAME else f.default))
 ]
-RUNS = {  # a folder of the runs -> what main.py is told
+RUNS = {  # folder of a run -> its flags for main.py
     "none": ("--source", "none"),
     "by_model": ("--source", "by_model"),
     "unguided": ("--source", "unguided"),
@@ -57,7 +57,7 @@ ROWS = {  # name -> run, with or without mixes
     MIX: ("guided", True),
     REAL: ("real", False),
 }
-AGAINST = {  # what a row is compared with
+AGAINST = {  # row -> the row it is compared with
     BY_MODEL: FLOOR, UNGUIDED: FLOOR, PAPER: UNGUIDED, GUIDED: UNGUIDED, MIX: GUIDED, REAL: FLOOR,
 }  # fmt: skip
 INTERVALS = (
@@ -72,14 +72,15 @@ SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("ima
 
 @dataclass(frozen=True)
 class Row:
-    """One line of results.csv: one row of the table at one shot. Accuracies in percent, over all episodes of all seeds.
+    """One line of results.csv: a row of the table at one shot. Accuracies in percent, over all episodes of all seeds.
 
-    ci95, difference_ci95, closed_ci95: half of the 95 % interval over episodes, the seeds taken as they are.
-    seeds_ci95, difference_seeds_ci95, closed_seeds_ci95: over training seeds, the Student-t interval of their means.
-        Empty with one seed. A claim about a method needs this one.
-    against, difference: the row that this one is compared with, paired by episode; empty if it was not run.
+    ci95, difference_ci95, closed_ci95: half of the 95 % interval over episodes, for these trained networks only.
+    seeds_ci95, difference_seeds_ci95, closed_seeds_ci95: half of the Student-t interval of the means over training
+        seeds. Empty with one seed. A claim about a method needs this one.
+    against, difference: the row that this one is compared with, and the difference, paired by episode; empty if that
+        row was not run.
     closed: share of the gap from the floor to the real reference, in percent; empty if either was not run.
-    seconds: of one training. by_seed: the accuracy of each seed, with spaces between.
+    seconds: mean seconds of a training. by_seed: accuracy of each seed, separated by spaces.
     """
 
     dataset: str
@@ -105,17 +106,17 @@ class Row:
     closed_seeds_ci95: float | str = ""
 
 
-Results = dict[tuple[int, str, int], dict]  # (seed, run, shot) -> results of a test, with what made them
+Results = dict[tuple[int, str, int], dict]  # (seed, run, shot) -> results of a test, with their origin
 
 
 def run_all(
     folder: Path, seeds: list[int], shots: list[int], runs: list[str], train: list[str], test: list[str],
     mix_shots: list[int] | None = None,
 ) -> Results:  # fmt: skip
-    """Train and test what is not there yet in <folder>/seed<k>/<run>, and return the results.
+    """Train and test what is missing in <folder>/seed<k>/<run>, and return the results.
 
-    runs: of RUNS. The episodes of training have the first of `shots`; `main.py` is not run again for the others. The
-    results of shot n lie in <folder>/seed<k>/<run>/<n>-shot. mix_shots: those with a row of mixes; None: all.
+    runs: keys of RUNS. shots: `main.py` runs once, with the first of them; tests of n shots are in
+    <folder>/seed<k>/<run>/<n>-shot. mix_shots: the shots to test with mixes; None: all.
     """
     results = {}
     for seed in seeds:
@@ -123,7 +124,7 @@ def run_all(
             run = folder / f"seed{seed}" / name
             print(f"\n== seed {seed}, {name}", flush=True)
             own = ["--save-dir", str(run), "--seed", str(seed), "--nExemplars", str(shots[0])]
-            call("main.py", *train, *RUNS[name], *own)  # quick where it is done; refuses other settings
+            call("main.py", *train, *RUNS[name], *own)  # quick if it is done; refuses changed settings
             for shot in shots:
                 mix = mix_shots is None or shot in mix_shots
                 mix = mix and any(ROWS[row] == (name, True) for row in ROWS)
@@ -133,9 +134,9 @@ def run_all(
 
 
 def keep(results: Results, path: Path) -> Results:
-    """Add results to the file `path`, a line each, and return all in it that have the settings of the new ones.
+    """Add results to the file `path`, one line each, and return all results in it.
 
-    A line with other settings is dropped: no table has rows of both.
+    Lines with other settings than the new results are dropped, as a table cannot mix them.
     """
     settings = next(([one["trained_with"], _method(one["flags"])] for one in results.values()), None)
     kept = {}
@@ -155,20 +156,20 @@ def keep(results: Results, path: Path) -> Results:
 
 
 def _method(flags: dict[str, str]) -> dict[str, str]:
-    """Return the flags of a test that are the same in all rows, seeds and shots."""
+    """Return the flags of a test that must be the same in all rows, seeds and shots."""
     return {k: v for k, v in flags.items() if k not in ("--nExemplars", "--seed", "--mix", "--device")}
 
 
 def rows_of(results: Results) -> list[Row]:
-    """Return the rows, shot by shot, each over all seeds that it has."""
+    """Return the rows, shot by shot, each over all its seeds."""
     return [row for shot in sorted({key[2] for key in results}) for row in _rows_of(results, shot)]
 
 
 def _tested(run: Path, shot: int, train: list[str], test: list[str]) -> dict:
-    """Return the results of a run at one shot, made if missing, with the training's seconds and the machine."""
+    """Return the results of a run at one shot, with training seconds and machine. Run the test if they are missing."""
     place, weights = run / f"{shot}-shot", run / "best_model.pt"
     flags = [*_for_testing(train), *test]
-    given = dict(zip(flags[::2], flags[1::2], strict=True))  # the last of a flag that is given twice
+    given = dict(zip(flags[::2], flags[1::2], strict=True))  # a flag given twice has its last value
     notes, results = ROOT / place / "made.json", ROOT / place / "results.json"
     if not results.exists() or results.stat().st_mtime < (ROOT / weights).stat().st_mtime:
         call("diffusionmix.py", *flags, "--resume", str(weights), "--save-dir", str(place))
@@ -227,7 +228,7 @@ def _rows_of(results: Results, shot: int) -> list[Row]:
 
 
 def _common(*rows: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """Return accuracies (seeds, episodes) of each row, over the seeds that all of them have."""
+    """Return the accuracies (seeds, episodes) of each row, over the seeds that all rows have."""
     seeds = sorted(set.intersection(*(set(row) for row in rows)))
     return [np.stack([row[seed] for seed in seeds]) for row in rows]
 
@@ -238,7 +239,7 @@ NOT_CLOSED = dict.fromkeys(("closed", "closed_ci95", "closed_seeds_ci95"), "")
 def _closed(own: np.ndarray, floor: np.ndarray, real: np.ndarray) -> dict[str, float | str]:
     """Return the share of the gap that is closed, in percent, with its half-widths over episodes and over seeds.
 
-    own, floor, real: (seeds, episodes), accuracies on the same episodes. Empty if there is nothing to close.
+    own, floor, real: (seeds, episodes), accuracies on the same episodes. All values are "" if there is no gap.
     """
     gained, gap = own - floor, real - floor
     if gap.mean() <= 0:
@@ -247,7 +248,7 @@ def _closed(own: np.ndarray, floor: np.ndarray, real: np.ndarray) -> dict[str, f
 
 
 def as_text(rows: list[Row]) -> str:
-    """Return the table in Markdown: behind each figure its 95 % interval over episodes, then over training seeds."""
+    """Return the table in Markdown. After each figure come its 95 % intervals over episodes and over training seeds."""
     lines = [
         "| shot | row | accuracy % | against | gap closed % | training s |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -263,7 +264,7 @@ def as_text(rows: list[Row]) -> str:
 
 
 def figure(value: float | str, ci95: float | str, seeds_ci95: float | str, form: str) -> str:
-    """Return a figure with the known half-widths over episodes and over seeds; "" for none."""
+    """Return a figure as text, with its half-widths over episodes and over seeds if known; "" for no figure."""
     if value == "":
         return ""
     width = form.strip("+")
@@ -272,7 +273,7 @@ def figure(value: float | str, ci95: float | str, seeds_ci95: float | str, form:
 
 
 def publish(rows: list[Row], folder: Path) -> None:
-    """Put the rows into <folder>/results.csv, in place of those of the same data set, and write RESULTS.md from it."""
+    """Replace the rows of this data set in <folder>/results.csv, and write RESULTS.md from the file."""
     path, names = folder / "results.csv", [f.name for f in fields(Row)]
     kept = []
     if path.exists():
@@ -303,14 +304,14 @@ def publish(rows: list[Row], folder: Path) -> None:
 
 
 def _seeds(rows: list[Row]) -> str:
-    """Return how many training seeds the rows have, those that have fewer by name."""
+    """Return the number of training seeds as text, and name the rows that have fewer."""
     most = max(int(row.seeds) for row in rows)
     fewer = ", ".join(sorted({f"{row.row}: {row.seeds}" for row in rows if int(row.seeds) < most}))
     return f"{most} training seeds" + f" ({fewer})" * bool(fewer)
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Parse the flags, make the rows, and print them."""
     parser = argparse.ArgumentParser(
         description="The rows of a result table, over seeds and shots.", allow_abbrev=False
     )
@@ -334,14 +335,14 @@ def main() -> None:
             f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --folder"
         )
     runs = [name for name in RUNS if name in args.runs]
-    if settings.recipe == "paper":  # whose guided row is the paper's, and which labels unguided images by model
+    if settings.recipe == "paper":  # then these equal the rows "guided" and "unguided"
         runs = [name for name in runs if name not in ("paper", "by_model")]
-    for name in runs:  # says what is wrong with any before hours of the others
+    for name in runs:  # refuse wrong flags before hours of work
         parse([*train, *RUNS[name]], description="table")
     dataset = settings.dataset
     folder = args.folder or Path("ckpt/runs/table") / dataset
     results = run_all(folder, args.seeds, args.shots, runs, train, args.test, args.mix_shots)
-    if dataset == "custom":  # which says nothing: the folder's name does
+    if dataset == "custom":  # use the folder's name, which says more
         dataset = "+".join(path.name for path in settings.data_paths)
         results = {key: one | {"dataset": dataset} for key, one in results.items()}
     if args.publish:
@@ -353,24 +354,24 @@ def main() -> None:
 
 
 def _for_testing(train: list[str]) -> list[str]:
-    """Return those of the training flags that testing needs too, as they were resolved."""
+    """Return the training flags that testing needs too, with their resolved values."""
     settings = parse(train, description="table")
     return [word for name in TESTED for word in (f"--{name}", str(getattr(settings, name)))]
 
 
 def _training_seconds(path: Path) -> float:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = {line["epoch"]: line for line in lines}  # an epoch that a killed run did again counts once
+    last = {line["epoch"]: line for line in lines}  # an epoch that was repeated after a kill counts once
     return sum(line.get("seconds", 0) + line.get("synthesis_seconds", 0) for line in last.values())
 
 
 def call(script: str, *flags: str) -> None:
-    """Run a script of the project; exit as it does if it fails."""
+    """Run a script of the project. Exit with its status if it fails."""
     execute(sys.executable, str(ROOT / script), *flags)
 
 
 def execute(*words: str) -> None:
-    """Run a command in the top folder; exit as it does if it fails."""
+    """Run a command in the top folder. Exit with its status if it fails."""
     done = subprocess.run(words, cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)

@@ -1,4 +1,4 @@
-"""A data set in an archive, unpacked for as long as it is read."""
+"""Unpack a data set from an archive while it is read."""
 
 import shutil
 import tarfile
@@ -10,22 +10,23 @@ from pathlib import Path
 
 from utils.class_folders import listing
 
-MOST = 100  # times its size that an archive may hold
+MOST = 100  # an archive may unpack to this many times its size
 
 
 class _Refused(ValueError):
-    """An archive that is not unpacked, and why."""
+    """An archive is not unpacked. The message says why."""
 
 
 @contextmanager
 def unpacked(source: Path, beside: Path) -> Iterator[Path]:
-    """Yield a folder with what is in the archive `source` (.tar, also compressed, or .zip); remove it at the end.
+    """Unpack the archive `source` (.zip or .tar, also compressed), yield the folder, and remove it at the end.
 
-    It lies in the nearest folder above `beside` that exists, for room. Where the archive holds a single folder, it is
-    that. Any `source` that is no file is given back as it is. Links and devices in it are left out.
+    The folder is made in the nearest existing folder above `beside`, which should have room. If the archive holds a
+    single folder, that one is yielded. A `source` that is not a file is yielded unchanged. Links and devices in the
+    archive are left out.
 
     Raises ValueError for a file of another kind, and for an archive that is damaged, has paths that lead out of it, or
-    claims to hold more than MOST times its size or than the disk has room for.
+    claims to hold more than MOST times its size or more than the disk has room for.
     """
     if not source.is_file():
         yield source

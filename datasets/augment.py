@@ -1,4 +1,4 @@
-"""Random changes to a batch of images, on its device, each image with random numbers of its own."""
+"""Random augmentation of a batch of images, on its device. Each image has its own random numbers."""
 
 import math
 from dataclasses import dataclass
@@ -8,30 +8,30 @@ from torch.nn import functional
 
 from utils.images import to_float
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: perceived brightness of red, green and blue
 _COLOURS = ("brightness", "contrast", "saturation", "hue", "grayscale")
-_CHUNK = 2**19  # pixel values in one go on a CPU: 2 MiB
-_DRAWS = 20  # uniform numbers per image, drawn whether used or not: a setting never shifts another's numbers
+_CHUNK = 2**19  # pixel values processed at once on a CPU: 2 MiB
+_DRAWS = 20  # uniform numbers per image, always all drawn, so that no setting changes the numbers of another
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How far `augment` may go.
+    """Strengths of the changes in `augment`.
 
     Attributes:
-        crop_padding: how far a crop may leave the image, as a share of its side; reflected pixels fill in.
-        scale: least and greatest area of a crop, as a share of the image's.
+        crop_padding: how far a crop may reach beyond the image, as a share of its side; reflected pixels fill the gap.
+        scale: least and greatest area of a crop, as a share of the image's area.
         aspect: greatest ratio of a crop's sides, 1 or more; the ratio is log-uniform in [1 / aspect, aspect].
-        rotate: greatest rotation either way, in degrees.
+        rotate: greatest rotation in either direction, in degrees.
         flip: mirror half of the images left to right.
         brightness, contrast, saturation: the factor is uniform in [1 - value, 1 + value], and at least 0.
-        hue: greatest turn either way around the grey axis, as a share of a full turn, at most 0.5.
-        grayscale: probability of an image without colour.
-        erase: probability of a rectangle of one random colour.
-        erase_area: least and greatest area of that rectangle, as a share of the image's.
+        hue: greatest rotation around the grey axis in either direction, as a share of a full turn, at most 0.5.
+        grayscale: probability of removing all colour.
+        erase: probability of covering a rectangle with one random colour.
+        erase_area: least and greatest area of that rectangle, as a share of the image's area.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of range.
     """
 
     crop_padding: float = 0.125
@@ -62,12 +62,12 @@ class AugmentSettings:
 
 
 def draw(rows: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the random numbers that change `rows` images, (rows, 20) in [0, 1), on the generator's device."""
+    """Return the random numbers to augment `rows` images, (rows, 20) in [0, 1), on the generator's device."""
     return torch.rand(rows, _DRAWS, generator=generator, device=generator.device)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator, settings: AugmentSettings) -> torch.Tensor:
-    """Change each image as `augment_by` does, by numbers of its own. As many are drawn whatever the settings."""
+    """Augment each image by its own random numbers, as in `augment_by`. Equally many are drawn under any settings."""
     return augment_by(images, draw(len(images), generator), settings)
 
 
@@ -76,8 +76,8 @@ def augment_by(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSetti
 
     Args:
         images: (N, 3, H, W) uint8, or float in [-1, 1].
-        draws: (N, 20) from `draw`; or (1, 20), which changes all images in one way, however many there are.
-        settings: how far to go.
+        draws: (N, 20) from `draw`; or (1, 20), which changes all images the same way.
+        settings: strengths of the changes.
 
     Returns:
         (N, 3, H, W) float32 in [-1, 1], on the device of `images`.
@@ -85,7 +85,7 @@ def augment_by(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSetti
     draws = draws.to(images.device).expand(len(images), -1)
     if images.is_cuda or not len(images):
         return _augment(images, draws, settings)
-    # On a CPU a few images at a time stay in its cache; which share a chunk changes nothing.
+    # On a CPU, a few images at a time fit into the cache. The chunks do not affect the result.
     step = max(1, _CHUNK // images[0].numel())
     if images.requires_grad and torch.is_grad_enabled():
         parts = zip(images.split(step), draws.split(step), strict=True)
@@ -111,7 +111,7 @@ def _augment(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSetting
 
 
 def _crop(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
-    # One affine map from the output's square [-1, 1]^2 into the image's, read bilinearly.
+    # One affine map from the output's square [-1, 1]^2 into the image's, sampled bilinearly.
     area, ratio, across, down, angle = draws.unbind(1)  # (N,) each
     side = _between(area, *settings.scale).sqrt()
     stretch = settings.aspect ** (_between(ratio, -1, 1) / 2)
@@ -119,7 +119,7 @@ def _crop(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) 
     x = _between(across, -1, 1) * (1 - half_width + 2 * settings.crop_padding)
     y = _between(down, -1, 1) * (1 - half_height + 2 * settings.crop_padding)
     turn = _between(angle, -1, 1) * math.radians(settings.rotate)
-    shape = images.shape[3] / images.shape[2]  # a turn keeps angles in pixels, not in shares of the sides
+    shape = images.shape[3] / images.shape[2]  # a rotation preserves angles in pixels, not in shares of the sides
     rows = [
         torch.stack([half_width * turn.cos(), -half_height * turn.sin() / shape, x], 1),
         torch.stack([half_width * turn.sin() * shape, half_height * turn.cos(), y], 1),
@@ -129,10 +129,10 @@ def _crop(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) 
 
 
 def _recolour(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
-    # Brightness, contrast, hue and saturation (0 where grayscale), in that order and without clipping between
-    # them, are one 3x3 matrix and one offset per image: one pass over the pixels instead of five.
+    # Brightness, contrast, hue and saturation (0 for grayscale), in that order and without clipping in between,
+    # combine into one 3x3 matrix and one offset per image: one pass over the pixels instead of five.
     # On u = (x + 1) / 2, brightness is f * u and contrast c * u + (1 - c) * (the image's mean luma).
-    luma = torch.stack([images.new_full((), each) for each in _LUMA])  # filled there: a GPU waits for no copy
+    luma = torch.stack([images.new_full((), each) for each in _LUMA])  # filled on the device, without a copy
     brightness = _factor(draws[:, 0], settings.brightness)
     contrast = _factor(draws[:, 1], settings.contrast)
     saturation = _factor(draws[:, 2], settings.saturation)
@@ -141,10 +141,10 @@ def _recolour(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettin
 
     mean = images.mean((2, 3)) @ luma  # (N,)
     eye = torch.eye(3, device=images.device)
-    grey = luma.expand(3, 3)  # every row gives the luma
+    grey = luma.expand(3, 3)  # every row is the luma
     saturate = grey + saturation[:, None, None] * (eye - grey)
     matrix = (contrast * brightness)[:, None, None] * (saturate @ _hue_rotation(turn))
-    offset = brightness - 1 + (1 - contrast) * brightness * mean  # these matrices leave grey alone
+    offset = brightness - 1 + (1 - contrast) * brightness * mean  # these matrices leave grey unchanged
     return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images)
 
 
@@ -168,7 +168,7 @@ def _erase(images: torch.Tensor, draws: torch.Tensor, settings: AugmentSettings)
 
 
 def _span(pixels: int, share: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    # the pixels of a run of `share` of the side, anywhere inside
+    # a mask (N, pixels) of a run of `share` of the side, placed at `position` of its possible places
     length = (share.clamp(max=1) * pixels).round().clamp(min=1)
     start = (position * (pixels - length + 1)).floor()
     index = torch.arange(pixels, device=share.device)

@@ -10,14 +10,14 @@ from utils.seeding import uniform
 
 @dataclass(frozen=True)
 class Episodes:
-    """E episodes of `way` classes, as int64 tensors. Images are in class order: all of class 0, then of 1, ...
+    """E episodes of `way` classes, as int64 tensors. Images are ordered by class: all of class 0, then of 1, ...
 
     Attributes:
         support: (E, way * shot) indices of the support images.
-        query: (E, way * query) indices of the query images; none of them is in `support`.
+        query: (E, way * query) indices of the query images; none is in `support`.
         support_labels: (E, way * shot) episode labels from 0 to way - 1.
         query_labels: (E, way * query) episode labels.
-        classes: (E, way) the base class that each episode label stands for.
+        classes: (E, way) the base class of each episode label.
     """
 
     support: torch.Tensor
@@ -34,13 +34,13 @@ class EpisodeSampler:
         """Sort the images by class.
 
         Args:
-            labels: (N,) int64 base class of each image; any integers.
+            labels: (N,) int64, the base class of each image, any integer.
             way: classes per episode.
             shot: support images per class.
             query: query images per class.
 
         Raises:
-            ValueError: a number below 1, fewer classes than `way`, or a class with too few images.
+            ValueError: a number is below 1, there are fewer than `way` classes, or a class has too few images.
         """
         for name, number in (("way", way), ("shot", shot), ("query", query)):
             if number < 1:
@@ -71,12 +71,12 @@ class EpisodeSampler:
         return self._choose(keys)
 
     def sample_indexed(self, start: int, count: int, seed: int, stream: int | str) -> Episodes:
-        """Draw episodes start .. start + count - 1, each of which depends on (seed, stream, its index) alone."""
+        """Draw episodes start .. start + count - 1. Each depends on (seed, stream, its index) alone."""
         classes, largest = self._table.shape
         return self._choose(uniform((classes + self.way * largest,), range(start, start + count), seed, stream))
 
     def _choose(self, keys: torch.Tensor) -> Episodes:
-        # The highest of independent uniform keys are a uniform draw without replacement.
+        # Picking the items with the highest uniform keys is a uniform draw without replacement.
         keys = keys.to(self._table.device)  # (E, C + way * largest)
         count, largest = self._table.shape
         rows = keys[:, :count].topk(self.way).indices  # (E, way)
@@ -95,7 +95,7 @@ class EpisodeSampler:
 
 
 def too_few(counts: Mapping[str, int], way: int, shot: int, query: int) -> str:
-    """Return what keeps an episode from being drawn, "" if one can be. counts: class -> how many images it has."""
+    """Return why no episode can be drawn, or "" if one can. counts: class -> number of images."""
     short = [name for name, count in counts.items() if count < shot + query]
     fewest = min(counts, key=counts.__getitem__)
     got = [f"{len(counts)} class{'es' * (len(counts) > 1)}"] if len(counts) < way else []

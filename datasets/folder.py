@@ -19,8 +19,8 @@ class LabelledImages:
     Attributes:
         images: (N, 3, size, size) uint8, RGB.
         labels: (N,) int64, indices into `class_names`.
-        class_names: the folder names, sorted.
-        skipped: by folder that was read, (path, reason) of what was left out of it.
+        class_names: names of the classes; for folders, their sorted names.
+        skipped: folder -> (path, reason) of each file left out of it.
     """
 
     images: torch.Tensor
@@ -29,7 +29,7 @@ class LabelledImages:
     skipped: Skipped = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
-        """Return how many images each class has, by its name."""
+        """Return the number of images per class name."""
         return dict(zip(self.class_names, self.labels.bincount(minlength=len(self.class_names)).tolist(), strict=True))
 
 
@@ -44,19 +44,19 @@ def load_split(
 ) -> LabelledImages:
     """Read `<root>/<split>/<class>/*`, one folder per class, into memory.
 
-    Files that cannot be read, and classes of which none can be, are left out, and one line on stderr says so.
+    Unreadable files, and classes without a readable image, are left out; one line on stderr counts them.
 
     Args:
         root: the data folder.
         split: the folder in it, such as meta_val; "" for the data folder itself.
         size: side of the images in pixels.
-        max_per_class: read only the first of each class that can be read, by name; None reads all.
-        every_class: refuse a class without a readable image.
-        workers: threads that read; None: a few a core.
+        max_per_class: readable images to read per class, the first by name; None reads all.
+        every_class: raise for a class without a readable image instead of leaving it out.
+        workers: reading threads; None uses a few per core.
 
     Raises:
-        ValueError: the folder is missing, or has no class with a readable image, or not `every_class` has one; or a
-            class folder is empty or holds folders of images.
+        ValueError: the folder is missing, or no class has a readable image, or with `every_class` some class has none;
+            or a class folder is empty or holds folders of images.
     """
     folder = Path(root) / split
     holds = f"it should hold one folder per class with images ({extensions()})"

@@ -1,6 +1,6 @@
 """fontchars: real characters of open fonts, a labelled image set that ships with the program.
 
-A class is a character, an image of it is that character in one cut of one font. docs/fonts.md names the fonts and
+A class is a character; each of its images is that character in one style of one font. docs/fonts.md lists the fonts and
 their licences.
 """
 
@@ -18,10 +18,10 @@ SPLITS = ("meta_train", "meta_val", "meta_test")  # 30 base, 9 validation and 14
 
 
 def read_split(split: str) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
-    """Return what the file holds of a split, sorted by class, then by font.
+    """Read a split from the file, sorted by class, then by font.
 
-    Returns images (N, 32, 32) uint8 in [0, 255], black on white; labels (N,) int64; the names of the classes; and of
-    each image the name of its font. Raises ValueError for an unknown split or a damaged file.
+    Returns images (N, 32, 32) uint8 in [0, 255], black on white; labels (N,) int64; the class names; and the font name
+    of each image. Raises ValueError for an unknown split or a damaged file.
     """
     if split not in SPLITS:
         raise ValueError(f"got fontchars split {split!r}, expected one of {', '.join(SPLITS)}")
@@ -37,8 +37,8 @@ def read_split(split: str) -> tuple[np.ndarray, np.ndarray, list[str], list[str]
 def load_fontchars(split: str, per_class: int | None = None, *, size: int = 32) -> LabelledImages:
     """Load a split as RGB.
 
-    per_class: the first images of each class, by the name of their font; None for all. size: side in pixels; if not 32,
-    images are resized by Lanczos, as those of folders are.
+    per_class: number of images per class, the first by font name; None for all. size: side in pixels; if not 32, images
+    are resized by Lanczos, as images from folders are.
     Returns images (N, 3, size, size) uint8 in [0, 255] and labels (N,) int64. Raises ValueError as `read_split` does.
     """
     images, labels, names, _ = read_split(split)

@@ -1,4 +1,4 @@
-"""Characters drawn from font files, black on white: what sets such as fontchars are made of."""
+"""Draw characters from font files, black on white, for image sets such as fontchars."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from utils.progress import progress
 from utils.seeding import numpy_generator
 
 ENDINGS = (".ttf", ".otf", ".woff", ".woff2")
-CHARACTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghimnqrty23456789&@?$%#"  # those of fontchars
-SIDE, BOX, SHIFT = 32, 24, 2  # pixels: an image, the longer side of a character in it, the most it is shifted
-_DRAWN = 96  # pixels an em, before a character is made smaller
-_NO_CHARACTER = "\U0010ffff"  # stands for none for ever, so every font draws its sign for missing characters
+CHARACTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghimnqrty23456789&@?$%#"  # the classes of fontchars
+SIDE, BOX, SHIFT = 32, 24, 2  # pixels: side of an image, longer side of the character in it, greatest shift
+_DRAWN = 96  # pixels per em at which characters are drawn, before they are scaled down
+_NO_CHARACTER = "\U0010ffff"  # never assigned, so every font draws its sign for missing characters
 
 Drawings = dict[str, dict[str, np.ndarray]]  # class -> font -> image
 
@@ -28,9 +28,9 @@ def class_name(character: str) -> str:
 
 
 def find_fonts(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Return the font files in `folder` and its folders, by name, and those left out because another has their name.
+    """Return the font files in `folder` and its subfolders by name, and the files left out because a name is taken.
 
-    A name is the path in `folder` without its ending, in small letters, joined by dashes.
+    A name is the lower-case path in `folder` without its ending, with dashes for separators.
     """
     found: dict[str, Path] = {}
     doubles = []
@@ -47,7 +47,7 @@ def find_fonts(folder: Path) -> tuple[dict[str, Path], list[Path]]:
 def draw_fonts(fonts: dict[str, Path], characters: Sequence[str]) -> tuple[Drawings, list[tuple[Path, str]]]:
     """Draw each character in each font that has it.
 
-    Returns by class and font the images, (SIDE, SIDE) uint8, and (path, reason) of the fonts that cannot be read.
+    Returns the images (SIDE, SIDE) uint8 by class and font, and (path, reason) of each unreadable font.
     """
     drawn: Drawings = {class_name(character): {} for character in characters}
     unreadable = []
@@ -65,9 +65,9 @@ def draw_fonts(fonts: dict[str, Path], characters: Sequence[str]) -> tuple[Drawi
 
 
 def _image(font: ImageFont.FreeTypeFont, name: str, character: str) -> np.ndarray | None:
-    """Return one character, fitted into the image and shifted as its name and font tell; None if the font has none.
+    """Return a character's image, shifted by a draw seeded by `name` and `character`; None if the font lacks it.
 
-    A font that draws a small letter as the capital has no small letter.
+    A font that draws a small letter like its capital lacks the small letter.
     """
     ink = _ink(font, character)
     others = {_NO_CHARACTER, character.upper()} - {character}
@@ -83,7 +83,7 @@ def _image(font: ImageFont.FreeTypeFont, name: str, character: str) -> np.ndarra
 
 
 def _ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """Return what a font draws for a character, white on black, cut to its ink; None for nothing."""
+    """Return a character as a font draws it, white on black, cropped to its ink; None if it has no ink."""
     mask = font.getmask(character, mode="L")
     if not all(mask.size):
         return None

@@ -1,8 +1,8 @@
-"""glyphs: a labelled image set that the program draws itself, the same from the same seed, with no download.
+"""glyphs: a labelled image set that the program draws itself, reproducibly from a seed, with no download.
 
-A class is a *stroke program*: two to four Bezier strokes at fixed places. An image of it is one writing of that
-program: the control points shake (motor noise), the whole is moved, turned, scaled and sheared, the pen has a
-width, ink and paper have colours, and the paper has a texture. Shape is the class; nothing else tells it.
+A class is a *stroke program*: two to four Bezier strokes at fixed places. An image is one writing of that program: the
+control points shake (motor noise), the whole is moved, rotated, scaled and sheared, and pen width, the colours of ink
+and paper, and the paper's texture vary. Only the shape identifies the class.
 """
 
 import math
@@ -17,16 +17,16 @@ SPLIT_CLASSES = {"meta_train": 40, "meta_val": 10, "meta_test": 20}
 POINTS = 112  # pen positions along one glyph: closer than its pen is wide
 _CONTROLS = 4  # control points of a cubic Bezier stroke
 _MAX_STROKES = 4
-_UNIFORMS = 2 * _CONTROLS * _MAX_STROKES + 24  # random numbers one image takes
+_UNIFORMS = 2 * _CONTROLS * _MAX_STROKES + 24  # random numbers per image
 
 
 def make_split(split: str, per_class: int, *, seed: int = 0, size: int = 32) -> LabelledImages:
     """Draw `per_class` images of every class of a split.
 
     split: "meta_train" (40 base classes), "meta_val" (10) or "meta_test" (20 novel); no class is in two splits.
-    seed: of the *images*; the classes are fixed, so that a shipped pool and its novel classes stay what they are.
+    seed: of the *images* only. Classes are fixed, so that the novel classes stay novel to the shipped pool.
     Returns images (N, 3, size, size) uint8 in [0, 255] and labels (N,) int64, class after class.
-    Image i of a class is the same whatever `per_class` is.
+    Image i of a class does not depend on `per_class`.
     Raises ValueError for an unknown split or a count below 1.
     """
     if split not in SPLIT_CLASSES:
@@ -47,8 +47,8 @@ def make_split(split: str, per_class: int, *, seed: int = 0, size: int = 32) -> 
 def stroke_programs(seed: int = 0) -> list[np.ndarray]:
     """Return the stroke programs of all classes: base, then validation, then novel.
 
-    Each is a float32 array (strokes, 4, 2) of cubic Bezier control points (x, y) in [-1, 1]. A program too like an
-    earlier one (by their blurred drawings) is not taken, so that every class can be told from every other.
+    Each is a float32 array (strokes, 4, 2) of cubic Bezier control points (x, y) in [-1, 1]. A program whose blurred
+    drawing is too similar to an earlier one is rejected, so that all classes can be told apart.
     """
     rng = numpy_generator(seed, "stroke programs")
     programs: list[np.ndarray] = []
@@ -63,13 +63,13 @@ def stroke_programs(seed: int = 0) -> list[np.ndarray]:
 
 
 def _first_class(split: str) -> int:
-    """Return the place of a split's first class in `stroke_programs`."""
+    """Return the index of a split's first class in `stroke_programs`."""
     names = list(SPLIT_CLASSES)
     return sum(SPLIT_CLASSES[name] for name in names[: names.index(split)])
 
 
 def _random_program(rng: np.random.Generator) -> np.ndarray:
-    """Draw two to four strokes, straight or bent, that fill the square and start near one another's ends."""
+    """Draw two to four strokes, straight or bent, scaled to fill the square. Some start where the last one ended."""
     count = int(rng.integers(2, _MAX_STROKES + 1))
     strokes = []
     pen = rng.uniform(-0.9, 0.9, 2)
@@ -92,7 +92,7 @@ def _random_program(rng: np.random.Generator) -> np.ndarray:
 
 
 def _blurred(program: np.ndarray, size: int = 12) -> np.ndarray:
-    """Return a program's unit-norm, mean-free density on a coarse grid, to compare programs by."""
+    """Return a program's ink density on a coarse grid, with zero mean and unit norm, to compare programs."""
     pen = _pen_path(program[None])[0]
     axis = np.linspace(-1, 1, size)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 1, 2)
@@ -145,7 +145,7 @@ def _draw(program: np.ndarray, u: np.ndarray, size: int) -> torch.Tensor:
 
 
 def _coverage(grid: torch.Tensor, pen: torch.Tensor, radius: torch.Tensor, softness: float) -> torch.Tensor:
-    """Return how far each pixel (H * W, 2) lies under the ink of pen positions (N, P, 2): (N, H * W) in [0, 1]."""
+    """Return how much ink the pen positions (N, P, 2) leave on each pixel (H * W, 2): (N, H * W) in [0, 1]."""
     squared = (grid**2).sum(-1)[None, :, None] + (pen**2).sum(-1)[:, None, :] - 2 * grid @ pen.transpose(1, 2)
     distance = squared.amin(-1).clamp_min(0).sqrt()
     return torch.sigmoid((radius - distance) / (0.5 * softness))
@@ -158,13 +158,13 @@ def _colours(u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _hue(lightness: np.ndarray, hue: np.ndarray, chroma: np.ndarray) -> torch.Tensor:
-    """Return RGB (N, 3) that keeps the mean `lightness` and leans by `chroma` towards `hue` (in turns)."""
+    """Return RGB (N, 3) with mean `lightness`, tinted by `chroma` towards `hue` (in turns)."""
     phases = 2 * math.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
     return torch.from_numpy((lightness[:, None] + chroma[:, None] * np.cos(phases)).astype(np.float32))
 
 
 def _texture(u: np.ndarray, axis: torch.Tensor) -> torch.Tensor:
-    """Draw paper texture (N, 3, H, W): a slope of light and one soft grating, tinted."""
+    """Draw paper texture (N, 3, H, W): a brightness gradient and one soft grating, tinted."""
     u = torch.from_numpy(u)[:, :, None, None]
     y, x = axis[None, :, None], axis[None, None, :]
     turn = 2 * math.pi

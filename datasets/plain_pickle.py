@@ -1,7 +1,7 @@
-"""Read a pickle of plain values and numpy arrays without running anything that it names.
+"""Read a pickle of plain values and numpy arrays without running any code that it names.
 
-A pickle may call any function that it can name. Here it can name only what numpy writes for an array, a number or a
-dtype, and even those names lead to the stand-ins below, which build numeric arrays from bytes and nothing else.
+A pickle can call any function that it can name. Here it can name only what numpy writes for arrays, numbers and dtypes,
+and even these names resolve to the stand-ins below, which do nothing but build numeric arrays from bytes.
 """
 
 import pickle
@@ -12,11 +12,11 @@ import numpy as np
 
 
 class _Refused(ValueError):
-    """A name that a pickle of plain data has no use for."""
+    """The pickle has a name that plain data does not need."""
 
 
 class _Dtype:
-    """Stands for numpy.dtype."""
+    """Stand-in for numpy.dtype."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.dtype = np.dtype(code)
@@ -33,7 +33,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an empty numpy.ndarray that the pickle then fills; `np.asarray` gives what it holds."""
+    """Stand-in for an empty numpy.ndarray that the pickle fills; `np.asarray` returns its contents."""
 
     def __init__(self, *_: Any) -> None:
         self.value = np.empty(0)
@@ -59,7 +59,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 
 _STAND_INS = {
-    "numpy.ndarray": _Array,  # given to _reconstruct, which ignores it
+    "numpy.ndarray": _Array,  # an argument of _reconstruct, which ignores it
     "numpy.dtype": _Dtype,
     "_codecs.encode": _encode,  # how protocol 2 writes bytes
 }
@@ -78,12 +78,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_plain_pickle(path: Path) -> dict:
-    """Read the dict that is pickled at `path`; text of Python 2 becomes str. Use `np.asarray` on its arrays.
+    """Read the dict pickled at `path`; Python 2 text becomes str. Use `np.asarray` on its arrays.
 
     Raises:
-        ValueError: the pickle names anything but numpy's arrays (nothing of it was run), is cut short, or holds no
-            dict.
-        OSError: as of `open`.
+        ValueError: the pickle names anything but numpy's arrays (which is not run), is cut short, or is not a dict.
+        OSError: as from `open`.
     """
     with open(path, "rb") as file:
         try:

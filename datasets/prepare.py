@@ -1,4 +1,4 @@
-"""Turn what there is into the folder layout `<root>/{meta_train,meta_val,meta_test}/<class>/*.png`.
+"""Convert data sets to the folder layout `<root>/{meta_train,meta_val,meta_test}/<class>/*.png`.
 
     python -m datasets.prepare glyphs --out data/glyphs --per-class 600
     python -m datasets.prepare fontchars --out data/fontchars
@@ -8,7 +8,7 @@
     python -m datasets.prepare miniimagenet --from path/to/miniimagenet   # csv and images, .pkl, or class folders
     python -m datasets.prepare subsets --data-root data/cifarfs --classes_per_model 5
 
-To take up a run that was cut short, run the same command again: what is there is not made again.
+To resume, run the same command again: existing images are kept.
 """
 
 import sys
@@ -35,20 +35,20 @@ from utils.images import ImageError, read_image
 from utils.progress import progress
 from utils.run_log import read_json, write_json, write_skipped
 
-SETTINGS = "prepared.json"  # in the output folder: what its images were made from
+SETTINGS = "prepared.json"  # in the output folder: the source of its images
 CIFAR_SIDE, MINI_SIDE = 32, 84  # pixels
 
 
 def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
-    """Draw glyphs into `out`, `per_class` images per class of each split.
+    """Draw glyphs into `out`, `per_class` images for each class of each split.
 
-    Images that are there are kept, damaged ones drawn again. Raises ValueError, before anything is written, if `out`
-    holds others: of another seed, of a greater count, or not made here.
+    Existing images are kept, damaged ones redrawn. Raises ValueError, before anything is written, if `out` holds other
+    images: from another seed, beyond `per_class`, or not made here.
     """
     if per_class < 1:
         raise ValueError(f"got --per-class {per_class}, expected 1 or more")
     for split in splits:
-        data = make_split(split, 1, seed=seed)  # image i does not depend on how many there are
+        data = make_split(split, 1, seed=seed)  # image 0 does not depend on the count
         known = {f"{index:05d}.png" for index in range(per_class)}
         _check_strange(out / split, data.class_names, known, f"give a greater --per-class than {per_class}")
         for name, drawn in zip(data.class_names, data.images.permute(0, 2, 3, 1).numpy(), strict=True):
@@ -62,9 +62,9 @@ def glyphs(out: Path, per_class: int, splits: list[str], seed: int) -> None:
 
 
 def fontchars(out: Path, splits: list[str]) -> None:
-    """Write fontchars into `out`, each image by the name of its font; images that are there are kept.
+    """Write fontchars into `out`, each image named by its font. Existing images are kept.
 
-    Raises ValueError if `out` holds others, of a split before anything of it is written.
+    Raises ValueError, before a split is written, if `out` holds other images of it.
     """
     for split in splits:
         images, labels, names, fonts = embedded.read_split(split)
@@ -75,10 +75,10 @@ def fontchars(out: Path, splits: list[str]) -> None:
 
 
 def fonts(source: Path, out: Path, characters: str) -> None:
-    """Draw `characters` in every font in `source` into `out`, one folder per character; images that are there are kept.
+    """Draw `characters` in every font in `source` into `out`, one folder per character. Existing images are kept.
 
-    Fonts that cannot be read, or have no such character, are left out, and a line says so. Raises ValueError if
-    nothing can be drawn, or `out` holds another image of the same name.
+    Unreadable fonts, and fonts without a character, are left out with a line on stderr. Raises ValueError if nothing
+    can be drawn, or if `out` holds another image of the same name.
     """
     wanted = list(dict.fromkeys(characters))
     if not wanted or any(character.isspace() or not character.isprintable() for character in wanted):
@@ -107,7 +107,7 @@ def fonts(source: Path, out: Path, characters: str) -> None:
 
 
 def _write_missing(paths: Sequence[Path], pixels: Iterable[np.ndarray], cure: str = "take it away") -> int:
-    """Write the images that are missing or damaged, and return how many; errors as of `_is_written`, before any."""
+    """Write missing and damaged images, and return their number. Raises as `_is_written`, before writing any."""
     pixels = list(pixels)
     with ThreadPoolExecutor() as threads:
         there = list(threads.map(partial(_is_written, cure=cure), paths, pixels))
@@ -122,7 +122,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 def _is_written(path: Path, expected: np.ndarray, cure: str) -> bool:
-    """Whether `path` has these pixels; False if it is missing or damaged. Raises ValueError for other pixels."""
+    """Return whether `path` has these pixels; False if it is missing or damaged. Raises ValueError for other pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as file:
             there = np.asarray(file)
@@ -134,9 +134,9 @@ def _is_written(path: Path, expected: np.ndarray, cure: str) -> bool:
 
 
 def cifarfs(out: Path, source: Path | None) -> None:
-    """Make CIFAR-FS in `out`, 32x32: CIFAR-100's train and test images together, classes split as published.
+    """Make CIFAR-FS in `out`, 32x32: CIFAR-100's train and test images together, in the published class splits.
 
-    source: the folder that is or holds cifar-100-python, or one of class folders; None downloads to <out>/download.
+    source: cifar-100-python, a folder that holds it, or a folder of class folders; None downloads to <out>/download.
     """
     classes, skipped = published.CIFARFS, {}
     names = [name for split in classes.values() for name in split]
@@ -159,10 +159,10 @@ def cifarfs(out: Path, source: Path | None) -> None:
 
 
 def miniimagenet(out: Path, source: Path, size: int) -> None:
-    """Make miniImageNet in `out`, each image its central square at `size` pixels, classes split as published.
+    """Make miniImageNet in `out`: the central square of each image at `size` pixels, in the published class splits.
 
-    source: a folder with the three mini-imagenet-cache-*.pkl, or with train.csv, val.csv, test.csv and the images they
-    list, or with class folders (directly, in images, or in train, val and test), looked for in this order.
+    source: a folder with the three mini-imagenet-cache-*.pkl; or train.csv, val.csv, test.csv and the images they list;
+    or class folders (directly, in images, or in train, val and test). The first of these that exists is used.
     """
     if size < 1:
         raise ValueError(f"got --size {size}, expected 1 or more pixels")
@@ -180,7 +180,7 @@ def miniimagenet(out: Path, source: Path, size: int) -> None:
         kind = "class folders"
 
     def read() -> Callable[[str], ImagesByClass]:
-        if kind == "pkl":  # one at a time, as the largest takes 0.8 GB of memory
+        if kind == "pkl":  # one split at a time: the largest needs 0.8 GB of memory
             return lambda split: unpack.mini_cache(source, split, classes[split])
         if kind == "csv":
             found = unpack.csv_lists(source, classes)
@@ -199,12 +199,11 @@ def convert(
     settings: Mapping[str, Any],
     read: Callable[[], Callable[[str], ImagesByClass]],
 ) -> None:
-    """Write <out>/<split>/<class>/00000.png and so on for all `classes` (split -> names), and say what is there.
+    """Write <out>/<split>/<class>/00000.png and so on for all `classes` (split -> names), and print a summary.
 
-    settings: what the images are made from; kept in <out>/prepared.json, so that no folder mixes two sources.
-        Its `size` is the side of the images in pixels.
-    read: called when a class is not complete yet; checks the source and returns a function that gives a split's
-        images.
+    settings: the source of the images, saved in <out>/prepared.json so that no folder mixes two sources; its `size` is
+        the side of the images in pixels.
+    read: called if a class is incomplete; checks the source and returns a function from a split to its images.
     Raises ValueError if `out` holds anything else, or as `read` does.
     """
     _check_out(out, classes, settings)
@@ -224,7 +223,7 @@ def _write_split(
     images_of: Callable[[str], ImagesByClass],
     settings: Mapping[str, Any],
 ) -> None:
-    """Write the classes `names` of one split; a function of its own so that its arrays are freed before the next."""
+    """Write the classes `names` of one split. A separate function, so that its arrays are freed before the next."""
     found = images_of(split)
     write_json(out / SETTINGS, settings)  # only now that the source is known to be good
     with ThreadPoolExecutor() as threads:
@@ -234,10 +233,10 @@ def _write_split(
 
 
 def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
-    """Print, and write to `out` as JSON, the classes of <data_root>/meta_train that each model of a pool learns.
+    """Print, and write to `out` as JSON, which classes of <data_root>/meta_train each model of a pool learns.
 
-    The same split as `guided_diffusion/image_train.py --pool` makes: the class folders in sorted order,
-    `classes_per_model` to a model, the rest to the last. Raises ValueError if there are none.
+    The assignment is that of `guided_diffusion/image_train.py --pool`: class folders in sorted order, with
+    `classes_per_model` for each model and the rest for the last. Raises ValueError if there are no classes.
     """
     if classes_per_model < 1:
         raise ValueError(f"got --classes_per_model {classes_per_model}, expected 1 or more")
@@ -264,7 +263,7 @@ def subsets(data_root: Path, classes_per_model: int, out: Path) -> None:
 
 
 def _write(path: Path, source: ImageSource, size: int) -> None:
-    """Write one image as PNG with a side of `size` pixels, unless it is there."""
+    """Write one image as a PNG with a side of `size` pixels, unless the file exists."""
     if path.exists() and path.stat().st_size:
         return
     if isinstance(source, Path):
@@ -295,7 +294,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if `out` holds images that are not of `classes` or were made by other settings."""
+    """Raise ValueError if `out` holds images that are not of `classes`, or made with other settings."""
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"{out}: got a file, expected a folder for the images; give another --out")
     made_from = out / SETTINGS
@@ -309,7 +308,7 @@ def _check_out(out: Path, classes: Mapping[str, Sequence[str]], settings: Mappin
 def _check_strange(
     folder: Path, names: Sequence[str], known: set[str], cure: str = "move what is strange away"
 ) -> None:
-    """Raise ValueError if the `folder` of a split holds more than the classes `names` with the files `known`."""
+    """Raise ValueError if `folder`, of a split, holds anything but the classes `names` with the files `known`."""
     there = _visible(folder)
     strange = sorted(there - set(names)) + sorted(
         f"{name}/{file}" for name in there & set(names) for file in _visible(folder / name) - known
@@ -331,7 +330,7 @@ def _require_folder(folder: Path, advice: str) -> None:
 
 
 def _from_source(args: Namespace, make: Callable[[Path | None], None]) -> None:
-    """Make a data set from what --from names; an archive is unpacked for as long as that takes."""
+    """Make a data set from the source that --from names. An archive is unpacked meanwhile."""
     if args.source is None:
         return make(None)
     with unpacked(args.source, args.out) as source:
@@ -342,7 +341,7 @@ def _from_source(args: Namespace, make: Callable[[Path | None], None]) -> None:
 
 
 def main() -> None:
-    """Parse and do."""
+    """Parse the flags and prepare the data set that they name."""
     parser = OneLineParser(description="Prepare image folders.")
     what = parser.add_subparsers(dest="what", required=True)
 

@@ -1,4 +1,4 @@
-"""The pseudo dataset of a round: images that the pool drew, with the classes they were drawn for.
+"""The pseudo dataset of a round: images that the pool drew, with their pseudo classes.
 
 python -m datasets.pseudo ckpt/runs/glyphs/1-shot --as-folders data/pseudo      # PNG files, a folder per class
 """
@@ -21,20 +21,20 @@ from utils.cli import run as run_command
 from utils.plots import contact_sheet
 from utils.run_log import write_json
 
-_OWN = ("num_classes", "num_images", "class_to_index")  # entries of the manifest that are not the caller's
+_OWN = ("num_classes", "num_images", "class_to_index")  # manifest entries that the caller may not set
 
 
 @dataclass(frozen=True)
 class PseudoDataset:
-    """Labelled pseudo images. Class c is the integer c in every folder and round; no name is ever sorted.
+    """Labelled pseudo images. Class c is the integer c in every folder and round, never the place of a sorted name.
 
     Attributes:
         images: (N, 3, H, W) uint8, RGB.
         labels: (N,) int64, from 0 to num_classes - 1.
-        num_classes: C, even if some class has no image.
+        num_classes: C, also counting classes without images.
 
     Raises:
-        ValueError: shapes, types or labels other than these.
+        ValueError: shapes, dtypes or labels are not as above.
     """
 
     images: torch.Tensor
@@ -56,15 +56,15 @@ class PseudoDataset:
             )
 
     def save(self, folder: str | os.PathLike, manifest: Mapping[str, Any]) -> None:
-        """Write images.npy, labels.npy and then manifest.json, so a folder with a manifest is complete.
+        """Write images.npy, labels.npy and then manifest.json, so that a folder with a manifest is complete.
 
         Args:
             folder: made if missing; a dataset in it is replaced.
-            manifest: entries to add to the manifest, such as the settings of the round. It also gets
-                `num_classes`, `num_images` and `class_to_index`, a list of {class, index, images}.
+            manifest: entries to add to the manifest, such as the round. The manifest also gets `num_classes`,
+                `num_images` and `class_to_index`, a list of {class, index, images}.
 
         Raises:
-            ValueError: `manifest` has an entry of one of those names.
+            ValueError: `manifest` has an entry with one of these names.
         """
         taken = [name for name in _OWN if name in manifest]
         if taken:
@@ -99,7 +99,7 @@ class PseudoDataset:
         return dataset
 
     def joined(self, others: Sequence["PseudoDataset"]) -> "PseudoDataset":
-        """Return this dataset and others with the same classes, as one: class c stays class c."""
+        """Return this dataset joined with `others`, which have the same classes."""
         if not others:
             return self
         parts = [self, *others]
@@ -107,7 +107,7 @@ class PseudoDataset:
         return PseudoDataset(images, labels, self.num_classes)
 
     def on(self, device: torch.device) -> "PseudoDataset":
-        """Return the same, with its images on a GPU that has room for them, else in memory that a GPU reads fast."""
+        """Return the dataset for `device`: images on a GPU if they fit in half its free memory, else pinned memory."""
         if device.type != "cuda":
             return self
         free, _ = torch.cuda.mem_get_info(device)
@@ -115,7 +115,7 @@ class PseudoDataset:
         return PseudoDataset(images, self.labels, self.num_classes)
 
     def sheet(self, path: str | os.PathLike, per_class: int) -> None:
-        """Write a PNG with a row per class: its number below the first of its first `per_class` images."""
+        """Write a PNG with a row per class: its first `per_class` images, and its number below the first one."""
         rows = torch.full((self.num_classes, per_class, *self.images.shape[1:]), 255, dtype=torch.uint8)
         for c in range(self.num_classes):
             first = self.images[self.labels == c][:per_class]
@@ -125,9 +125,9 @@ class PseudoDataset:
 
 
 def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]) -> PseudoDataset:
-    """Return the data set in `folder`, or what `make` returns, saved there with its notes and a sheet.
+    """Return the dataset in `folder`. If there is none, call `make` and save its dataset there, with notes and a sheet.
 
-    All processes of a run call this together, and `make` too; the first one writes.
+    All processes of a run call this together, and so `make` too; the first one writes.
     """
     if processes.broadcast(not (Path(folder) / "manifest.json").exists()):
         dataset, notes = make()
@@ -139,7 +139,7 @@ def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapp
 
 
 def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[], torch.Tensor]) -> PseudoDataset:
-    """Return `data` with the labels (N,) int64 in the file `path`; if there is none, those of `make`, saved.
+    """Return `data` with the labels (N,) int64 in the file `path`. If it does not exist, save the labels from `make`.
 
     All processes of a run call this together. Raises ValueError for a damaged file.
     """
@@ -154,9 +154,9 @@ def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[],
 
 
 def learnt(run: str | os.PathLike) -> PseudoDataset:
-    """Return the images of all rounds of a run, with the labels that its last network learnt.
+    """Return the images of all rounds of a run, with the labels that its last network was trained on.
 
-    Raises ValueError if there is none, or one is damaged.
+    Raises ValueError if there are no rounds, or one is damaged.
     """
     rounds = sorted((Path(run) / "pseudo").glob("round*"))
     if not rounds:
@@ -177,7 +177,7 @@ def _labels(path: Path) -> torch.Tensor:
 
 
 def as_folders(data: PseudoDataset, out: str | os.PathLike) -> None:
-    """Write images as <out>/class{c}/{i}.png. Raises ValueError if `out` is there already and not empty."""
+    """Write images as <out>/class{c}/{i}.png. Raises ValueError if `out` exists and is not an empty folder."""
     out, width = Path(out), len(str(data.num_classes - 1))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already; give a new folder")
@@ -187,7 +187,7 @@ def as_folders(data: PseudoDataset, out: str | os.PathLike) -> None:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read the manifest of a pseudo dataset. Raises ValueError if it is missing or no JSON object."""
+    """Read the manifest of a pseudo dataset. Raises ValueError if it is missing or not a JSON object."""
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +201,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse; write the pseudo images of a run as class folders."""
+    """Parse the flags and write the pseudo images of a run as class folders."""
     parser = OneLineParser(description="Write the pseudo images of a run as PNG files, a folder per class.")
     parser.add_argument("run", help="run folder of main.py")
     parser.add_argument("--as-folders", required=True, metavar="OUT", help="folder to write, made new")

@@ -1,7 +1,7 @@
 """The published class lists of CIFAR-FS and miniImageNet: 64 classes to train on, 16 to validate, 20 to test.
 
-CIFAR-FS: Bertinetto et al., arXiv 1805.08136, by the fine class names of CIFAR-100.
-miniImageNet: Ravi & Larochelle, ICLR 2017, by WordNet number. Both have 600 images per class.
+CIFAR-FS: Bertinetto et al., arXiv 1805.08136; fine class names of CIFAR-100.
+miniImageNet: Ravi & Larochelle, ICLR 2017; WordNet IDs. Both have 600 images per class.
 """
 
 PER_CLASS = 600

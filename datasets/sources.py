@@ -10,7 +10,7 @@ from datasets.fontchars import load_fontchars
 from datasets.glyphs import make_split
 
 GLYPHS_PER_CLASS = 100  # images per class to draw episodes from
-# Sets that need no folder: name -> images of (split, images per class or None, size).
+# Sets that need no folder: name -> function (split, images per class or None, size) -> images.
 EMBEDDED: dict[str, Callable[[str, int | None, int], LabelledImages]] = {
     "glyphs": lambda split, per_class, size: make_split(split, per_class or GLYPHS_PER_CLASS, size=size),
     "fontchars": lambda split, per_class, size: load_fontchars(split, per_class, size=size),
@@ -25,10 +25,10 @@ def load_real(
     per_class: int | None = None,
     workers: int | None = None,
 ) -> LabelledImages:
-    """Return the images of a split: of `EMBEDDED` if <root>/<split> is not there, else read from it.
+    """Return the images of a split, read from <root>/<split>; an `EMBEDDED` set without that folder needs none.
 
-    roots: one of each domain; the classes of several are put side by side, named <root's name>/<class>.
-    size: pixels a side; per_class: images per class at most, None for all (100 per class for glyphs); workers: threads.
+    roots: one data folder per domain; with several, classes are named <root's name>/<class>.
+    size: side in pixels; per_class: most images per class, None for all (100 for embedded glyphs); workers: threads.
     Raises ValueError if a folder is missing or empty.
     """
     if dataset in EMBEDDED and not (roots[0] / split).is_dir():

@@ -1,11 +1,11 @@
-"""What people have of CIFAR-100 and miniImageNet, as images by class: folders, csv lists, pickled arrays.
+"""Read the usual copies of CIFAR-100 and miniImageNet as images by class: folders, csv lists, pickled arrays.
 
-An image is given as the path of an image file or an array (H, W, 3) uint8, RGB. Every reader checks the classes and the
-number of images against the published ones (datasets.published) and raises ValueError, one line, if they differ.
+An image is the path of an image file or an array (H, W, 3) uint8, RGB. Every reader checks the classes and the number
+of images against the published ones (datasets.published) and raises a one-line ValueError if they differ.
 """
 
 import csv
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ from utils.class_folders import LeftOut, find_images, listing
 from utils.images import Skipped, opens, shown
 
 ImageSource = Path | np.ndarray
-ImagesByClass = dict[str, Sequence[ImageSource]]  # class name -> its images, in an order that never changes
+ImagesByClass = dict[str, Sequence[ImageSource]]  # class name -> its images, in a fixed order
 
 PLACES = (".", "images", "data", "train", "val", "test", "meta_train", "meta_val", "meta_test")
-USUAL = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # endings that need no look into the file
+USUAL = {".png", ".jpg", ".jpeg", ".gif", ".webp"}  # endings trusted without opening the file
 CACHE_SIDE = 84  # pixels
 
 
 def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> ImagesByClass:
-    """Find the image files of the class folders `names` in `root` or in one of the folders PLACES of it.
+    """Find the image files of the class folders `names` in `root` or in its folders PLACES.
 
-    A class in several places (as in the train and test of CIFAR-100) has the images of all of them. What is no image is
-    left out: one line on stderr says so, and it is added to `skipped`.
+    A class in several places (such as train and test of CIFAR-100) has the images of all of them. Other files are left
+    out, counted in one line on stderr, and added to `skipped`.
     """
     found: ImagesByClass = {}
     left_out = LeftOut()
@@ -47,9 +47,9 @@ def class_folders(root: Path, names: Collection[str], skipped: Skipped) -> Image
 
 
 def check_level(root: Path, names: Collection[str], files: Collection[str]) -> None:
-    """Raise ValueError, which names it, if a folder just above or below `root` has more of a data set.
+    """Raise ValueError if a folder above or below `root` has more of the data set's classes, and name that folder.
 
-    names: the classes; files: those that hold or list all of them.
+    names: the classes; files: names of files each of which stands for all classes.
     """
 
     def has(folder: Path) -> int:
@@ -70,7 +70,7 @@ def _folders(root: Path, name: str) -> list[Path]:
 def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> ImagesByClass:
     """Find the image files that train.csv, val.csv and test.csv in `root` list (columns filename and label).
 
-    They are looked for in `root` and its folder images, directly or in class folders.
+    Images may be in `root` or its folder images, directly or in class folders, or in class folders of the split.
     """
     found: ImagesByClass = {}
     missing: list[str] = []
@@ -88,7 +88,7 @@ def csv_lists(root: Path, classes: Mapping[str, Collection[str]]) -> ImagesByCla
         _check(path, listed, "get the csv files of Ravi and Larochelle")
         for name, files in listed.items():
             places = [root / "images", root, root / "images" / name, root / name, root / _short(split) / name]
-            paths = {file: _first_file(place / file for place in places) for file in sorted(files)}
+            paths = {file: next(filter(Path.is_file, (p / file for p in places)), None) for file in sorted(files)}
             missing += [file for file, path in paths.items() if path is None]
             found[name] = [path for path in paths.values() if path is not None]
     if missing:
@@ -132,7 +132,7 @@ def csv_name(split: str) -> str:
 
 
 def cifar_batches(folder: Path, names: Collection[str]) -> ImagesByClass:
-    """Read cifar-100-python (its files meta, train and test); a class has its train images, then its test images."""
+    """Read cifar-100-python (files meta, train and test). Each class has its train images, then its test images."""
     (fine,) = _entries(folder / "meta", "fine_label_names")
     fine = [_text(name) for name in fine]
     if sorted(fine) != sorted(names):
@@ -153,7 +153,7 @@ def cifar_batches(folder: Path, names: Collection[str]) -> ImagesByClass:
 
 
 def download_cifar100(folder: Path) -> Path:
-    """Download CIFAR-100 into `folder` unless it is there; returns its folder cifar-100-python."""
+    """Download CIFAR-100 into `folder` unless it exists there. Return the path of cifar-100-python."""
     from torchvision.datasets import CIFAR100  # the one use of torchvision
 
     try:
@@ -166,14 +166,14 @@ def download_cifar100(folder: Path) -> Path:
 
 
 def require_files(root: Path, names: Collection[str]) -> None:
-    """Raise ValueError if `root` lacks one of the files `names`."""
+    """Raise ValueError if `root` lacks any of the files `names`."""
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise ValueError(f"{root}: lacks {', '.join(missing)}; expected {', '.join(names)}")
 
 
 def few(items: Sequence[str]) -> str:
-    """Name the first three of `items`, and how many more there are."""
+    """Return the first three of `items` as text, and how many more there are."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
 
@@ -206,12 +206,8 @@ def _text(value: Any) -> Any:
 
 
 def _texts(content: Mapping) -> dict:
-    """Return `content` with str keys in place of the bytes that a rewritten pickle of Python 2 gives."""
+    """Return `content` with str keys. A Python 2 pickle that was saved again has bytes keys."""
     return {_text(key): value for key, value in content.items()}
-
-
-def _first_file(paths: Iterable[Path]) -> Path | None:
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _short(split: str) -> str:

@@ -1,6 +1,6 @@
-"""What an image costs a network, in bytes and operations, and how many images at once fit into free memory.
+"""The cost of an image to a network, in bytes and operations, and how many images at once fit into free memory.
 
-Without a GPU that matters beforehand: the system does not refuse memory, it ends the process that took too much.
+A CPU run must know this in advance: the system does not refuse memory, it kills the process that used too much.
 """
 
 import functools
@@ -22,18 +22,18 @@ from guided_diffusion.from_diffusers import create_network
 from utils import processes
 from utils.progress import is_quiet
 
-_SPARE = 2  # so many times the tensors: kernels need room beside them, and the allocator leaves gaps
+_SPARE = 2  # memory per byte of tensors: kernels need workspace, and the allocator leaves gaps
 
 
 def image_bytes(flags: Mapping[str, Any], *, training: bool = False) -> int:
-    """Return the bytes that one more image takes while it passes the network of `flags`; training: with gradients.
+    """Return the peak bytes that one more image needs in the network of `flags`; training: with gradients.
 
-    It passes shapes only, and counts the tensors alive: once per process for the same flags.
+    Run the network on the meta device and count the live tensors; cached for the same flags.
     """
     return _image_bytes(tuple(sorted(flags.items())), training)
 
 
-@functools.cache  # the models of a pool are of one kind, and each would take a second
+@functools.cache  # pool models often share their flags, and each count takes a second
 def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
     flags, peaks = dict(items), []
     for images in (7, 8):  # enough for the peak to be in the images, not in the gradients of the weights
@@ -44,14 +44,14 @@ def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
 
 
 def image_flops(flags: Mapping[str, Any], *, training: bool = False) -> int:
-    """Return the operations of one image, 2 per multiply-add; training: of the backward pass, too."""
+    """Return the operations of one image, 2 per multiply-add; training: with the backward pass."""
     with FlopCounterMode(display=False) as counter:
         _pass(flags, 1, training)
     return counter.get_total_flops()
 
 
 def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
-    """Pass images through the network of `flags` on the meta device."""
+    """Run the network of `flags` on `images` images, on the meta device."""
     size = flags["image_size"]
     with torch.device("meta"), torch.set_grad_enabled(training):
         network = create_network(flags)
@@ -62,9 +62,9 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
 
 
 def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, training: bool = False) -> int:
-    """Return how many images, up to `most`, may pass the network of `flags` at once in free memory.
+    """Return how many images at once, up to `most`, fit into free memory in the network of `flags`.
 
-    That is `most` on a GPU, which says when memory is short, and on a system that does not say what is free.
+    Returns `most` on a GPU, which raises when memory runs out, and where the system does not report free memory.
     """
     free = free_memory() if device.type == "cpu" else None
     if free is None:
@@ -77,7 +77,7 @@ def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, train
 
 
 class _Alive(TorchDispatchMode):
-    """Count the bytes of the tensors made in this context: those alive now, and the most at any time."""
+    """Count the bytes of the tensors made in this context: `now` alive, and `most` at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,14 +106,14 @@ class _Alive(TorchDispatchMode):
 
 
 def free_memory() -> int | None:
-    """Return the bytes that the system could give to this process, None if it does not say."""
+    """Return the bytes that the system can give this process, or None if it does not say."""
     free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
         return None
-    try:  # of a container or a job
+    try:  # the limit of a container or a job
         group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().split("::")[1].split()[0])
         most, now = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         free += [int(most) - int(now) + _file_cache(group)] if most != "max" else []
@@ -123,7 +123,7 @@ def free_memory() -> int | None:
 
 
 def _file_cache(group: Path) -> int:
-    """Return the bytes of cached files: they count as used by `group`, but are freed where memory is short."""
+    """Return the bytes of cached files. They count as used by `group`, but are freed when memory is short."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The device to work on, the precision, and how much fits at once."""
+"""The device, the precision, and batches that fit into memory."""
 
 import ctypes
 import os
@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 PRECISIONS = ("auto", "float32", "bf16")
 _T = TypeVar("_T")
-_WIDE = 64  # channels of a network that a GPU compiles
+_WIDE = 64  # a network with at least so many channels is compiled on a GPU
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device of that name, and make a GPU the current one of this process.
+    """Return the named device; make it the current one of this process if it is a GPU.
 
-    "auto" takes a GPU if there is one. Of several processes "auto" and "cuda" give each its own.
+    "auto" picks a GPU if there is one. With several processes, "auto" and "cuda" give each its own GPU.
     Raises ValueError for a device that this machine lacks.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -37,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "meta":
         raise ValueError("got device 'meta', whose tensors hold no numbers; choose auto, cpu or cuda")
-    if device.type == "cuda":  # which collectives and caches of this process then use, too
+    if device.type == "cuda":  # collectives and caches of this process use it too
         torch.cuda.set_device(device)
     return device
 
@@ -45,44 +45,44 @@ def pick_device(name: str = "auto") -> torch.device:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Return a context in which networks train in bf16 if `precision` says so ("auto": on GPUs that have it).
 
-    On CPUs "auto" means float32: the small networks for a CPU were measured slower in bf16.
+    On CPUs "auto" means float32: networks small enough for a CPU were measured to be slower in bf16.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16) if _wants_bf16(precision, device) else nullcontext()
 
 
 def inference_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type of the weights of a diffusion model that only draws; its process stays in float32.
+    """Return the dtype of a diffusion model's weights for sampling. The diffusion process stays in float32.
 
-    "auto" is bf16 on GPUs that have it. `Pool.precision` finds by a trial what is faster on a CPU.
+    "auto" is bf16 on GPUs that have it. On a CPU, `Pool.precision` times both and picks the faster.
     """
     return torch.bfloat16 if _wants_bf16(precision, device) else torch.float32
 
 
 def may_gain_from_bf16(device: torch.device) -> bool:
-    """Return whether this is a CPU with instructions for bf16. Without them it is emulated, and slow."""
+    """Return whether this is a CPU with bf16 instructions. Without them bf16 is emulated, and slow."""
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def worth_compiling(device: torch.device, channels: int) -> bool:
-    """Return whether to compile a network: a wide one on a GPU. On a CPU minutes of compiling save a sixth."""
+    """Return whether to compile a network: only a wide one on a GPU. On a CPU, minutes of compiling save a sixth."""
     return device.type == "cuda" and channels >= _WIDE
 
 
 def compile_in_place(network: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Compile `network` at its first call, and at the first of every other batch size.
+    """Compile `network` when it is first called, and again for each new batch size.
 
-    Networks of the same shape share the result, so a pool is compiled once. What cannot be compiled runs as it is, and
-    torch says so on stderr.
+    Networks of the same shape share the result, so a pool is compiled once. Code that cannot be compiled runs
+    uncompiled, and torch says so on stderr.
     """
     torch._dynamo.config.suppress_errors = True
     network.compile(backend=backend, dynamic=False)
 
 
 def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int = 0) -> Iterator[tuple[Tensor, _T]]:
-    """Yield (index, work(index)) over first .. first + count - 1, `batch` of them at a time, in order.
+    """Yield (index, work(index)) for first .. first + count - 1 in order, `batch` items at a time.
 
-    Where memory is short, halve the batch, say so on stderr, and try the same part again: `work` must not depend on how
-    it is split. Raises MemoryError if one at a time is too much.
+    If memory runs out, halve the batch, say so on stderr, and try the same part again. The result of `work` must not
+    depend on the batch size. Raises MemoryError if a single item does not fit.
     """
     start, stop = first, first + count
     while start < stop:
@@ -96,13 +96,13 @@ def in_batches(work: Callable[[Tensor], _T], count: int, batch: int, first: int 
 
 
 def or_too_much(work: Callable[[], _T]) -> _T | None:
-    """Return what `work` gives, or None if memory is too short for it."""
+    """Return work(), or None if it runs out of memory."""
     try:
         return work()
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-    if torch.cuda.is_available():  # out of the except clause, which holds on to the tensors
+    if torch.cuda.is_available():  # after the except clause, which keeps the tensors alive
         torch.cuda.empty_cache()
     return None
 
@@ -122,12 +122,12 @@ def _wants_bf16(precision: str, device: torch.device) -> bool:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Return whether this GPU computes in bf16: from compute capability 8 on. Torch says so of slow emulation, too."""
+    """Return whether this GPU has bf16: compute capability 8 or higher. Torch's own check also accepts emulation."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _keep_freed_memory() -> None:
-    """Make the C library keep large freed blocks: mapping them again took a fifth to two fifths of the time."""
+    """Make the C library keep large freed blocks. Mapping them anew took a fifth to two fifths of the run time."""
     if not sys.platform.startswith("linux"):
         return
     try:

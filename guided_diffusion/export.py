@@ -23,8 +23,8 @@ from utils.cli import OneLineParser, run
 def export(model: PoolModel, out: str | os.PathLike) -> None:
     """Write `model` to the folder `out`, whole or not at all.
 
-    Raises ValueError if `out` is there already, if the library is missing, and for a model that its classes
-    cannot express: what is in the way is named.
+    Raises ValueError if `out` exists, if diffusers is missing, or if its classes cannot express the model; the message
+    says why.
     """
     out = Path(out)
     if out.exists():
@@ -41,7 +41,7 @@ def export(model: PoolModel, out: str | os.PathLike) -> None:
 
 
 def unet_config(model: PoolModel) -> dict[str, Any]:
-    """Return the settings of the `UNet2DModel` that predicts what `model` predicts. Errors as for `export`."""
+    """Return the settings of a `UNet2DModel` with the same predictions as `model`. Errors as for `export`."""
     network, flags = model.network, model.flags
     if not isinstance(network, UNetModel):
         raise ValueError(f"{model.path}: is in the format of diffusers already; give a model of image_train.py")
@@ -81,7 +81,7 @@ def unet_config(model: PoolModel) -> dict[str, Any]:
 
 
 def scheduler_config(model: PoolModel) -> dict[str, Any]:
-    """Return the settings of the `DDPMScheduler` with the process of `model`. Errors as for `export`."""
+    """Return the settings of a `DDPMScheduler` with the diffusion process of `model`. Errors as for `export`."""
     flags = model.flags
     steps = flags["diffusion_steps"]
     if flags["timestep_respacing"] or (flags["rescale_timesteps"] and steps != 1000):
@@ -129,7 +129,7 @@ def state_dict(network: UNetModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _levels(network: UNetModel) -> list[list[Stage]]:
-    """Return the stages of the encoder by level; the last of a level halves the resolution, but on the last level."""
+    """Return the encoder's stages by level. The last stage of each level but the last halves the resolution."""
     stages, levels = list(network.input_blocks)[1:], network.downsampling.bit_length()
     per_level = (len(stages) + 1) // levels
     return [stages[level * per_level : (level + 1) * per_level] for level in range(levels)]
@@ -163,7 +163,7 @@ def _same(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def main() -> None:
-    """Read a model, and write it again."""
+    """Parse the arguments, load the model and export it."""
     parser = OneLineParser(description="Write a model as a pipeline of the library diffusers.")
     parser.add_argument("model", help="checkpoint of image_train.py, or the folder with its model.pt")
     parser.add_argument("out", help="folder to write; it must not be there yet")

@@ -1,6 +1,6 @@
 """Folders in the format of the library diffusers: public unconditional models (`UNet2DModel`) as members of a pool.
 
-The network is the library's own; weights and settings are read here, so that no file is trusted and nothing is fetched.
+The network is the library's own. Weights and settings are read and checked here: no file is trusted, none is fetched.
 """
 
 import inspect
@@ -19,11 +19,11 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that is there counts
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attention, before 2023
-_MOST = {"sample_size": 4096, "num_class_embeds": 10_000, "layers_per_block": 100}  # as in the flags of `pool`
-_LARGEST, _LONGEST = 100_000, 50  # of other numbers; of lists
-_ONLY = {  # what the pool relies on
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that exists counts
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention layers before 2023
+_MOST = {"sample_size": 4096, "num_class_embeds": 10_000, "layers_per_block": 100}  # the limits that `pool` has too
+_LARGEST, _LONGEST = 100_000, 50  # limits of other numbers, and of a list's length
+_ONLY = {  # values that the pool relies on
     "_class_name": ("UNet2DModel",), "in_channels": (3,), "out_channels": (3, 6), "class_embed_type": (None,),
     "time_embedding_type": ("positional", "learned"),
 }  # fmt: skip
@@ -47,10 +47,10 @@ def is_model(folder: Path) -> bool:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files of a model that count: config.json, weights and, where it is there, scheduler_config.json.
+    """Return the files of a model: config.json, weights and, if it exists, scheduler_config.json.
 
     folder: a pipeline, its folder unet, or a folder with all the files.
-    Raises CheckpointError for a pipeline of other parts, and if a file is missing.
+    Raises CheckpointError for a pipeline with other parts, or if a file is missing.
     """
     if (folder / INDEX).is_file():
         parts = [name for name, value in _read(folder / INDEX).items() if isinstance(value, list) and any(value)]
@@ -71,13 +71,13 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def describe(folder: Path, unsaid: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags of a model, by which the pool knows it.
+    """Return the flags of a model, as `PoolModel` holds them.
 
-    `image_size`, `class_cond`, `num_classes`, `num_channels` and `learn_sigma` mean what they mean for our networks.
-    `unet` and `scheduler` are JSON. The others are those of `unsaid`.
-    unsaid: what holds if the model does not say: image_size if it has no sample_size, and the flags of the process
-        if it has no scheduler_config.json.
-    Raises CheckpointError for a network or a process that the pool cannot use; it names the entry.
+    `image_size`, `class_cond`, `num_classes`, `num_channels` and `learn_sigma` have the meaning of our own flags.
+    `unet` and `scheduler` are JSON. All other flags come from `unsaid`.
+    unsaid: defaults: image_size for a model without sample_size, and the process flags for one without
+        scheduler_config.json.
+    Raises CheckpointError, naming the entry, for a network or process that the pool cannot use.
     """
     config_path, _, *scheduler = files_of(folder)
     config = _read(config_path)
@@ -125,7 +125,7 @@ def describe(folder: Path, unsaid: Mapping[str, Any]) -> dict[str, Any]:
 def create_network(flags: Mapping[str, Any]) -> nn.Module:
     """Return the network of `flags`, our own or the library's.
 
-    Raises ValueError without the library, and for settings that it does not know.
+    Raises ValueError if the library is missing or does not know a setting.
     """
     if "unet" not in flags:
         return create_model(**flags)
@@ -137,9 +137,9 @@ def create_network(flags: Mapping[str, Any]) -> nn.Module:
 
 
 def create_process(flags: Mapping[str, Any]) -> SpacedDiffusion:
-    """Return the process of `flags`, our own or that of the model's `scheduler`, over all of its timesteps.
+    """Return the diffusion process of `flags`, from our own flags or the model's `scheduler`, over all its timesteps.
 
-    The variance of a `scheduler`, which DDIM does not use, is the upper bound or the network's own.
+    With a `scheduler`, the variance is learned or the upper bound; DDIM uses neither.
     """
     if "scheduler" not in flags:
         return create_gaussian_diffusion(**flags)
@@ -159,7 +159,7 @@ def create_process(flags: Mapping[str, Any]) -> SpacedDiffusion:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """Return the state dict of `Network`, under today's names, and its file. Errors as for `checkpoint.load`."""
+    """Return the state dict of `Network`, with current names, and its file. Errors as for `checkpoint.load`."""
     path = files_of(folder)[1]
     weights = checkpoint.load(path)
     if not isinstance(weights, Mapping):
@@ -168,14 +168,14 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 class Network(nn.Module):
-    """A `UNet2DModel` that is called as the networks of the pool are."""
+    """A `UNet2DModel` with the call signature of our own U-Nets."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict from images x (N, 3, H, W), timesteps (N,) and labels y (N,) int64, None if it takes none.
+        """Predict from images x (N, 3, H, W), timesteps (N,) and labels y (N,) int64, None if unconditional.
 
         Returns (N, 3, H, W), or (N, 6, H, W) with a learned variance, in the dtype of x.
         """
@@ -211,7 +211,7 @@ def _check(config: Mapping[str, Any], only: Mapping[str, tuple], path: Path) -> 
 
 
 def _check_value(name: str, value: Any, path: Path) -> None:
-    """Refuse numbers and lists that no network has: building it could take for ever."""
+    """Raise CheckpointError for numbers and lists too large for any network: building it could take forever."""
     most = _MOST.get(name, _LARGEST)
     values = value if isinstance(value, list) else [value]
     sound = all(abs(v) <= most if isinstance(v, int | float) else v is None or isinstance(v, str) for v in values)
@@ -220,7 +220,7 @@ def _check_value(name: str, value: Any, path: Path) -> None:
 
 
 def _today(name: str) -> str:
-    """Return today's name of an entry of a state dict."""
+    """Return the current name of a state dict entry."""
     parts = name.split(".")
     if "attentions" in parts and len(parts) > 1:
         parts[-2] = _OLD_NAMES.get(parts[-2], parts[-2])

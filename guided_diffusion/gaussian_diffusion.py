@@ -30,7 +30,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
 
     "linear": 1e-4 to 0.02 for T = 1000 (DDPM), scaled by 1000 / T for other T.
     "cosine": alpha-bar(s) = cos^2((s + 0.008) / 1.008 * pi / 2), betas at most 0.999 (IDDPM, eq. 17).
-    Raises ValueError for another name.
+    Raises ValueError for any other name.
     """
     if schedule_name == "linear":
         scale = 1000 / num_diffusion_timesteps
@@ -50,16 +50,16 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """The variance of p: the upper bound of DDPM, or the network's blend of both bounds (IDDPM, eq. 15)."""
+    """The variance of p: DDPM's upper bound, or the network's blend of both bounds (IDDPM, eq. 15)."""
 
     FIXED_LARGE = enum.auto()
     LEARNED_RANGE = enum.auto()
 
 
 class LossType(enum.Enum):
-    """The mean squared error (plus the bound if the variance is learned), or the bound alone.
+    """The mean squared error, plus the variational bound if the variance is learned; or the bound alone.
 
-    RESCALED losses weigh the bound so that one sampled t estimates all T terms (times T / 1000 beside the MSE).
+    RESCALED losses weight the bound so that one sampled t estimates all T terms (by T / 1000 beside the MSE).
     """
 
     MSE = enum.auto()
@@ -68,16 +68,16 @@ class LossType(enum.Enum):
 
 
 class GaussianDiffusion:
-    """Everything that follows from a noise schedule and from what the network predicts.
+    """A diffusion process: its noise schedule, and how the network's predictions are used.
 
-    betas: (T,) in (0, 1). loss_weighting: "uniform", or "min_snr" (2303.09556, gamma 5), which weighs the MSE.
+    betas: (T,) in (0, 1). loss_weighting: "uniform", or "min_snr" (2303.09556, gamma 5), which weights the MSE.
     rescale_timesteps: networks get t * 1000 / T as floats.
     Tables are float64 numpy arrays. Each is copied to a device once, as float32.
 
     Arguments that methods share: `model(x, t, **model_kwargs)` returns (N, C, H, W), or (N, 2C, H, W) with a learned
     variance. `x` is (N, C, H, W) float; `t` is (N,) int64 in [0, T). `cond_fn(x, t, **model_kwargs)` returns
-    grad_x log p(y | x), (N, C, H, W), and enables gradients itself. Both get the timesteps of `model_timesteps(t)`.
-    Raises ValueError for settings and for network outputs that do not fit.
+    grad_x log p(y | x), (N, C, H, W), and enables gradients itself. Both are called with `model_timesteps(t)`.
+    Raises ValueError for invalid settings, and for network outputs of the wrong shape.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class GaussianDiffusion:
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / noise_share
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / noise_share
         self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / noise_share
-        # The posterior of step 0 has no variance; its logarithm borrows that of step 1.
+        # The posterior of step 0 has variance 0, which has no logarithm: use the variance of step 1.
         second = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
         self.log_betas = np.log(betas)
@@ -150,7 +150,7 @@ class GaussianDiffusion:
         return self._cached(name, t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """Return the timesteps (N,) that networks are called with at steps t (N,)."""
+        """Return the timesteps (N,) with which networks are called at steps t (N,)."""
         return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
     # ---- the noising process
@@ -158,7 +158,7 @@ class GaussianDiffusion:
     def q_sample(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw x_t from q(x_t | x_0); `noise` is standard normal of the shape of x_start, drawn if None."""
+        """Draw x_t from q(x_t | x_0). noise: standard normal in the shape of x_start; drawn if None."""
         noise = _noise_like(x_start, generator) if noise is None else noise
         signal = self.at("sqrt_alphas_cumprod", t, x_start) * x_start
         return signal + self.at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
@@ -182,7 +182,7 @@ class GaussianDiffusion:
         return self._interpret(output, x, t, clip_denoised)
 
     def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the network's output into the prediction and, if it is learned, the variance."""
+        """Split the network's output into the prediction and the variance, None unless it is learned."""
         learned = self.model_var_type is ModelVarType.LEARNED_RANGE
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if output.shape != expected:
@@ -211,17 +211,17 @@ class GaussianDiffusion:
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
     def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the x_0 for which x_t holds the noise `eps`; all (N, C, H, W)."""
+        """Return x_0, given x_t and its noise `eps`; all (N, C, H, W)."""
         scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
         return scaled - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        """Return the noise in x_t if the clean image is `x_start`; all (N, C, H, W)."""
+        """Return the noise in x_t, given the clean image `x_start`; all (N, C, H, W)."""
         scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
         return (scaled - x_start) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     def step_back(self, x_start: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return x_{t-1} of the clean image `x_start` and the noise `eps`; all (N, C, H, W)."""
+        """Return x_{t-1}, given the clean image `x_start` and the noise `eps`; all (N, C, H, W)."""
         alpha_bar = self.at("alphas_cumprod_prev", t, x_start)
         return alpha_bar.sqrt() * x_start + (1 - alpha_bar).sqrt() * eps
 
@@ -237,8 +237,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Return `p_mean_var` with the score shifted by the gradient (ADM, alg. 2).
 
-        Noise that is lower by sqrt(1 - alpha-bar) * gradient is an x_0 that is higher by
-        (1 - alpha-bar) / sqrt(alpha-bar) * gradient. `pred_xstart` is not clipped again; `mean` follows it.
+        Lowering the noise by sqrt(1 - alpha-bar) * gradient raises x_0 by (1 - alpha-bar) / sqrt(alpha-bar) * gradient.
+        `pred_xstart` is not clipped again; `mean` is computed from it.
         """
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         alpha_bar = self.at("alphas_cumprod", t, x)
@@ -263,10 +263,10 @@ class GaussianDiffusion:
         self, model: Network, shape: Sequence[int], noise: Tensor | None = None, *,
         device: Device = None, generator: torch.Generator | None = None, **options,
     ) -> Tensor:  # fmt: skip
-        """Draw images (N, C, H, W) by ancestral sampling; `options` are those of `p_sample`.
+        """Draw images (N, C, H, W) by ancestral sampling. options: as for `p_sample`.
 
-        noise: x_T of that shape, drawn if None. device: if None, that of the noise or the model. generator: for all
-        noise; it may live on another device.
+        noise: x_T in that shape; drawn if None. device: the noise's or the model's device if None. generator: for all
+        noise; may be on another device.
         """
         x = _first(model, shape, noise, device, generator)
         for index in range(self.num_timesteps - 1, -1, -1):
@@ -278,7 +278,7 @@ class GaussianDiffusion:
         self, model: Network, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
         cond_fn: Network | None = None, model_kwargs: Kwargs = None, device: Device = None,
     ) -> Tensor:  # fmt: skip
-        """Return images (N, C, H, W) by deterministic DDIM; `noise` and `device` as in `p_sample_loop`."""
+        """Draw images (N, C, H, W) by deterministic DDIM. noise, device: as for `p_sample_loop`."""
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             out = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
@@ -295,8 +295,8 @@ class GaussianDiffusion:
         """Return the losses of one noised batch, each (N,).
 
         x_start: (N, C, H, W) in [-1, 1]; noise: drawn if None.
-        `loss` is there always. With an MSE loss so is `mse` (unweighted), and with a learned variance `vb`: the bound
-        in bits per dimension, whose gradient reaches the variance only (IDDPM, eq. 16); loss = weight * mse + vb.
+        Always holds `loss`. MSE losses add `mse`, unweighted, and with a learned variance `vb`, the bound in bits per
+        dimension, whose gradient reaches only the variance (IDDPM, eq. 16); then loss = weight * mse + vb.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -331,7 +331,7 @@ def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _first(model: Network, shape: Sequence[int], noise: Tensor | None, device: Device, generator=None) -> Tensor:
-    """Return x_T for a sampling loop: `noise`, or new noise of that shape."""
+    """Return x_T for a sampling loop: `noise`, or new noise in that shape if None."""
     if noise is None:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         known = parameter.device if parameter is not None else "cpu"

@@ -12,17 +12,17 @@ from utils import stopping
 
 LogProbability = Callable[[Tensor, Tensor], Tensor]
 Gradient = Callable[..., Tensor]
-GREATEST_STEP = 1.0  # of guidance on x_0: (1 - abar) / abar grows without bound towards pure noise
+GREATEST_STEP = 1.0  # cap on (1 - abar) / abar in guidance on x_0, which grows without bound towards pure noise
 
 
 def classifier_guidance(log_probability: LogProbability, labels: Tensor, scale: float) -> Gradient:
     """Return the gradient function s * grad_x log p(c | x, t) that shifts a score towards `labels`.
 
     log_probability: (x (N, 3, H, W), t (N,)) -> (N, C) log p(. | x, t), row by row.
-    labels: (N,) int64, the *global* class of each image. A conditional U-Net takes other labels; they go to it by
-    another way, so that this function cannot get them by mistake, and keyword arguments are ignored.
-    Returns cond_fn(x, t, **_) -> (N, 3, H, W). An image's gradient depends on no other image, provided that its
-    log-probabilities do not.
+    labels: (N,) int64, the *global* class of each image. A conditional U-Net uses local labels instead. Those go to the
+    U-Net separately, and cond_fn ignores keyword arguments, so the two cannot be confused.
+    Returns cond_fn(x, t, **_) -> (N, 3, H, W). An image's gradient depends on no other image if its log-probabilities
+    do not.
     """
 
     def cond_fn(x: Tensor, t: Tensor, **_) -> Tensor:
@@ -37,14 +37,17 @@ def classifier_guidance(log_probability: LogProbability, labels: Tensor, scale: 
 def guide_on_x_t(process: GaussianDiffusion, gradient: Gradient, out: dict, x: Tensor, t: Tensor) -> Tensor:
     """Return x_0 shifted by the gradient at the noised image x, as in the paper: (N, 3, H, W) in [-1, 1].
 
-    Near pure noise a gradient g moves x_0 by g * (1 - abar) / sqrt(abar), thousands of times g. No denoiser has ever
-    seen what follows from that, so x_0 is clipped again.
+    A gradient g moves x_0 by g * (1 - abar) / sqrt(abar), which near pure noise is thousands of times g. x_0 is clipped
+    again, as no denoiser was trained on such values.
     """
     return process.condition_score(gradient, out, x, t)["pred_xstart"].clamp(-1, 1)
 
 
 def guide_on_x_0(process: GaussianDiffusion, gradient: Gradient, out: dict, x: Tensor, t: Tensor) -> Tensor:
-    """Return x_0 shifted by the gradient at the predicted x_0, its noise held fixed: (N, 3, H, W) in [-1, 1]."""
+    """Return x_0 shifted by (1 - abar) / abar times the gradient at the predicted x_0: (N, 3, H, W) in [-1, 1].
+
+    This is `guide_on_x_t` with the predicted noise held fixed in the chain rule, and the factor capped.
+    """
     abar, x_0 = process.at("alphas_cumprod", t, x), out["pred_xstart"]
     strength = ((1 - abar) / abar).clamp(max=GREATEST_STEP)
     return (x_0 + strength * gradient(x_0, t)).clamp(-1, 1)
@@ -57,12 +60,12 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """Sample from `noise` down to x_0 by `ddim`. Raises Stopped between two steps if the run was asked to stop.
 
-    noise, renoise, fresh: as in `ddim`, of images (N, 3, H, W).
-    cond_fn: from `classifier_guidance`; None for no guidance. It is called with the t of the cosine process of 1000
-    steps whose alpha-bar is nearest to that of the image. The network is called with its own timesteps.
-    guide_on: "x_t", the gradient at the noised image; or "x_0", at the clean image predicted from it, where a
-    classifier of clean images is at home.
-    local_labels: (N,) int64 for a class-conditional network.
+    noise, renoise, fresh: as for `ddim`, for images (N, 3, H, W).
+    cond_fn: from `classifier_guidance`; None for no guidance. Its t is a timestep of the cosine process of 1000 steps,
+    the one whose alpha-bar is nearest to the image's. The network gets its own timesteps.
+    guide_on: "x_t" takes the gradient at the noised image; "x_0" at the clean image predicted from it, which suits a
+    classifier of clean images.
+    local_labels: (N,) int64, for a class-conditional network.
     Returns (N, 3, H, W) float in [-1, 1].
     """
     kwargs = {} if local_labels is None else {"y": local_labels}

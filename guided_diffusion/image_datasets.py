@@ -1,4 +1,4 @@
-"""A folder of images as one tensor in memory, with batches that depend on the step alone."""
+"""A folder of images as one tensor in memory. A batch depends on the seed and the step alone."""
 
 import os
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ SPLITS = {*TRAINING, "meta_val", "val", "valid", "validation", "meta_test", "tes
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What a diffusion model is trained on.
+    """The training images of a diffusion model.
 
     Attributes:
         images: (N, 3, H, W) uint8, RGB.
-        labels: (N,) int64, the place of an image's class folder in `class_names`.
-        class_names: the names of the class folders, sorted.
-        skipped: folder -> (path, reason) of what was left out of it.
+        labels: (N,) int64, indices into `class_names`.
+        class_names: names of the class folders, in the order they were read.
+        skipped: folder -> (path, reason) of each file left out of it.
     """
 
     images: torch.Tensor
@@ -40,7 +40,7 @@ class TrainingImages:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw batch number `step`: images (size, 3, H, W) float in [-1, 1] and labels (size,), on `device`.
 
-        It is drawn with replacement and depends on (seed, step) alone, so that a resumed run sees the same images.
+        Draw with replacement, from (seed, step) alone, so that a resumed run sees the same images.
         flip: mirror half of the images left to right.
         """
         rng = generator(seed, "batch", step)
@@ -49,19 +49,18 @@ class TrainingImages:
         if flip:
             mirrored = torch.rand(size, generator=rng) < 0.5
             images[mirrored] = images[mirrored].flip(-1)
-        # sent ahead: no step waits until a GPU has done the one before
+        # asynchronous: the next batch is sent while the GPU is still at work
         return images.to(device, non_blocking=True), self.labels[index].to(device, non_blocking=True)
 
 
 def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | None = None) -> TrainingImages:
-    """Read every image in `folder` and its subfolders, cropped to a square of `size`.
+    """Read every image in `folder` and its subfolders, cropped to a square of `size` pixels a side.
 
-    classes: the folders directly in `folder` to read, in this order. None reads all, and images directly in `folder`
-    are one more class, ".".
-    Files that cannot be read are left out, and so are classes without an image that `classes` does not name; one line
-    on stderr counts them.
-    Raises ValueError if there is no folder or no readable image, also in one of `classes`; and without `classes`
-    if the folders in `folder` are splits, such as meta_train and meta_test.
+    classes: names of the folders directly in `folder` to read, in this order. None reads all; images directly in
+    `folder` then form one more class, ".".
+    Unreadable files are left out. If `classes` is None, so are folders without an image. A line on stderr counts them.
+    Raises ValueError if the folder is missing, or if it or one of `classes` has no readable image. If `classes` is
+    None, also if the folders in `folder` are splits, such as meta_train and meta_test.
     """
     root = Path(folder)
     if classes is None:
@@ -77,7 +76,7 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
         found = {name: find_images(root / name) for name in classes}
     images, labels, names = [], [], []
     everything = LeftOut()
-    skipped: Skipped = {} if classes else {shown(root): []}  # before the folders in it
+    skipped: Skipped = {} if classes else {shown(root): []}  # listed before the folders in it
     for name, (paths, own) in progress(found.items(), desc=f"reading {root}", unit="class"):
         readable, unreadable = read_images(paths, size)
         own.add_unread(unreadable)
@@ -98,7 +97,7 @@ def load_images(folder: str | os.PathLike, size: int, classes: Sequence[str] | N
 
 
 def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
-    """Raise ValueError, as `load_images` will, if one of `classes` has no readable image; read one of each."""
+    """Raise ValueError, as `load_images` would, if one of `classes` has no readable image. Reads one image of each."""
     for name in classes:
         paths, left_out = find_images(Path(folder) / name)
         readable, unreadable = read_images(paths, 1, most=1)
@@ -108,9 +107,9 @@ def check_classes(folder: str | os.PathLike, classes: Sequence[str]) -> None:
 
 
 def class_folders(folder: str | os.PathLike) -> list[str]:
-    """Return the names of the folders directly in `folder`, sorted; a line on stderr says what is left out.
+    """Return the names of the folders directly in `folder`, sorted; a line on stderr counts what is left out.
 
-    Raises ValueError if there is no such folder, or one in it is empty or holds folders of images.
+    Raises ValueError if `folder` is missing, or if a folder in it is empty or holds folders of images.
     """
     found, left_out = class_folders_of(folder, HOLDS, _train_part)
     left_out.say(Path(folder))
@@ -118,13 +117,13 @@ def class_folders(folder: str | os.PathLike) -> list[str]:
 
 
 def _train_part(nested: Path, folders: list[Path]) -> str:
-    """Say what to do if the classes are a level deeper: train on the training split, if there is one."""
+    """Return the advice if classes are a level deeper: train on the training split, if there is one."""
     part = next((path for name in TRAINING for path in folders if path.name == name), nested)
     return f"give --data_dir {shown(part)}, if the folders in it are the classes"
 
 
 def _nothing(left_out: LeftOut, folder: Path) -> str:
-    """Say that `folder` has no readable image, and why."""
+    """Return the message that `folder` has no readable image, with the reason."""
     if not left_out.images:
         return f"{shown(folder)}: holds no images; expected some ({extensions()})"
     path, reason = min(left_out.images)

@@ -45,15 +45,15 @@ from utils.progress import duration, hush  # noqa: E402
 from utils.run_log import read_json, say_damaged, write_json, write_skipped  # noqa: E402
 from utils.seeding import seed_everything  # noqa: E402
 
-POOL = 2  # models that the clusters recipe of main.py needs
-TRIAL = 10.0  # seconds of steps that the estimate of --dry_run comes from
-FIGURES = "memorisation"  # in pool.json, by model
-FIGURE_FILE = "memorisation.json"  # of one model
-SPLITS = ("meta_train", "meta_val", "meta_test")  # of a data folder
+POOL = 2  # fewest models for the clusters recipe of main.py
+TRIAL = 10.0  # seconds of trial steps for the estimate of --dry_run
+FIGURES = "memorisation"  # entry of pool.json: figures by model
+FIGURE_FILE = "memorisation.json"  # figures of a model outside a pool
+SPLITS = ("meta_train", "meta_val", "meta_test")  # in a data folder
 
 
 class Loaded(NamedTuple):
-    """Images to train on, images held out (H, 3, size, size) uint8, what was left out, and the hash of all images."""
+    """Images to train on, held-out images (H, 3, size, size) uint8, files left out, and the hash of all images."""
 
     data: TrainingImages
     held_out: Tensor
@@ -62,7 +62,7 @@ class Loaded(NamedTuple):
 
 
 def main() -> None:
-    """Parse, check, and train what is asked for."""
+    """Parse and check the flags, then train a model or a pool."""
     s = parse()
     hush(s.quiet)
     if not s.data_dir:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def train_one(s: TrainSettings, device: torch.device) -> None:
-    """Train one model on --data_dir, or train it further, and measure it; or say what that would be."""
+    """Train one model on --data_dir, or train it further, and measure memorisation; with --dry_run, only estimate."""
     path = Path(s.save_dir) / MODEL_FILE
     place = path.with_name(FIGURE_FILE)
     loaded = _load(s, _classes(s) if s.class_cond else None)
@@ -105,7 +105,7 @@ def train_one(s: TrainSettings, device: torch.device) -> None:
 
 
 def train_pool(s: TrainSettings, device: torch.device) -> None:
-    """Train the models of a pool that are not done, and measure those that are not; or say what that would be."""
+    """Train and measure the models of a pool, skipping what is done; with --dry_run, only estimate."""
     names = _classes(s)
     groups = [names[i : i + s.classes_per_model] for i in range(0, len(names), s.classes_per_model)]
     wanted = _subsets(s.subsets, len(groups))
@@ -118,7 +118,7 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
     if known:
         if known.get("models") != models:
             raise ValueError(f"{index}: is of other classes or --classes_per_model; give the same, or another --pool")
-        hold_out = known.get("hold_out", 0.0)  # without an entry it is from before there was any
+        hold_out = known.get("hold_out", 0.0)  # older pools, without this entry, held out none
         if hold_out != s.hold_out:
             say(f"{index}: was made with --hold_out {hold_out:g}, which stays")
         s = replace(s, hold_out=hold_out)
@@ -169,20 +169,20 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
 
 
 def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
-    """Return what `folder` has of a pool model of these classes. Raises ValueError if it was made otherwise."""
+    """Return what `folder` holds of a pool model of these classes. Raises ValueError if it was made otherwise."""
     found = kept(folder, record(s))
-    if found.step:  # before any model trains, not when its turn comes
+    if found.step:  # refuse other images before any model trains
         found = kept(folder, record(s) | {IMAGES: _load(s, names).images})
     return replace(found, state=None, model=None)  # the weights of a whole pool take too much memory
 
 
 def _measured(s: TrainSettings, figure: Any) -> bool:
-    """Return whether `figure` is there, and there is nothing better to measure against."""
+    """Return whether `figure` is complete: measured, and against held-out images if --held_out_dir is given."""
     return bool(isinstance(figure, dict) and figure) and not (s.held_out_dir and figure.get("held_out") is None)
 
 
 def _check_pool(index: Path, known: dict[str, Any], here: dict[str, Any], wanted: list[int], count: int) -> None:
-    """Raise ValueError if the pool was made otherwise."""
+    """Raise ValueError if the pool was made with other settings than `here`."""
     then = known.get(ENTRY)
     if not isinstance(then, Mapping):
         then = {name: known[name] for name in ("image_size", "steps") if name in known}
@@ -198,7 +198,7 @@ def _check_pool(index: Path, known: dict[str, Any], here: dict[str, Any], wanted
 
 
 def _refuse_splits(flag: str, folder: Path) -> None:
-    """Raise ValueError for a folder that holds the splits of a data set, not the images of one."""
+    """Raise ValueError for a folder that holds the splits of a data set instead of images of one split."""
     for place, folders, _ in os.walk(folder):
         found = sorted(name for name in {*folders} & {*SPLITS} if any(Path(place, name).iterdir()))
         if found:
@@ -211,7 +211,7 @@ def _refuse_splits(flag: str, folder: Path) -> None:
 
 
 def _load(s: TrainSettings, names: list[str] | None) -> Loaded:
-    """Read the images of those classes, and of --held_out_dir if it is given."""
+    """Read the images of the classes `names` (None: all), and of --held_out_dir if it is given."""
     every = load_images(s.data_dir, s.image_size, names)
     data, held_out = split(every, s.hold_out)
     skipped = data.skipped
@@ -224,7 +224,7 @@ def _load(s: TrainSettings, names: list[str] | None) -> Loaded:
 def training(
     s: TrainSettings, data: TrainingImages, folder: Path, device: torch.device, made_with: Mapping[str, Any]
 ) -> TrainLoop:
-    """Return the training of one model on `data`, ready to run."""
+    """Return the training loop of one model on `data`, ready to run."""
     flags = {name: getattr(s, name) for name in model_and_diffusion_defaults()}
     if s.class_cond:
         flags["num_classes"] = len(data.class_names)
@@ -239,7 +239,10 @@ def training(
 
 
 def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
-    """Say what `models` like that of `loop` take, with `left` steps in all, and about how long."""
+    """Return a line on the operations and the time to train `models` models like the one of `loop`.
+
+    left: steps left for all of them; None: those of `loop`.
+    """
     say(f"running a trial of about {TRIAL:.0f} s ...")
     own, flops, seconds, sheet = loop.measure(TRIAL)
     s = loop.settings
@@ -256,7 +259,7 @@ def _work(loop: TrainLoop, models: int, left: int | None = None) -> str:
 
 
 def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) -> dict[str, Any]:
-    """Measure and print how near the samples of a finished model lie to its training images."""
+    """Measure and print how near the samples of a finished model are to its training images."""
     say(f"{path}: drawing {memorisation.SAMPLES} images to check whether it copies ...")
     figure = measure(
         Pool(path).load(0, device), loaded.data.images, loaded.held_out, mirrored=s.random_flip, seed=s.seed,
@@ -267,13 +270,13 @@ def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) 
 
 
 def say(text: str) -> None:
-    """Print, if this is the process that speaks for all."""
+    """Print in the first process only."""
     if processes.is_first():
         print(text)
 
 
 def _read(index: Path, instead: str = "") -> dict[str, Any]:
-    """Return what pool.json says, {} without one. instead: what is done about damage; "" says nothing of it."""
+    """Return the contents of pool.json; {} if there is none. instead: how to report damage; "" keeps quiet about it."""
     known = read_json(index, dict, instead) or {}
     for name, sound in _SOUND.items():
         if name in known and not sound(known[name]):
@@ -283,7 +286,7 @@ def _read(index: Path, instead: str = "") -> dict[str, Any]:
     return known if "models" in known else {}
 
 
-_SOUND = {  # checks of the entries of pool.json that are used
+_SOUND = {  # checks of the entries in pool.json
     "models": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
     "hold_out": lambda value: isinstance(value, int | float) and 0 <= value < 1,
     FIGURES: lambda value: (
@@ -293,7 +296,7 @@ _SOUND = {  # checks of the entries of pool.json that are used
 
 
 def _write(index: Path, contents: dict[str, Any], m: int, figure: dict[str, Any] | None) -> None:
-    """Write pool.json with the figure of model m, or without one; keep those that other processes wrote meanwhile."""
+    """Write pool.json with model m's figure, or without one. Keep the figures that other processes wrote meanwhile."""
     with locked(index.parent, wait=True):
         figures = _read(index).get(FIGURES, {}) | {f"subset{m}": figure}
         write_json(index, {**contents, FIGURES: {name: each for name, each in figures.items() if each}})

@@ -1,4 +1,4 @@
-"""What a model is trained with. Its files keep that, so that nothing else resumes from them."""
+"""Record the settings and images that a model is trained with, so that no run with different ones resumes it."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from guided_diffusion.image_datasets import TrainingImages
 from guided_diffusion.train_flags import WEIGHTS, TrainSettings
 from utils import checkpoint
 
-STATE_FILE = "state.pt"  # what a run resumes from; gone when it is done, but for --keep_state
-MODEL_FILE = "model.pt"  # the EMA weights with their settings: the checkpoint that others use
-ENTRY = "made_with"  # in both, and in pool.json
+STATE_FILE = "state.pt"  # what a run resumes from; deleted when the run is done, unless --keep_state
+MODEL_FILE = "model.pt"  # the finished checkpoint: EMA weights with their flags
+ENTRY = "made_with"  # the entry in both, and in pool.json
 IMAGES = "images"
-NO_EFFECT = {f.name for f in fields(TrainSettings) if f.metadata["affects"] != WEIGHTS}  # but for rounding
+NO_EFFECT = {f.name for f in fields(TrainSettings) if f.metadata["affects"] != WEIGHTS}  # except for rounding
 
 
 def record(settings: TrainSettings) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def record(settings: TrainSettings) -> dict[str, Any]:
 
 
 def digest(data: TrainingImages) -> str:
-    """Return a hash of pixels, labels and class names: it tells `data` from other images, wherever the folder is."""
+    """Return a hash of pixels, labels and class names, which identifies `data` wherever its folder is."""
     names = json.dumps([data.class_names, list(data.images.shape)]).encode()
     found = hashlib.sha256(names)
     for array in (data.labels, data.images):
@@ -38,15 +38,15 @@ def digest(data: TrainingImages) -> str:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a folder has of a model.
+    """What a folder already holds of a model.
 
     Attributes:
-        state: what to resume from; None without one, and if it is older than `model`.
-        model: the finished model; it may have fewer steps than are asked for.
-        step: how many steps are done.
+        state: the state to resume from; None if there is none, or if it is older than `model`.
+        model: the finished model, None if there is none; it may have fewer steps than asked for.
+        step: number of steps done.
         done: whether the model has all its steps.
-        leftover: whether there is a state that is of no use any more.
-        notes: lines to show before training.
+        leftover: whether there is a state older than `model`, of no more use.
+        notes: lines to print before training.
     """
 
     state: Mapping[str, Any] | None
@@ -58,13 +58,13 @@ class Kept:
 
 
 def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch.device = "cpu") -> Kept:
-    """Return what `folder` has of a model that is made with `here`: what `record` gives, and the hash of the images.
+    """Return what `folder` already holds of a model made with `here`.
 
-    More steps than before are fine for a finished model, and if the rate is not annealed.
-    Raises ValueError, which names what differs, if the files were made with anything else, and for a folder in a
-    public model.
+    here: the settings from `record`, and the hash of the images if it is known. More steps than before are allowed for
+    a finished model, and if the rate is not annealed.
+    Raises ValueError if the files were made with anything else, naming it, or if `folder` is inside a public model.
     """
-    for place in (Path(folder), *Path(folder).parents[:2]):  # of a pool, subset1 is above ckpt
+    for place in (Path(folder), *Path(folder).parents[:2]):  # in a pool, ckpt is inside subset1
         if is_model(place):
             raise ValueError(
                 f"{place}: is a model of diffusers, which stays as it is; give another --save_dir or --pool"
@@ -98,14 +98,14 @@ def kept(folder: str | os.PathLike, here: Mapping[str, Any], device: str | torch
 
 
 def check_same(path: Path, then: Mapping[str, Any], here: Mapping[str, Any], *, longer: bool) -> None:
-    """Refuse to resume from `path` if it was made with other settings than `here`; longer: allow more steps."""
+    """Raise ValueError if `path` was made with settings other than `here`. longer: allow more steps."""
     before = then.get("steps")
     more = longer and isinstance(before, int) and here["steps"] > before
     may_change = {"steps", "lr_anneal_steps"} if more else set()
     other = {n: v for n, v in then.items() if n in here and here[n] != v and n not in may_change}
     if here.get("lr_anneal_steps") == 0 and then.get("lr_anneal_steps"):
         other["lr_anneal_steps"] = then["lr_anneal_steps"]
-    images = other.pop(IMAGES, None) is not None and "image_size" not in other  # else they differ by their size
+    images = other.pop(IMAGES, None) is not None and "image_size" not in other  # the hash changes with the size
     words = [f"{name} {value!r} (got {here[name]!r})" for name, value in other.items()]
     words += ["other images than --data_dir has now"] * images
     if words:
@@ -113,7 +113,7 @@ def check_same(path: Path, then: Mapping[str, Any], here: Mapping[str, Any], *, 
 
 
 def _further(model: Mapping[str, Any], state: Mapping[str, Any] | None, here: Mapping[str, Any]) -> str:
-    """Say how a finished model is trained further."""
+    """Return a line on how a finished model is trained further."""
     steps, before = here["steps"], model.get(ENTRY)
     text = f"has {model['step']} steps, trains on to {steps}"
     if state is None:

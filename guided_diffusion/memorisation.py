@@ -1,4 +1,4 @@
-"""Whether a model copies: are its samples nearer to its training images than unseen images are?"""
+"""Test whether a model copies: are its samples nearer to its training images than unseen images are?"""
 
 import hashlib
 from dataclasses import replace
@@ -14,19 +14,20 @@ from guided_diffusion.respace import space_timesteps
 from utils.images import to_float
 from utils.seeding import noise
 
-SAMPLES = 64  # drawn, and compared with at most as many held-out images
+SAMPLES = 64  # samples drawn, and the most held-out images to compare them with
 STEPS = 25  # DDIM steps
-BATCH = 32  # samples that pass the network at once
-LEAST_IMAGES = 20  # that a class needs to spare some
+BATCH = 32  # samples per batch
+LEAST_IMAGES = 20  # a class with fewer images holds none out
 MOST_HELD_OUT = 16  # images per class
-CHUNK = 2**24  # pixel values of training images that are floats at once: 64 MiB
+CHUNK = 2**24  # pixel values of training images converted to float at a time: 64 MiB
 
 
 def split(data: TrainingImages, share: float) -> tuple[TrainingImages, Tensor]:
-    """Return what to train on, and the images held out (H, 3, h, w) uint8, sorted by class.
+    """Return the images to train on, and the images held out (H, 3, h, w) uint8, sorted by class.
 
-    share: of each class, from 0 (nothing) to below 1; 1 to MOST_HELD_OUT images of a class of LEAST_IMAGES or more.
-    The choice depends on the pixels alone, not on names, order or seed. More images change little of it.
+    share: share of each class to hold out, from 0 to below 1. If it is above 0, 1 to MOST_HELD_OUT images are held out
+    of each class of LEAST_IMAGES or more.
+    The choice depends on pixels alone, not on names, order or seed, and changes little when images are added.
     """
     held_out = []
     for label in range(len(data.class_names)) if share else ():
@@ -48,7 +49,7 @@ def measure(
 
 
 def draw(model: PoolModel, seed: int, precision: str, device: torch.device) -> Tensor:
-    """Draw SAMPLES unguided images, class after class if the model is conditional: (S, 3, h, w) in [-1, 1]."""
+    """Draw SAMPLES unguided images (S, 3, h, w) in [-1, 1], cycling through the classes of a conditional model."""
     size, total = model.image_size, model.diffusion().num_timesteps
     process = model.diffusion(sorted(space_timesteps(total, str(min(STEPS, total)))))
     drawn = []
@@ -61,14 +62,14 @@ def draw(model: PoolModel, seed: int, precision: str, device: torch.device) -> T
 
 
 def figure(samples: Tensor, held_out: Tensor, training: Tensor, *, mirrored: bool = False) -> dict[str, float | None]:
-    """Return how near samples and held-out images lie to the training images.
+    """Return how near samples and held-out images are to the training images.
 
-    samples: (S, 3, h, w) float in [-1, 1]; held_out: (H, 3, h, w) uint8, of which SAMPLES evenly spread ones count;
-    training: (N, 3, h, w) uint8; mirrored: as in `nearest`.
+    samples: (S, 3, h, w) float in [-1, 1]; held_out: (H, 3, h, w) uint8, of which at most SAMPLES, evenly spread, are
+    used; training: (N, 3, h, w) uint8; mirrored: as for `nearest`.
     `samples` and `held_out` are the medians of `nearest`. `ratio` is samples / held_out: 1 for samples as new as unseen
     images, near 0 for copies. `too_near` is the share of samples nearer than the 5th percentile of the held-out images:
-    about 0.05 for samples as new as unseen images. Without held-out images the last three are None, and so is the ratio
-    if half of them are in `training`.
+    about 0.05 for samples as new as unseen images. Without held-out images the last three are None. `ratio` is also
+    None if half of the held-out images are in `training`.
     """
     near = nearest(samples, training, mirrored=mirrored)
     result = {"samples": round(float(near.median()), 4), "held_out": None, "ratio": None, "too_near": None}
@@ -86,7 +87,7 @@ def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tens
     """Return the root mean squared difference per pixel value to the nearest training image: (Q,) float32.
 
     images: (Q, 3, h, w) float in [-1, 1]; training: (N, 3, h, w) uint8, N >= 1, on any device.
-    mirrored: the model has learnt from mirror images, too, so a mirrored copy is a copy.
+    mirrored: also compare mirror images, for a model that was trained on them.
     """
     if mirrored:
         return torch.minimum(nearest(images, training), nearest(images.flip(-1), training))
@@ -100,13 +101,13 @@ def nearest(images: Tensor, training: Tensor, *, mirrored: bool = False) -> Tens
         value, index = (chunk.square().sum(1) - 2 * flat @ chunk.T).min(1)  # (Q,)
         found = torch.where(value < least, index + start, found)
         least = torch.minimum(value, least)
-    # The expanded square finds the image, but near 0 it has lost its digits: compute the distance again.
+    # The expanded square finds the image but is inexact near 0: compute the distance again.
     chosen = to_float(training[found.to(training.device)].to(flat.device)).flatten(1)
     return (flat - chosen).square().mean(1).sqrt()
 
 
 def sentence(figure: dict[str, float | None]) -> str:
-    """Return the figure as one line."""
+    """Return `figure` as one line of text."""
     if figure["held_out"] is None:
         return "no images were held out, so copying was not measured; give classes of 20 images, or --held_out_dir"
     text = f"its samples lie {figure['samples']:.3f} from the nearest training image"

@@ -25,9 +25,9 @@ def mix_timesteps(level: int, steps: int, total: int) -> list[int]:
 def timesteps_of(model: PoolModel, level: int, steps: int) -> list[int]:
     """Return `steps` timesteps of `model`, evenly spaced from its first, that denoise an image at noise level `level`.
 
-    level: t of the cosine process of 1000 steps, from 1 to 1000; the highest timestep has the nearest alpha-bar to it.
-    The numbers count the timesteps that the model was trained on, as in `PoolModel.diffusion`.
-    Raises ValueError if the model has fewer timesteps up to the level.
+    level: t of the cosine process of 1000 steps, from 1 to 1000. The highest timestep returned is the one whose
+    alpha-bar is nearest. Timesteps are numbered as the model was trained, as in `PoolModel.diffusion`.
+    Raises ValueError if the model has fewer than `steps` timesteps up to that level.
     """
     own = model.diffusion()
     has = 1 + int(nearest_timesteps(shared_process().alphas_cumprod[level - 1 : level], own)[0])
@@ -45,12 +45,12 @@ def diffusion_mixes(
 ) -> Tensor:  # fmt: skip
     """Blend pairs of images at noise level t = `level` and denoise them.
 
-    x_t = sqrt(abar_t) (w x_a + (1 - w) x_b) + sqrt(1 - abar_t) eps. Both images take the *same* noise, so that the
-    blend has the noise level that the denoiser expects; two independent noises would give less.
+    x_t = sqrt(abar_t) (w x_a + (1 - w) x_b) + sqrt(1 - abar_t) eps. Both images get the *same* noise, so that the blend
+    has the noise level that the denoiser expects. Blending two independent noises would give less noise.
 
     x_a, x_b: (N, 3, H, W) float in [-1, 1]; noise: (N, 3, H, W) standard normal.
-    weight: (N,) in [0, 1], the share of x_a in the image, and of its label (`mix_labels`).
-    level, steps: as for `timesteps_of`; local_labels: (N,) for a class-conditional network.
+    weight: (N,) in [0, 1], the share of x_a in the image and of its label in the mix's label (`mix_labels`).
+    level, steps: as for `timesteps_of`; local_labels: (N,) int64, for a class-conditional network.
     Returns (N, 3, H, W) float in [-1, 1].
     """
     diffusion = model.diffusion(timesteps_of(model, level, steps))
@@ -61,6 +61,6 @@ def diffusion_mixes(
 
 
 def mix_labels(targets_a: Tensor, targets_b: Tensor, weight: Tensor) -> Tensor:
-    """Return the soft labels of mixes: w y_a + (1 - w) y_b, for targets (..., way) and weights (...)."""
+    """Return the soft labels of mixes, w y_a + (1 - w) y_b, for targets (..., way) and weights (...)."""
     share = weight[..., None]
     return share * targets_a + (1 - share) * targets_b

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def normalization(channels: int) -> nn.GroupNorm:
-    """Return a group norm of 32 groups, or of groups of 4 channels if 32 does not divide the channels.
+    """Return a group norm with 32 groups; with groups of 4 channels if 32 does not divide `channels`, else with one.
 
     Groups of one channel would remove an image's mean colour just before the output.
     """
@@ -18,7 +18,7 @@ def normalization(channels: int) -> nn.GroupNorm:
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Set every parameter of `module` to zero and return it, so that a residual branch starts as nothing."""
+    """Set every parameter of `module` to zero and return it. A residual branch then starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -30,7 +30,7 @@ def mean_flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
-    """Return sinusoids of the timesteps (DDPM, arXiv 2006.11239, app. B): cosines, then sines.
+    """Return the sinusoidal embedding of timesteps (DDPM, arXiv 2006.11239, app. B): cosines, then sines.
 
     timesteps: (N,), whole or fractional, in steps of the training process.
     Returns (N, dim) float32 in [-1, 1]; an odd `dim` ends in a zero.

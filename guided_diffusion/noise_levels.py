@@ -1,7 +1,7 @@
-"""Noise levels that processes share: alpha-bar carries a timestep of one process over to another.
+"""Noise levels shared by all processes: alpha-bar translates a timestep of one process into one of another.
 
-"t of 1000" means the noise at t of the cosine schedule of 1000 steps. The class-learner is taught at these t, and mixes
-are made at them. A pool model may have another schedule or another number of steps.
+"t of 1000" means the noise level at t in the cosine schedule of 1000 steps. The class-learner trains at these t, and
+mixes are made at one of them. A pool model may have another schedule or number of steps.
 """
 
 from functools import lru_cache
@@ -20,5 +20,5 @@ def shared_process() -> SpacedDiffusion:
 
 
 def nearest_timesteps(wanted: np.ndarray, among: GaussianDiffusion) -> np.ndarray:
-    """Return for each alpha-bar in `wanted` (K,) the timestep of `among` with the nearest alpha-bar: (K,) int64."""
+    """Return the timesteps (K,) int64 of `among` whose alpha-bars are nearest to each of `wanted` (K,)."""
     return np.array([np.abs(among.alphas_cumprod - each).argmin() for each in wanted], dtype=np.int64)

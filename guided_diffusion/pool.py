@@ -27,13 +27,13 @@ from utils import checkpoint
 from utils.remote import local
 
 _DEFAULTS = model_and_diffusion_defaults()
-_PROCESS_FLAGS = (  # those that matter for sampling
+_PROCESS_FLAGS = (  # the process flags that affect sampling
     "diffusion_steps", "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps", "timestep_respacing",
 )  # fmt: skip
-_MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # greatest values of a checkpoint's flags
-SURELY = 0.9  # share of the time in float32 that bf16 must stay below: trials waver
-_LARGEST = 100_000  # of its other numbers
-_LONGEST = 1000  # characters of its texts
+_MOST = {"image_size": 4096, "num_classes": 10_000, "num_res_blocks": 100}  # upper limits of a checkpoint's flags
+_LARGEST = 100_000  # upper limit of its other numbers
+_LONGEST = 1000  # characters, the limit of its texts
+SURELY = 0.9  # bf16 must take less than this share of the float32 time, as timings vary
 
 
 def subset_path(pool: str | os.PathLike, m: int) -> Path:
@@ -47,8 +47,8 @@ class PoolModel:
 
     Attributes:
         network: the U-Net in eval mode, without gradients.
-        flags: every flag of `create_model_and_diffusion` that it was made with, or those of `from_diffusers.describe`.
-        num_classes: how many classes it was trained on, None if its checkpoint does not say.
+        flags: all its flags for `create_model_and_diffusion`, or the flags that `from_diffusers.describe` returns.
+        num_classes: number of classes it was trained on; None if its checkpoint does not say.
         path: its file, or its folder in the format of diffusers.
     """
 
@@ -59,17 +59,17 @@ class PoolModel:
 
     @property
     def image_size(self) -> int:
-        """Return the side of its images, in pixels."""
+        """Side of its images, in pixels."""
         return self.flags["image_size"]
 
     @property
     def class_cond(self) -> bool:
-        """Return whether it takes local labels y."""
+        """Whether the network needs local labels y."""
         return self.flags["class_cond"]
 
     @torch.no_grad()
     def trial(self, images: int) -> None:
-        """Pass so many images of zeros, to see what that takes; wait for the device."""
+        """Pass a batch of `images` blank images through the network and wait for the device, to measure the cost."""
         device = next(self.network.parameters()).device
         labels = [torch.zeros(images, dtype=torch.int64, device=device)] if self.class_cond else []
         t = torch.zeros(images, dtype=torch.int64, device=device)
@@ -77,9 +77,9 @@ class PoolModel:
         float(self.network(x, t, *labels).sum())
 
     def seconds(self, images: int) -> float:
-        """Return the seconds of a pass of so many images: the shortest of three, or the first that takes a second."""
+        """Return the seconds that a batch of `images` takes: the fastest of up to three passes after a warm-up."""
         found = []
-        for _ in range(4):  # the first of all is a warm-up
+        for _ in range(4):  # the first pass is a warm-up
             started = time.perf_counter()
             self.trial(images)
             found.append(time.perf_counter() - started)
@@ -88,16 +88,16 @@ class PoolModel:
         return min(found[1:])
 
     def diffusion(self, kept: str | Sequence[int] = "") -> SpacedDiffusion:
-        """Return its process, which visits only `kept` of the timesteps that it was trained on.
+        """Return its diffusion process, restricted to the timesteps `kept`.
 
-        kept: "ddim25" and the like, or numbers from 0 on that count the timesteps it was trained on; "" keeps all.
-        Raises ValueError for timesteps that it does not have.
+        kept: a spacing such as "ddim25", or timestep numbers (from 0) of the training schedule; "" keeps all.
+        Raises ValueError for timesteps that the process does not have.
         """
         flags = tuple((name, self.flags[name]) for name in (*_PROCESS_FLAGS, "scheduler") if name in self.flags)
         return _process(flags, kept if isinstance(kept, str) else tuple(kept))
 
 
-@lru_cache(maxsize=8)  # its tables then go to the device once, not once per batch
+@lru_cache(maxsize=8)  # copies its tables to the device once, not once per batch
 def _process(flags: tuple[tuple[str, Any], ...], kept: str | tuple[int, ...]) -> SpacedDiffusion:
     trained_on = from_diffusers.create_process(dict(flags))
     if kept == "":
@@ -106,26 +106,26 @@ def _process(flags: tuple[tuple[str, Any], ...], kept: str | tuple[int, ...]) ->
 
 
 class Pool:
-    """The models of a folder, in the order of their numbers. Each is read when it is asked for.
+    """The models of a folder, in the order of their numbers. Each is read only when needed; nothing is written.
 
-    Our own checkpoints hold their flags. A bare state dict (a public checkpoint, also as safetensors) tells some by its
-    tensors; the others, such as heads, noise schedule and image size, come from `flags`. A folder in the format of
-    diffusers tells them all. Nothing is written to any.
+    Our own checkpoints hold their flags. For a bare state dict (a public checkpoint, also as safetensors), some flags
+    follow from its tensors; the rest, such as heads, noise schedule and image size, come from `flags`. A folder in the
+    format of diffusers holds nearly all; `flags` fills in what its configs lack.
     """
 
     def __init__(self, path: str | os.PathLike, flags: Mapping[str, Any] | None = None):
-        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors); or, for a pool of one, a checkpoint
-        file, a folder with model.pt directly in it, or a folder in the format of diffusers. Each subset{m} may be in
-        that format, too. Numbers may start from 0.
+        """path: a folder with subset{1..M}/ckpt/model.pt (or model.safetensors), numbered from 1 or 0. Each subset{m}
+        may also be a folder in the format of diffusers. For a pool of one: a checkpoint file, a folder with model.pt
+        directly in it, or a folder in the format of diffusers.
 
-        Raises ValueError if there is none of these, or if the numbers have a gap.
+        Raises ValueError if path is none of these, or if the numbers have a gap.
         """
         self.path, self._flags = Path(path), dict(flags or {})
-        self._room: dict[str, int] = {}  # flags of a network -> how many images at once there is memory for
+        self._room: dict[str, int] = {}  # flags of a network -> how many images at once fit in memory
         if self.path.is_file():
             self.files = [self.path]
             return
-        names, found = ("model.pt", "model.safetensors"), {}  # of what is there, the first counts
+        names, found = ("model.pt", "model.safetensors"), {}  # the first that exists counts
         for folder in self.path.glob("subset*"):
             if folder.name[6:].isdecimal():
                 files = [file for name in names if (file := folder / "ckpt" / name).exists()]
@@ -177,7 +177,7 @@ class Pool:
         return len(self.files)
 
     def digest(self) -> str:
-        """Return the SHA-256 of all files, in their order, as hex digits."""
+        """Return the SHA-256 of all files, in order, as hex digits."""
         whole = hashlib.sha256()
         for path in self.files:
             for file in from_diffusers.files_of(path) if path.is_dir() else [path]:
@@ -188,7 +188,7 @@ class Pool:
     def each(
         self, device: torch.device, precision: str = "float32", only: Sequence[int] | None = None
     ) -> Iterator[PoolModel]:
-        """Yield the models `only` (None: all) as `load` gives them; read the next one while one is at work."""
+        """Yield the models numbered `only` (None: all) from `load`. The next is read while the caller uses this one."""
         wanted = range(len(self)) if only is None else only
         if not wanted:
             return
@@ -201,9 +201,9 @@ class Pool:
             yield coming.result()
 
     def load(self, index: int, device: torch.device | str = "cpu", precision: str = "float32") -> PoolModel:
-        """Read model `index` (from 0) onto `device`, strictly, with weights of the type that `inference_dtype` gives.
+        """Load model `index` (from 0) strictly onto `device`, with weights of the dtype that `inference_dtype` returns.
 
-        Raises CheckpointError for a file that is damaged, is of another kind, or does not fit its flags.
+        Raises CheckpointError for a file that is damaged, of another kind, or does not fit its flags.
         """
         path = self.files[index]
         weights, flags, num_classes, file = self._read(path)
@@ -228,18 +228,18 @@ class Pool:
     def precision(self, asked: str, device: torch.device) -> str:
         """Return the number format to draw in: "float32" or "bf16".
 
-        Where "auto" is asked for on a CPU with instructions for bf16, a trial of the first model in both decides.
+        For "auto" on a CPU with bf16 instructions, time the first model in both formats and pick the faster.
         """
         if asked != "auto" or not may_gain_from_bf16(device):
             return "bf16" if inference_dtype(asked, device) == torch.bfloat16 else "float32"
         exact, half = (self.load(0, device, each) for each in ("float32", "bf16"))
-        images = 2 if exact.seconds(2) > 0.1 else 32  # of a large network; of a small one
+        images = 2 if exact.seconds(2) > 0.1 else 32  # few for a large network
         return "bf16" if half.seconds(images) < SURELY * exact.seconds(images) else "float32"
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
-        """Return how many of `batch` images may pass `model` at once, by the memory free when first asked.
+        """Return how many of `batch` images fit in memory at once with `model`, by the memory free at the first call.
 
-        Models with the same flags share the answer. found: the images at once that turned out to fit, from now on.
+        Models with the same flags share the answer. found: a number that turned out to fit, used from now on.
         """
         kind = repr(sorted(model.flags.items()))
         if found is not None:
@@ -251,9 +251,9 @@ class Pool:
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:
         """Return how many pseudo classes each model has, in order.
 
-        num_classes: of the whole pool; 0 takes the number of each checkpoint.
-        per_model: classes per model, of which the last one has the rest; 0 shares them out evenly.
-        Raises ValueError if that needs a pool of another size, or if a checkpoint does not say its number.
+        num_classes: total for the pool; 0 uses the number in each checkpoint.
+        per_model: classes per model, except that the last one has the rest; 0 shares them out evenly.
+        Raises ValueError if this needs a pool of another size, or if a checkpoint does not say its number.
         """
         if num_classes:
             least, more = divmod(num_classes, len(self))
@@ -274,10 +274,10 @@ class Pool:
         return counts
 
     def check(self, classes: Sequence[int], steps: int, unconditional: bool = False) -> None:
-        """Read every model once, so that what is wrong with one is said before hours of drawing from the others.
+        """Load every model once, so that a bad one is found before hours of drawing from the rest.
 
-        classes: pseudo classes of each model; steps: DDIM steps; unconditional: whether models must not take labels.
-        Raises ValueError if a model does not load, cannot do that, or is conditional on fewer classes.
+        classes: number of pseudo classes of each model; steps: DDIM steps; unconditional: refuse conditional models.
+        Raises ValueError if a model does not load, has too few timesteps, or is conditional on fewer classes.
         """
         for m, count in enumerate(classes):
             model = self.load(m)
@@ -299,7 +299,7 @@ class Pool:
                 )
 
     def _read(self, path: Path) -> tuple[Mapping, dict[str, Any], int | None, Path]:
-        """Return weights, flags and number of classes of a model, and the file of its weights."""
+        """Return a model's weights, flags and number of classes, and the file that holds the weights."""
         if not path.is_dir():
             return *self._describe(checkpoint.load(path), path), path
         flags = self._public_flags(path)
@@ -307,23 +307,23 @@ class Pool:
         return weights, flags, flags["num_classes"] or None, file
 
     def _num_classes(self, path: Path) -> int | None:
-        """Return how many classes a model was trained on, None if it does not say."""
-        if path.is_dir():  # its config tells; its weights are large
+        """Return the number of classes a model was trained on; None if it does not say."""
+        if path.is_dir():  # its config says, so its large weights are not read
             return self._public_flags(path)["num_classes"] or None
         return self._describe(checkpoint.load(path), path)[2]
 
     def _public_flags(self, folder: Path) -> dict[str, Any]:
         """Return the flags of a model in the format of diffusers."""
-        from_diffusers.library()  # stops here, by name, if it is missing
+        from_diffusers.library()  # raises if diffusers is missing
         unsaid = {name: self._flags.get(name, _DEFAULTS[name]) for name in ("image_size", *_PROCESS_FLAGS)}
         return from_diffusers.describe(folder, unsaid)
 
     def _describe(self, payload: Any, path: Path) -> tuple[Mapping, dict[str, Any], int | None]:
-        """Return weights, flags and number of classes of a checkpoint, ours or any that holds a state dict."""
+        """Return weights, flags and number of classes of our own checkpoint, or of any that holds a state dict."""
         if not isinstance(payload, Mapping):
             raise checkpoint.CheckpointError(f"{path}: got {type(payload).__name__}, expected a state dict")
         if "model" in payload and "flags" in payload:
-            weights, flags = payload.get("ema", payload["model"]), payload["flags"]  # a training's state has both
+            weights, flags = payload.get("ema", payload["model"]), payload["flags"]  # a training checkpoint has both
             if not isinstance(weights, Mapping) or not isinstance(flags, Mapping):
                 raise checkpoint.CheckpointError(f"{path}: holds no weights with their flags; make the model again")
             _check_flags(flags, path)
@@ -342,7 +342,7 @@ class Pool:
 
 
 def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError for flags of a type or size that no model has: a network of them could fill the memory."""
+    """Raise CheckpointError for flags of a wrong type or size: such a network could fill the memory."""
     for name, default in _DEFAULTS.items():
         value, most = flags.get(name, default), _MOST.get(name, _LARGEST)
         number, whole = isinstance(default, int | float), isinstance(default, int)
@@ -359,7 +359,7 @@ def _check_flags(flags: Mapping[str, Any], path: Path) -> None:
 
 
 def _on_meta(flags: Mapping[str, Any], path: Path) -> nn.Module:
-    """Return the U-Net of `flags` without memory for weights: drawing them is slow, and others replace them at once."""
+    """Return the U-Net of `flags` on the meta device: initial weights are slow to draw, and are replaced at once."""
     try:
         with torch.device("meta"):
             return from_diffusers.create_network(flags)

@@ -1,4 +1,4 @@
-"""Work for every model of the pool, batch by batch. Batches are kept once done, and shared out over processes."""
+"""Run work on every model of the pool, batch by batch. Finished batches are stored; processes share the work."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,12 +19,12 @@ def work_through(
     pool: Pool, counts: Sequence[int], work: Work, pieces: Pieces, *,
     batch: int, device: torch.device, precision: str, desc: str,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return what `work` gives for items 0 .. counts[m] - 1 of every pool model m, model after model, on the CPU.
+    """Return the results of `work` on items 0 .. counts[m] - 1 of every pool model m, model after model, on the CPU.
 
-    Each process reads a model once, for those of its batches that `pieces` lacks.
+    Each process loads a model once, and only if `pieces` lacks some of its batches.
 
-    work: (model, m, item numbers (N,) int64) -> tensors by name. They must not depend on how items are split. The first
-        is (N, ...); others may have rows for some of the items only.
+    work: (model, m, item numbers (N,) int64) -> tensors by name. They must not depend on how items are split into
+        batches. The first is (N, ...); later ones may have rows for only some of the items.
     batch: items at once, fewer if memory is short.
     """
     batches = {

@@ -1,4 +1,4 @@
-"""Which timesteps a training batch visits, and the weights that keep its loss unbiased (IDDPM, sec. 3.3)."""
+"""Samplers of training timesteps, with the weights that keep the loss unbiased (IDDPM, sec. 3.3)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from utils import processes
 
 
 class UniformSampler:
-    """Draws timesteps t with probability p(t) = 1 / T and weighs their losses by 1 / (T p(t))."""
+    """Draws timesteps t with probability p(t) = 1 / T and weights their losses by 1 / (T p(t))."""
 
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
@@ -20,7 +20,7 @@ class UniformSampler:
     def sample(
         self, batch_size: int, device: torch.device | str, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw timesteps (N,) int64 in [0, T), with loss weights (N,) float32, on `device`; `generator`: of the CPU."""
+        """Draw timesteps (N,) int64 in [0, T) and loss weights (N,) float32, on `device`. generator: on the CPU."""
         p = self.probabilities()
         t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
         weights = 1.0 / (self.num_timesteps * p[t])
@@ -30,11 +30,11 @@ class UniformSampler:
         """Learn from the unweighted losses (N,) seen at timesteps (N,); uniform sampling ignores them."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming with the same probabilities takes: a dict of CPU tensors."""
+        """Return the state needed to resume with the same probabilities: a dict of CPU tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned. Raises ValueError if that is another sampler's or another T's."""
+        """Restore what `state_dict` returned. Raises ValueError if it is of another sampler or another T."""
         if state:
             raise ValueError(f"got a sampler state with {sorted(state)}, expected none; give its --schedule_sampler")
 
@@ -42,8 +42,8 @@ class UniformSampler:
 class LossSecondMomentResampler(UniformSampler):
     """p(t) proportional to sqrt(E[loss(t)^2]) over the last losses of each t (IDDPM, eq. 18).
 
-    Uniform until every t has `history_per_term` losses. From then on `uniform_prob` of the mass stays uniform, so that
-    no timestep is forgotten. Several processes learn from the losses of all, and so stay the same.
+    Uniform until every t has `history_per_term` losses. After that, `uniform_prob` of the mass stays uniform, so that
+    no timestep is forgotten. With several processes, each learns from the losses of all, so they stay identical.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -76,7 +76,7 @@ class LossSecondMomentResampler(UniformSampler):
                 f"got a sampler state with a history of shape {shape}, expected {tuple(self.history.shape)}; "
                 "give its --schedule_sampler and --diffusion_steps"
             )
-        self.history.copy_(state["history"])  # stays on the CPU, also where the state was read onto a GPU
+        self.history.copy_(state["history"])  # stays on the CPU, even if the state was loaded onto a GPU
         self.seen.copy_(state["seen"])
 
 

@@ -10,11 +10,11 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> set[int]:
-    """Return which of `num_timesteps` steps to keep: a set of integers in [0, num_timesteps).
+    """Return the timesteps to keep: a set of integers in [0, num_timesteps).
 
-    section_counts: "ddimN" keeps N steps an equal whole stride apart, from 0 on (DDIM, arXiv 2010.02502). Counts (an
-    integer, "10,15,20" or a list) cut the process into so many equal sections, and keep that many evenly spread steps
-    of each. "" keeps all. Raises ValueError for counts that cannot be met.
+    section_counts: "ddimN" keeps N steps at a constant whole stride, from 0 (DDIM, arXiv 2010.02502). Counts (an
+    integer, "10,15,20" or a list) split the process into equal sections, one per count, and keep that many evenly
+    spread steps of each. "" keeps all. Raises ValueError for counts that cannot be met.
     """
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
         return _whole_stride(num_timesteps, section_counts)
@@ -29,7 +29,7 @@ def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int
                 f"give 1 to {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Summed rather than multiplied: the rounding of halves then agrees with public samplers.
+        # Summed rather than multiplied, so that halves round as in public samplers.
         positions = accumulate(repeat(stride, count - 1), initial=0.0)
         kept.update(start + round(position) for position in positions)
         start += size
@@ -60,11 +60,11 @@ def _parse_counts(spec: int | str | Sequence[int]) -> list[int]:
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A process that keeps only `use_timesteps` of a longer one; its betas match the alpha-bars of the longer one.
+    """A process that keeps only `use_timesteps` of a longer one, with the longer one's alpha-bars at these.
 
-    use_timesteps: integers in [0, T) of the longer process, whose float `betas` (T,) come with the other keywords of
-    `GaussianDiffusion`. Methods take t in [0, len(use_timesteps)). Networks and gradients are called with the timesteps
-    of the longer process.
+    use_timesteps: integers in [0, T). betas: (T,) float, of the longer process; other keywords: as for
+    `GaussianDiffusion`. Methods accept t in [0, len(use_timesteps)). Networks and gradient functions are called with
+    the timesteps of the longer process.
     """
 
     def __init__(self, use_timesteps: Iterable[int], *, betas: np.ndarray, **kwargs):
@@ -82,13 +82,13 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 def respaced(diffusion: GaussianDiffusion, timesteps: Iterable[int]) -> SpacedDiffusion:
-    """Return the process that visits only `timesteps` of the num_timesteps that `diffusion` visits.
+    """Return the process that visits only `timesteps`, each in [0, num_timesteps) of `diffusion`.
 
     Networks are still called with the timesteps that they were trained on.
     """
     same = ("betas", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "loss_weighting")
     spaced = SpacedDiffusion(timesteps, **{name: getattr(diffusion, name) for name in same})
-    if isinstance(diffusion, SpacedDiffusion):  # which counts in timesteps of a longer one
+    if isinstance(diffusion, SpacedDiffusion):  # its own timesteps index a longer process
         spaced.timestep_map = diffusion.timestep_map[spaced.timestep_map]
         spaced.original_num_steps = diffusion.original_num_steps
     return spaced

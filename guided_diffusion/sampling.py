@@ -1,4 +1,4 @@
-"""DDIM (arXiv 2010.02502): the one sampler of pool images, mixes, sample sheets and the memorisation figure."""
+"""DDIM (arXiv 2010.02502), the sampler of pool images, mixes, sample sheets and the memorisation figure."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,7 +10,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # x_t (N, C, H, W) and t (N,) -> 
 
 
 class Process(Protocol):
-    """What `ddim` needs of a diffusion: `GaussianDiffusion` has it."""
+    """What `ddim` needs of a diffusion process. `GaussianDiffusion` implements it."""
 
     num_timesteps: int
 
@@ -26,12 +26,13 @@ def ddim(
 ) -> Tensor:  # fmt: skip
     """Sample from `noise` down to x_0, over all timesteps that `process` visits.
 
-    A step from s to t is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t - sigma^2) eps + sigma z (eq. 12). x_0 is what
-    `denoise` predicts at s, eps the noise that x_s then holds, z new noise, and sigma^2 = renoise * (1 - abar_t).
+    A step from s to t is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t - sigma^2) eps + sigma z (eq. 12). x_0 is the
+    prediction of `denoise` at s, eps the noise that this implies in x_s, z new noise, and
+    sigma^2 = renoise * (1 - abar_t).
 
     noise: (N, C, H, W) float: x_T, or images at the noise level of the highest timestep visited.
-    renoise: share of the noise, by variance, that each step draws again, 0 to 1; 0 solves the diffusion's ODE.
-    fresh: index of a step -> its new noise (N, C, H, W); needed if renoise is above 0.
+    renoise: share of the noise variance that each step draws anew, 0 to 1; 0 solves the diffusion's ODE.
+    fresh: index of a step -> its new noise (N, C, H, W); required if renoise is above 0.
     Returns (N, C, H, W) float.
     """
     x = noise

@@ -1,4 +1,4 @@
-"""From flags to a U-Net and its diffusion process, and from a checkpoint's tensors back to flags."""
+"""Build a U-Net and its diffusion process from flags, and infer flags from a checkpoint's tensors."""
 
 import math
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ DEFAULT_CHANNEL_MULT = {
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Return every flag of a network and its process, with its default."""
+    """Return every flag of a network and its diffusion process, with its default."""
     return {f.name: f.default for f in fields(TrainSettings) if f.metadata["group"] in (NETWORK, PROCESS)}
 
 
 def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
-    """Return the network and the process of `flags`; those not given have their defaults.
+    """Return the network and the diffusion process of `flags`. Missing flags have their defaults.
 
-    Raises ValueError for an unknown flag and for a value that does not fit.
+    Raises ValueError for an unknown flag or an invalid value.
     """
     flags = _complete(flags)
     return create_model(**flags), create_gaussian_diffusion(**flags)
@@ -38,10 +38,10 @@ def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
 def create_model(**flags) -> UNetModel:
     """Return a U-Net on RGB images (N, 3, image_size, image_size) with 3 outputs, or 6 if `learn_sigma`.
 
-    Flags, defaults and errors are those of `create_model_and_diffusion`; flags of the process have no effect.
-    channel_mult: factors of num_channels, one per level, as "1,2,2"; "" takes the default of the image size.
-    attention_resolutions: pixels per side at which there is attention, as "16,8". Those that the network does not reach
-    have no effect, and "" leaves only the attention in the middle.
+    Flags, defaults and errors are as for `create_model_and_diffusion`; process flags have no effect.
+    channel_mult: factors of num_channels, one per level, as in "1,2,2"; "" picks the default for the image size.
+    attention_resolutions: sides in pixels of the feature maps with attention, as in "16,8". Sides that the network does
+    not reach have no effect; "" leaves only the attention in the middle block.
     """
     flags = _complete(flags)
     size, channel_mult = flags["image_size"], flags["channel_mult"] or DEFAULT_CHANNEL_MULT.get(flags["image_size"])
@@ -65,9 +65,9 @@ def create_model(**flags) -> UNetModel:
 
 
 def create_gaussian_diffusion(steps: int | None = None, **flags) -> SpacedDiffusion:
-    """Return a process of `steps` noising steps (None: `diffusion_steps`); it visits `timestep_respacing` ("" for all).
+    """Return a process of `steps` noising steps (None: `diffusion_steps`) that visits those of `timestep_respacing`.
 
-    Flags, defaults and errors are those of `create_model_and_diffusion`; flags of the network have no effect.
+    Flags, defaults and errors are as for `create_model_and_diffusion`; network flags have no effect.
     """
     flags = _complete(flags)
     steps = flags["diffusion_steps"] if steps is None else steps
@@ -86,7 +86,7 @@ def create_gaussian_diffusion(steps: int | None = None, **flags) -> SpacedDiffus
 
 
 def _complete(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `flags` with the defaults of those that are not given. Raises ValueError for an unknown one."""
+    """Return `flags` completed by the defaults. Raises ValueError for an unknown flag."""
     defaults = model_and_diffusion_defaults()
     if unknown := sorted(set(flags) - set(defaults)):
         raise ValueError(f"got unknown flags {', '.join(unknown)}, expected some of {', '.join(defaults)}")
@@ -94,10 +94,10 @@ def _complete(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unwrapped(payload: Mapping[str, Any], depth: int = 3) -> Mapping[str, torch.Tensor] | None:
-    """Return the state dict of the U-Net in `payload`, None if there is none.
+    """Return the state dict of the U-Net in `payload`, or None if there is none.
 
-    All of its names may have a prefix (module., of several processes), or it may lie in an entry (state_dict, model),
-    up to `depth` levels deep. Of several the one whose name has ema in it counts, else the first.
+    Its names may have a prefix (such as module., from training with several processes), or it may be an entry (such as
+    state_dict or model), up to `depth` levels deep. Of several, one with ema in its name is preferred, else the first.
     """
     names = [name for name in payload if isinstance(name, str)]
     prefixes = [name.removesuffix(_FIRST) for name in names if name == _FIRST or name.endswith(f".{_FIRST}")]
@@ -110,11 +110,11 @@ def unwrapped(payload: Mapping[str, Any], depth: int = 3) -> Mapping[str, torch.
     return None
 
 
-_FIRST = "time_embed.0.weight"  # of every U-Net
+_FIRST = "time_embed.0.weight"  # an entry of every U-Net
 
 
 def contents(payload: Mapping[str, Any]) -> str:
-    """Say in a few words what a mapping holds that is not the state dict of a U-Net."""
+    """Return a few words on what a mapping holds if it is not the state dict of a U-Net."""
     if {"state", "param_groups"} <= set(payload):
         return "an optimiser's state, not the state dict of a guided-diffusion U-Net"
     if {"class_learner", "settings"} <= set(payload):
@@ -125,10 +125,11 @@ def contents(payload: Mapping[str, Any]) -> str:
 
 
 def infer_model_flags(state_dict: Mapping[str, torch.Tensor], image_size: int | None = None) -> dict[str, Any]:
-    """Return the flags that the names and shapes of a U-Net's state dict tell.
+    """Return the flags that follow from the names and shapes in a U-Net's state dict.
 
-    image_size: pixels per side, which no tensor tells. With it the answer has `image_size` and `attention_resolutions`,
-    which are in pixels. Heads, attention order, dropout, schedule and steps are not in the tensors, nor in the answer.
+    image_size: side in pixels, which tensors do not show. If given, the result also has `image_size` and
+    `attention_resolutions`, which are in pixels. The result lacks heads, attention order, dropout, schedule and steps,
+    because the tensors do not show them.
     Raises ValueError for a state dict of another kind of network.
     """
     try:
@@ -141,7 +142,7 @@ def _infer(state_dict: Mapping[str, torch.Tensor], image_size: int | None) -> di
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
     num_channels = shapes["time_embed.0.weight"][1]
     stages = len({name.split(".")[1] for name in shapes if name.startswith("output_blocks.")})
-    # The first decoder stage that ends in upsampling closes the coarsest level of num_res_blocks + 1 stages.
+    # The first decoder stage that ends in upsampling is the last of num_res_blocks + 1 stages at the coarsest level.
     upsamplers = {"conv.weight": False, "in_layers.0.weight": True}
     found = {
         int(stage): updown
@@ -172,7 +173,7 @@ def _infer(state_dict: Mapping[str, torch.Tensor], image_size: int | None) -> di
 
 
 def _numbers(text: str | int, name: str, most: int) -> tuple[float, ...]:
-    """Return the numbers in a text with commas, whole ones as int. Raises ValueError for one outside [0, most]."""
+    """Return the numbers in comma-separated `text`, whole ones as int. Raises ValueError for any outside [0, most]."""
     try:
         values = [float(part) for part in str(text).split(",") if part.strip()]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Drawing the images of a round from every pool model, guided or not."""
+"""Draw the images of a round from every pool model, guided or not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import Pool, PoolModel
 from guided_diffusion.pool_work import work_through
-from utils.images import to_uint8
+from utils.images import resized, to_uint8
 from utils.pieces import Pieces
 from utils.seeding import noise
 
@@ -22,18 +21,18 @@ class Synthesis:
     """How to draw a round's images.
 
     Attributes:
-        classes: pseudo classes of each pool model, in order; class c belongs to one model for good.
+        classes: number of pseudo classes of each pool model, in order; each class belongs to one model in all rounds.
         per_class: images per class.
         steps: DDIM steps.
-        size: side of the images in pixels; those of models of another size are resized.
-        seed, stream: image i of a model starts from noise that depends on these, the model and i alone, so that it
-            does not change with the batch.
-        batch: images that pass the networks at once.
+        size: side of the images in pixels; images drawn at another size are resized.
+        seed, stream: the noise of image i of a model depends only on these, the model and i, so that an image does not
+            change with the batch.
+        batch: images per batch.
         scale: s in s * grad log p(c | x_t, t).
-        guide_on, renoise: as in `guidance.sample`.
+        guide_on, renoise: as for `guidance.sample`.
         precision: number format of the diffusion models: auto, float32 or bf16.
-        folder: where batches are kept until all are there, so that a stopped run can resume; the caller deletes it.
-            None: in memory, for one process.
+        folder: folder of finished batches, from which a stopped run resumes; the caller deletes it. None keeps them in
+            memory, where each process makes all of them.
     """
 
     classes: Sequence[int]
@@ -54,7 +53,7 @@ class Synthesis:
         return sum(self.classes[:m])
 
     def first_of(self, labels: Tensor) -> Tensor:
-        """Return for each pseudo class (N,) the first class of its pool model (N,)."""
+        """Map pseudo classes (N,) to the first class (N,) of their pool models."""
         return torch.tensor([self.first_class(m) for m, n in enumerate(self.classes) for _ in range(n)])[labels]
 
 
@@ -62,12 +61,12 @@ def synthesise(
     pool: Pool, plan: Synthesis, device: torch.device, log_probability: LogProbability | None = None,
     asked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Draw the images of all classes, model by model; several processes share the batches.
+    """Draw the images of all classes, model by model. Several processes share the batches.
 
-    log_probability: (x (N, 3, H, W), t (N,)) -> (N, C), for guidance; None draws without.
-    asked: (N,) the class to ask each image for, one of its model's; None: class after class.
-    Returns the images (N, 3, size, size) uint8; the class asked for (N,) int64, N = C * per_class; and with guidance
-    whether `log_probability` gives the image that class at t = 0 (N,) bool, else None.
+    log_probability: the guide, (x (N, 3, H, W), t (N,)) -> (N, C); None draws unguided images.
+    asked: (N,) the class to guide each image towards, one of its model's classes; None: class after class.
+    Returns the images (N, 3, size, size) uint8 and the classes asked for (N,) int64, with N = C * per_class. With
+    guidance also the hits (N,) bool, whether `log_probability` at t = 0 predicts that class; without, None.
     """
     if asked is None:
         asked = torch.arange(sum(plan.classes)).repeat_interleave(plan.per_class)
@@ -90,9 +89,9 @@ def _draw(
     plan: Synthesis, by_model: Sequence[Tensor], device: torch.device, log_probability: LogProbability | None,
     model: PoolModel, m: int, index: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Draw images number `index` of model m, of classes by_model[m][index]: `images` uint8, and with guidance `hits`.
+    """Draw the images numbered `index` of model m, for classes by_model[m][index].
 
-    Raises ValueError if the images are not finite.
+    Returns `images` uint8, and with guidance `hits`. Raises ValueError if the images are not finite.
     """
     size, asked = model.image_size, by_model[m][index].to(device)
     rows = index.tolist()
@@ -112,15 +111,9 @@ def _draw(
     )
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{model.path}: drew images that are not finite; give --precision float32, or a lower scale")
-    drawn = {"images": to_uint8(_resized(images, plan.size)).cpu()}
+    drawn = {"images": to_uint8(resized(images, plan.size)).cpu()}
     if log_probability is not None:
         with torch.no_grad():
             guess = log_probability(images, torch.zeros(len(images), device=images.device)).argmax(1)
         drawn["hits"] = (guess == asked).cpu()
     return drawn
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Training one diffusion model: AdamW, an EMA with warm-up, and saves that a killed run resumes from."""
+"""Train one diffusion model: AdamW, an EMA with warm-up, and saves from which a killed run resumes."""
 
 import math
 import os
@@ -30,20 +30,20 @@ from utils.run_log import RunLog
 from utils.seeding import generator
 
 SHEET, SHEET_STEPS = 40, 25  # images in samples.png, and the DDIM steps of each
-USELESS = 10  # average weights whose loss is so many times that of a network that answers 0 are not worth keeping
+USELESS = 10  # average weights are rejected if their loss exceeds this many times the loss of predicting 0
 
 
 class TrainLoop:
-    """The training of `model` in `folder` up to `settings.steps`. `run()` resumes from what is saved there."""
+    """Trains `model` up to `settings.steps`. `run()` resumes from what is saved in `folder`."""
 
     def __init__(
         self, *, model: nn.Module, diffusion: GaussianDiffusion, data: TrainingImages, settings: TrainSettings,
         flags: Mapping[str, Any], folder: str | os.PathLike, device: torch.device,
         made_with: Mapping[str, Any] | None = None,
     ):  # fmt: skip
-        """flags: those of `create_model_and_diffusion` that made `model`; the checkpoint holds them, too.
+        """flags: the flags of `create_model_and_diffusion` that made `model`; the checkpoint records them.
 
-        made_with: what changes the weights, `steps` among it. A folder that was begun with anything else is refused.
+        made_with: all settings that change the weights, with `steps`. A folder begun with other settings is refused.
         """
         self.model, self.diffusion, self.data = model.to(device).train(), diffusion, data
         self.settings, self.flags, self.folder, self.device = settings, dict(flags), Path(folder), device
@@ -53,7 +53,7 @@ class TrainLoop:
                 "give another, or another number of processes"
             )
         self.made_with = dict(made_with or {**self.flags, "steps": settings.steps})
-        self.kept: Kept | None = None  # once `restore` has looked
+        self.kept: Kept | None = None  # set by `restore`
         self.ema = deepcopy(self.model).eval().requires_grad_(False)
         if worth_compiling(device, self.flags.get("num_channels", 0)):
             self.model.to(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ class TrainLoop:
         self.fit_memory()
         log, losses = RunLog(self.folder, by="step"), []
         log.forget_after(self.step)
-        processes.meet()  # before the first one saves what the others have just read
+        processes.meet()  # all must have read the folder before the first process saves to it
         with progress(total=self.settings.steps, initial=self.step, desc=str(self.folder), unit="step") as bar:
             while self.step < self.settings.steps:
                 if processes.broadcast(stopping.asked()):
@@ -94,15 +94,15 @@ class TrainLoop:
         return self.finish()
 
     def fit_memory(self) -> None:
-        """Let fewer images pass the network at once if free memory is short."""
-        if processes.count() == 1:  # several wait for the gradients of equally many parts
+        """Lower the microbatch if free memory is short."""
+        if processes.count() == 1:  # several processes need equally many microbatches
             most = min(self.micro, self.settings.batch_size)
             self.micro = that_fit(self.flags, most, self.device, training=True)
 
     def measure(self, seconds: float) -> tuple[int, int, float, float]:
-        """Return the steps left, the operations of one (2 per multiply-add), its seconds, and those of a sample sheet.
+        """Return the steps left, the operations per step (2 per multiply-add), and the seconds per step and per sheet.
 
-        A short trial tells, which changes the weights. seconds: about how long it takes.
+        Runs a trial of about `seconds` seconds, which changes the weights.
         """
         self.restore()
         self.fit_memory()
@@ -116,10 +116,10 @@ class TrainLoop:
         return left, flops, step, pass_of_sheet * min(SHEET_STEPS, self.diffusion.num_timesteps)
 
     def _seconds_of_step(self, trial: float) -> tuple[float, int]:
-        """Return the seconds of a step, and how many images were passed at once to know them.
+        """Return the seconds per step, and the number of images at once that they were measured with.
 
-        On a CPU a step of a large network takes minutes: then a part of it tells, the first that takes a tenth of
-        `trial` seconds.
+        On a CPU a step of a large network takes minutes. Then extrapolate from the first part of a batch that takes a
+        tenth of `trial` seconds.
         """
         share, images = [processes.own_share(part) for part in self.batch()], 1
         while self.device.type != "cuda" and images < len(share[0]):
@@ -139,16 +139,16 @@ class TrainLoop:
         return statistics.median(steps), len(share[0])
 
     def train_step(self) -> torch.Tensor:
-        """Take a step of the optimiser and of the EMA; return the mean loss, a scalar on the device."""
+        """Take one step of the optimiser and of the EMA. Return the mean loss, a scalar on the device."""
         s = self.settings
         rate = s.lr * (1 - self.step / s.steps if s.lr_anneal_steps else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self.flags.get("dropout"):  # which draws from the global generator
+        if self.flags.get("dropout"):  # dropout draws from the global generator
             torch.manual_seed(generator(s.seed, "dropout", self.step).initial_seed())
         share = [processes.own_share(part) for part in self.batch()]
         while (total := or_too_much(partial(self.gradients, *share))) is None:
-            if processes.count() > 1:  # the others wait for the gradients of equally many parts
+            if processes.count() > 1:  # the others expect equally many microbatches
                 raise MemoryError("out of memory in one of several processes; give a lower --microbatch")
             self.micro = smaller(min(self.micro, len(share[0])))
         if s.grad_clip > 0:
@@ -161,7 +161,7 @@ class TrainLoop:
         return total
 
     def batch(self) -> tuple[torch.Tensor, ...]:
-        """Return images, labels, timesteps, loss weights and noise of this step, on the device."""
+        """Return the images, labels, timesteps, loss weights and noise of this step, on the device."""
         s = self.settings
         images, labels = self.data.batch(s.batch_size, self.step, s.seed, flip=s.random_flip, device=self.device)
         rng = generator(s.seed, "noise", self.step)
@@ -172,7 +172,7 @@ class TrainLoop:
     def gradients(
         self, images: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, weights: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Gather the gradients of a batch, `micro` images at a time; return the mean loss, a scalar on the device."""
+        """Accumulate gradients of a batch, `micro` images at a time. Return the mean loss, a scalar on the device."""
         losses = []
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(images), self.micro):
@@ -194,7 +194,7 @@ class TrainLoop:
 
     @torch.no_grad()
     def check_average(self) -> None:
-        """Raise ValueError if the loss of the average weights on the next batch says that they are of no use."""
+        """Raise ValueError if the loss of the average weights on the next batch shows that they are useless."""
         *batch, weights, noise = self.batch()
         found = []
         for network in (self.ema, self._zeros):
@@ -216,7 +216,7 @@ class TrainLoop:
             self.sample_sheet()
 
     def save_state(self) -> None:
-        """Save what the run resumes from; keep the save before it. Raises ValueError for useless weights."""
+        """Save the state to resume from, and keep the previous one. Raises ValueError for useless weights."""
         self.check_average()
         checkpoint.save(
             self.folder / STATE_FILE,
@@ -256,7 +256,7 @@ class TrainLoop:
         return self.folder / MODEL_FILE
 
     def sample_sheet(self, count: int = SHEET, steps: int = SHEET_STEPS) -> None:
-        """Draw `count` DDIM samples of the EMA into samples.png, from the same noise at every save."""
+        """Write `count` DDIM samples of the EMA to samples.png, from the same noise at every save."""
         contact_sheet(self.draw(count, steps), 10, self.folder / "samples.png")
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class TrainLoop:
         return to_uint8(images.cpu())
 
     def restore(self) -> None:
-        """Load what the folder has, once. Raises ValueError, which names what differs, for what was made otherwise."""
+        """Load what the folder holds, once. Raises ValueError if it was made with other settings, naming them."""
         if self.kept is not None:
             return
         self.kept = kept(self.folder, self.made_with, self.device)
@@ -318,7 +318,7 @@ class TrainLoop:
 
 
 def drop_state(folder: str | os.PathLike, *, newest: bool = True) -> None:
-    """Delete the state before the newest, and if `newest` that one, too."""
+    """Delete the previous state, and with `newest` the newest one too."""
     path = Path(folder) / STATE_FILE
     previous(path).unlink(missing_ok=True)
     if newest:

@@ -1,6 +1,6 @@
 """The U-Net of DDPM with the improvements of IDDPM (arXiv 2102.09672) and ADM (arXiv 2105.05233).
 
-Names, shapes and order of the state dict are those of the public guided-diffusion checkpoints.
+The state dict has the names, shapes and order of the public guided-diffusion checkpoints.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,7 +26,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(N, C, H, W) -> (N, C, H/2, W/2): a 3x3 convolution of stride 2."""
+    """(N, C, H, W) -> (N, C, H/2, W/2): a 3x3 convolution with stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -40,7 +40,8 @@ class ResBlock(nn.Module):
     """A residual block conditioned on the time embedding; `resample` is None, "up" or "down".
 
     x: (N, in_channels, H, W), emb: (N, emb_channels) -> (N, out_channels, H', W'), H' = H, 2H or H/2.
-    With `use_scale_shift_norm` the embedding scales and shifts the second norm (ADM, sec. 3), else it is added.
+    With `use_scale_shift_norm` the embedding scales and shifts the second norm's output (ADM, sec. 3); otherwise it is
+    added before that norm.
     """
 
     def __init__(
@@ -89,10 +90,10 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention between all positions of a feature map, with a residual: (N, C, H, W) -> the same.
+    """Residual self-attention between all positions of a feature map: (N, C, H, W) -> (N, C, H, W).
 
-    The 3C outputs of `qkv` are read as (heads, qkv, C / heads), the order of the first public checkpoints, or with
-    `new_order` as (qkv, heads, C / heads).
+    The 3C outputs of `qkv` are ordered (heads, qkv, C / heads), as in the first public checkpoints, or with `new_order`
+    (qkv, heads, C / heads).
     """
 
     def __init__(self, channels: int, num_heads: int, *, new_order: bool = False, use_checkpoint: bool = False):
@@ -137,18 +138,18 @@ class Stage(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """The noise-predicting U-Net.
+    """The U-Net that predicts the noise or x_0.
 
-    image_size: pixels per side in training (H and W must be divisible by 2 ** (levels - 1)).
-    model_channels: width that `channel_mult` multiplies, one factor per level, finest first.
-    attention_resolutions: downsampling factors (1, 2, 4, ...) whose blocks are followed by attention.
-    num_classes: None for an unconditional network.
-    num_head_channels: channels per head; -1 takes `num_heads` heads everywhere.
+    image_size: side of the training images in pixels (H and W must be divisible by 2 ** (levels - 1)).
+    model_channels: base width. channel_mult: its factor for each level, finest first.
+    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention after each residual block.
+    num_classes: number of classes; None for an unconditional network.
+    num_head_channels: channels per head; -1 uses `num_heads` heads everywhere.
     num_heads_upsample: heads of the decoder; -1 means `num_heads`.
-    resblock_updown: residual blocks change the resolution (ADM, sec. 3), in place of single convolutions.
-    use_checkpoint: compute activations again in the backward pass: less memory, more time.
-    `model.to(torch.bfloat16)` runs the network in that type: activations follow the weights, the output the input.
-    Raises ValueError for settings that do not fit each other.
+    resblock_updown: residual blocks change the resolution (ADM, sec. 3), instead of single convolutions.
+    use_checkpoint: recompute activations in the backward pass, for less memory and more time.
+    `model.to(torch.bfloat16)` runs the network in bf16: activations have the dtype of the weights, outputs that of x.
+    Raises ValueError for settings that do not fit together.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class UNetModel(nn.Module):
 
         channels = widths[0]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
-        skips = [channels]  # widths of the encoder's outputs, which the decoder takes from the end
+        skips = [channels]  # widths of the encoder's outputs, which the decoder uses in reverse
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
                 layers: list[nn.Module] = [res(channels, width)]
@@ -220,12 +221,12 @@ class UNetModel(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """Predict from noised images.
+        """Predict from noised images x_t.
 
-        x: (N, in_channels, H, W) images x_t; timesteps: (N,); y: (N,) int64 labels in [0, num_classes), None for an
-        unconditional network.
-        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError for labels that are missing or too many,
-        and for images whose sides the network cannot halve.
+        x: (N, in_channels, H, W); timesteps: (N,); y: (N,) int64 labels in [0, num_classes), None for an unconditional
+        network.
+        Returns (N, out_channels, H, W) in the dtype of x. Raises ValueError if y is missing, or given to an
+        unconditional network, and for image sides that the network cannot halve.
         """
         if (y is None) != (self.num_classes is None):
             got = "no labels y for a conditional" if y is None else "labels y for an unconditional"
@@ -255,7 +256,7 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 
 def _level_widths(image_size: int, channels: int, channel_mult: Sequence[float], num_res_blocks: int) -> list[int]:
-    """Return the width of each level. Raises ValueError if the settings do not fit the image size."""
+    """Return the width of each level. Raises ValueError for settings that do not fit together."""
     if num_res_blocks < 1:
         raise ValueError(f"got num_res_blocks {num_res_blocks}, expected 1 or more")
     if not channel_mult:

@@ -1,12 +1,12 @@
-"""The backbones: what --backbone can name, and how each is made. To add one, write a class and a line here.
+"""The backbones that --backbone can name. To add one, write its class and add a line to `BACKBONES`.
 
 A backbone is a `torch.nn.Module`:
 
 - `forward`: images (N, 3, H, W), float32 in [-1, 1], RGB -> a feature map (N, D, H', W'), float, for any H = W that
-  the backbone takes. In eval mode an image's map depends on no other image.
+  the backbone accepts. In eval mode an image's map depends on no other image.
 - `feature_dim`: D. `map_side(size)`: H' = W' for images with `size` pixels a side.
-- Its initial weights come from the generator that it is built with, so that they depend on --seed alone. What it
-  draws while it trains comes from the attribute `generator`, which training sets to one on the device of the images.
+- Initial weights come from the generator given to `build`, so they depend on --seed alone. Random numbers in training
+  come from the attribute `generator`, which the training code sets to one on the device of the images.
 """
 
 import re
@@ -25,12 +25,13 @@ from models.wrn import WideResNet
 
 @dataclass(frozen=True)
 class Backbone:
-    """How a backbone is made.
+    """How to build a backbone.
 
     Attributes:
-        build: (drop_rate, generator) -> the module. generator: on the CPU, for its weights; None: torch's own.
+        build: (drop_rate, generator) -> the module. drop_rate: share that DropBlock drops, in [0, 1). generator: CPU
+            generator of the initial weights; torch's global one if None.
         about: a few words for --help.
-        drops: whether it uses drop_rate, the share that DropBlock drops; others are built with 0.
+        drops: whether the backbone has DropBlock; if not, drop_rate must be 0.
     """
 
     build: Callable[[float, torch.Generator | None], nn.Module]
@@ -45,16 +46,16 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "wrn28-10": Backbone(lambda drop_rate, generator: WideResNet(28, 10, generator=generator), "640 channels, large"),
 }
-_TIMM = re.compile(r"timm:(\w[\w.]*)")  # no address, which timm would fetch
+_TIMM = re.compile(r"timm:(\w[\w.]*)")  # a plain name, never an address that timm would download from
 
 
 def is_known(name: Any) -> bool:
-    """Return whether `name` is one of `BACKBONES`, or timm:NAME."""
+    """Return whether `name` is in `BACKBONES` or has the form timm:NAME."""
     return isinstance(name, str) and (name in BACKBONES or bool(_TIMM.fullmatch(name)))
 
 
 def check(name: str) -> None:
-    """Raise ValueError for a name that `is_known` does not know."""
+    """Raise ValueError for an unknown name."""
     if not is_known(name):
         raise ValueError(
             f"backbone is '{name}', expected one of {', '.join(BACKBONES)}, or timm:NAME: choose one of these"
@@ -62,17 +63,17 @@ def check(name: str) -> None:
 
 
 def about() -> str:
-    """Return all names, with what each is, for --help."""
+    """Return the names of all backbones with a few words on each, for --help."""
     known = [f"{name} ({backbone.about})" for name, backbone in BACKBONES.items()]
     return f"{', '.join(known)}, or timm:NAME, a convolutional network of the package timm"
 
 
 def build(name: str, *, drop_rate: float = 0.0, generator: torch.Generator | None = None) -> nn.Module:
-    """Return the backbone of that name with random weights.
+    """Return the named backbone with random weights.
 
     drop_rate, generator: as for `Backbone.build`.
-    Raises ValueError for an unknown name, a drop_rate that the backbone does not use or that is out of range, and where
-    the package timm or its network is missing.
+    Raises ValueError for an unknown name, a drop_rate that is out of range or given to a backbone without DropBlock,
+    and if the package timm is missing or lacks the network.
     """
     check(name)
     known = BACKBONES.get(name)

@@ -1,4 +1,4 @@
-"""The class-learner h: a small head, conditioned on the diffusion time, from image features to class logits."""
+"""The class-learner h: a small time-conditioned head that maps image features to class logits."""
 
 import math
 import os
@@ -12,18 +12,18 @@ from utils import checkpoint
 
 _MAX_PERIOD = 10000.0
 _STATISTICS = ("running_mean", "running_var", "updates")
-_WINDOW = 10  # batches that the running statistics look back, once that many were seen
+_WINDOW = 10  # batches; running statistics are plain means up to this number, then move by 1 / 10 per batch
 
 
 class InductiveBatchNorm(nn.Module):
-    """Batch norm over (N, C) whose running statistics are not in the state dict.
+    """Batch norm over (N, C) that keeps its running statistics out of the state dict.
 
-    Train mode uses the batch's statistics. Eval mode uses the running ones, so what an image gets does not
-    depend on its batch. Published checkpoints have only `weight` and `bias`; the statistics travel beside
-    the state dict by `statistics` and `load_statistics`. Before any update they are mean 0, variance 1.
+    Train mode uses the batch's statistics. Eval mode uses the running ones, so an image's output does not depend on its
+    batch. Published checkpoints have only `weight` and `bias`; `statistics` and `load_statistics` save and restore the
+    running statistics beside the state dict. They start as mean 0, variance 1.
 
-    The first 10 batches are averaged equally, later ones with momentum 0.1, so that a few batches
-    already give usable statistics.
+    The first 10 batches are averaged equally, later ones with momentum 0.1, so a few batches already give usable
+    statistics.
     """
 
     running_mean: Tensor
@@ -57,20 +57,20 @@ class InductiveBatchNorm(nn.Module):
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Copy the running statistics of every `InductiveBatchNorm` in a module, to keep beside its state dict.
+    """Return copies of the running statistics of every `InductiveBatchNorm` in a module, to save with its state dict.
 
     Returns:
-        Names like "classifier.batchnorm.running_mean" with `running_mean`, `running_var` (C,) float32 and
-        `updates` () int64, the number of batches seen: 0 means that eval mode has nothing to go by yet.
+        Tensors by names such as "classifier.batchnorm.running_mean": `running_mean` and `running_var` (C,), float32,
+        and `updates` (), int64, the number of batches seen. With 0 updates, eval mode has no statistics to use yet.
     """
     return {name: buffer.detach().clone() for name, buffer in _buffers(module).items()}
 
 
 def load_statistics(module: nn.Module, values: Mapping[str, Tensor], source: str | os.PathLike = "statistics") -> None:
-    """Put back what `statistics` collected. source: what an error names as the origin, usually the file.
+    """Restore the values that `statistics` returned. source: their origin in error messages, usually the file.
 
     Raises:
-        ValueError: names or shapes differ from the module's, or numbers are not finite; the module is then unchanged.
+        ValueError: names or shapes differ from the module's, or a value is not finite. The module is then unchanged.
     """
     buffers = _buffers(module)
     checkpoint.check_tensors(buffers, values, source, f"the statistics of {type(module).__name__}")
@@ -89,7 +89,7 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Return the sinusoidal embedding of time (Ho et al. 2020, arXiv 2006.11239): cosines, then sines.
 
     Args:
-        t: (N,), diffusion steps, int or float.
+        t: (N,) timesteps, int or float.
         dim: even width; frequency i is 10000 ** (-i / (dim / 2)).
 
     Returns:
@@ -102,15 +102,15 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def unit_means(maps: Tensor) -> Tensor:
-    """Return what h sees (N, channels): maps (N, channels, H', W') averaged over locations, of unit length."""
+    """Average maps (N, channels, H', W') over locations and scale to unit length: the input (N, channels) of h."""
     return F.normalize(maps.mean((-2, -1)), dim=-1)
 
 
 class ClassLearner(nn.Module):
-    """Logits = linear2(SiLU(norm(linear1(v + e(t))))) with the time embedding e passed through a small MLP.
+    """Logits = linear2(SiLU(norm(linear1(v + e(t))))), for features v and the time embedding e(t) after a small MLP.
 
-    Without t there is no e: that is the head of clean images, and the base-class head of the meta-model.
-    It computes in float32 also under autocast.
+    Without t, e(t) is left out; this is the head for clean images, and the meta-model's base-class head. Computes in
+    float32, even under autocast.
 
     Args:
         num_classes: C, classes.
@@ -144,7 +144,7 @@ class ClassLearner(nn.Module):
 
         Args:
             features: (N, D), pooled and L2-normalised features of the images.
-            t: (N,), the diffusion step of each image, int or float; None for clean images.
+            t: (N,), the timestep of each image, int or float; None for clean images.
 
         Returns:
             (N, C), float32.

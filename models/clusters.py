@@ -1,4 +1,4 @@
-"""Balanced clusters of features: a first labelling of images that have none."""
+"""Balanced clusters of features: first labels for unlabelled images."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHARPNESS = 2.0  # of p(c | x) before it is balanced; 1 spreads unsure images too far from their likeliest class
+SHARPNESS = 2.0  # exponent of p(c | x) before balancing; 1 moves unsure images too far from their likeliest class
 
 
 def balanced_clusters(
@@ -14,9 +14,8 @@ def balanced_clusters(
 ) -> Tensor:
     """Assign each row of features (N, D) to one of `count` clusters, whose sizes differ by at most 1: (N,) int64.
 
-    Spherical k-means whose assignments are balanced by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371), on
-    features with their mean taken away; rows are then given out as in `share_out`. The best of five starts, by total
-    cosine, is kept.
+    Run spherical k-means on mean-centred features, balanced by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371).
+    Then assign rows as in `share_out`. Of five starts, keep the one with the highest total cosine.
     Raises ValueError for fewer rows than clusters.
     """
     if len(features) < count:
@@ -36,9 +35,9 @@ def balanced_clusters(
 
 
 def cluster_classes(features: Tensor, first: Tensor, counts: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Share out each model's images over its classes: (N,) int64.
+    """Cluster each model's images into its classes. Return the class of each image, (N,) int64.
 
-    features: (N, D); first: (N,) the first class of the model that drew each image; counts: classes of each model.
+    features: (N, D); first: (N,) the first class of the model that drew each image; counts: classes per model.
     """
     labels = first.clone()
     for m, count in enumerate(counts):
@@ -50,8 +49,10 @@ def cluster_classes(features: Tensor, first: Tensor, counts: Sequence[int], gene
 def share_out(scores: Tensor, first: Tensor, counts: Sequence[int]) -> Tensor:
     """Return each image's likeliest class of its model, with equally many images per class: (N,) int64.
 
-    scores: (N, C) log p(c | x); first: (N,) the first class of the model that drew each image; counts: classes of each
-    model. The shares are balanced as those of `balanced_clusters`, then given out greedily, the surest first.
+    Balance the probabilities as in `balanced_clusters`, then assign images greedily, the surest first.
+
+    scores: (N, C) log p(c | x); first: (N,) the first class of the model that drew each image; counts: classes per
+    model.
     """
     labels = first.clone()
     for m, count in enumerate(counts):
@@ -62,9 +63,9 @@ def share_out(scores: Tensor, first: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _evenly(shares: Tensor) -> Tensor:
-    """Give each row of shares (N, K) a column, largest shares first: (N,) int64.
+    """Assign each row of shares (N, K) to a column, largest shares first: (N,) int64.
 
-    A column gets N / K rows, rounded down or up.
+    Each column gets N / K rows, rounded down or up.
     """
     count, ways = shares.shape
     least, larger = divmod(count, ways)  # `larger` columns get one row more
@@ -78,7 +79,7 @@ def _evenly(shares: Tensor) -> Tensor:
 
 
 def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return indices of first centres far from one another (k-means++)."""
+    """Return the indices (count,) of initial centres that are far from one another (k-means++)."""
     chosen = torch.randint(len(points), (1,), generator=generator)
     while len(chosen) < count:
         distance = (1 - points @ points[chosen].T).amin(1).clamp_min(0) + 1e-12
@@ -87,7 +88,7 @@ def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def _sinkhorn(scores: Tensor, iterations: int = 20) -> Tensor:
-    """Return soft assignments (N, K) of scores (N, K), with equal weight for every column and every row."""
+    """Turn scores (N, K) into soft assignments (N, K) with equal total weight in every column and in every row."""
     log_shares = scores
     for _ in range(iterations):
         log_shares = log_shares - log_shares.logsumexp(0, keepdim=True)

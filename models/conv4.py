@@ -18,10 +18,10 @@ class ConvBlock(nn.Module):
 
 
 class Conv4(nn.Module):
-    """Four times (convolution, batch norm, 2x2 max pool, ReLU).
+    """Four blocks of convolution, batch norm, 2x2 max pool and ReLU.
 
-    ReLU comes after the pool, which gives the same numbers with a quarter of the work, and the convolutions lie in
-    memory as channels_last: a training step takes two thirds of the time on a CPU.
+    ReLU follows the pool, which gives the same numbers for a quarter of the work, and tensors are channels_last. A
+    training step on a CPU then takes two thirds of the time.
 
     Args:
         in_channels: channels of the images.

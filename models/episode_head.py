@@ -1,7 +1,7 @@
 """The linear heads of meta-testing, one per episode, all fitted at once by batched matrix products.
 
-Each head is what `nn.Linear` becomes under soft-label cross-entropy and full-batch SGD with momentum. The
-gradient is closed form, softmax minus target, so there is no autograd and no loop over episodes.
+Each head equals an `nn.Linear` trained by full-batch SGD with momentum on soft-label cross-entropy. The gradient has a
+closed form, softmax minus target, so there is no autograd and no loop over episodes.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ class Heads:
 
 @dataclass(frozen=True)
 class Stage:
-    """SGD on one set of samples, with a momentum buffer of its own, as a fresh `torch.optim.SGD` has.
+    """SGD on one set of samples. Each stage has its own momentum buffer, like a fresh `torch.optim.SGD`.
 
     Attributes:
         inputs: (E, S, D), float features of the samples of each episode.
         targets: (E, S, way), float soft labels; each sums to 1.
-        steps: full-batch steps.
+        steps: number of full-batch steps.
         rate: learning rate.
-        weights: (E, S), float, 0 or more, of each sample in the mean over samples; None: all count the same.
+        weights: (E, S), float, 0 or more: weight of each sample in the mean loss; None: all count the same.
     """
 
     inputs: Tensor
@@ -45,16 +45,16 @@ class Stage:
 def meta_test_stages(
     support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None = None, *, steps: int, rates: Sequence[float]
 ) -> list[Stage]:
-    """Return the stages: support, then its diffusion mixes if any, then support again, `steps` each.
+    """Return the stages: the support set, its diffusion mixes if given, then the support set again.
 
-    Each class counts the same: if an episode has more images of one than of another, the cross-entropy of class c is
-    weighted by S / (way * images of c), in the mixes as in the support.
+    Classes count the same even with unequal shots: the cross-entropy of class c is weighted by S / (way * images of c),
+    on the mixes as on the support set.
 
     Args:
         support: (E, S, D), float.
         targets: (E, S, way), one-hot.
-        mixes: (E, X, D), float, the mixes of every pool model side by side, and their soft labels (E, X, way).
-        steps: per stage.
+        mixes: features (E, X, D), float, of the mixes of all pool models, and their soft labels (E, X, way).
+        steps: SGD steps per stage.
         rates: learning rates of the three stages; without mixes the second is not used.
     """
     counts = targets.sum(1, keepdim=True)  # (E, 1, way)
@@ -66,7 +66,7 @@ def meta_test_stages(
 
 
 def _stage(inputs: Tensor, targets: Tensor, class_weights: Tensor | None, steps: int, rate: float) -> Stage:
-    """Return a stage on -sum_c w_c y_c log p_c, cross-entropy with class weights w (E, 1, way); None: all 1."""
+    """Return a stage that minimises -sum_c w_c y_c log p_c, with class weights w (E, 1, way); None: all 1."""
     if class_weights is None:
         return Stage(inputs, targets, steps, rate)
     weighted = class_weights * targets
@@ -86,18 +86,18 @@ def fit_heads(
     init: str = "zeros",
     generators: Sequence[torch.Generator] | None = None,
 ) -> Heads:
-    """Fit the heads of E episodes. Each depends on its own episode's samples only, never on a query.
+    """Fit the heads of E episodes. Each head depends on its own episode's samples only, never on a query.
 
     Args:
-        support: (E, S, D), float; frozen features, as a rule L2-normalised.
+        support: (E, S, D), float; frozen features, usually L2-normalised.
         targets: (E, S, way), float soft labels; each sums to 1.
         stages: what to fit on, in order; by default `Stage(support, targets)`.
         momentum: of SGD.
         weight_decay: of SGD, on weights and biases.
         scale: factor of the features in the logits.
-        init: "zeros"; "random", uniform in +-1 / sqrt(D) as in `nn.Linear`; or "prototypes", each class's mean of
-            the L2-normalised support, weighted by the targets, with zero bias.
-        generators: one CPU generator an episode, for init "random": weights are drawn first, then biases.
+        init: "zeros"; "random", uniform in +-1 / sqrt(D) as in `nn.Linear`; or "prototypes", the mean of each class's
+            L2-normalised support, weighted by the targets, with zero bias.
+        generators: one CPU generator per episode, for init "random"; it draws the weights, then the biases.
 
     Returns:
         Heads with float32 weights on the device of `support`.
@@ -123,17 +123,17 @@ def fit_heads(
 
 
 def predict(heads: Heads, queries: Tensor) -> Tensor:
-    """Return the logits of each query under its episode's head; they depend on no other query.
+    """Return the logits of each query under its episode's head. They depend on no other query.
 
     Args:
-        heads: of E episodes.
-        queries: (E, Q, D), float features, made like the support's.
+        heads: the heads of E episodes.
+        queries: (E, Q, D), float features, embedded like the support set.
 
     Returns:
         (E, Q, way), float32.
 
     Raises:
-        ValueError: episodes or widths differ from those of the heads.
+        ValueError: number of episodes or feature width differs from the heads'.
     """
     if queries.ndim != 3 or queries.shape[::2] != heads.weight.shape[::2]:
         expected = f"({heads.weight.shape[0]}, Q, {heads.weight.shape[2]})"

@@ -1,4 +1,4 @@
-"""What guides the pool: log p(c | x_t, t) by the class-learner h, or log p(c | x) by g through augmented views."""
+"""Guides for sampling: log p(c | x_t, t) from the class-learner h, or log p(c | x) from g on augmented views."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ LogProbability = Callable[[Tensor, Tensor], Tensor]
 
 
 def log_probability(model: MetaModel, learner: ClassLearner) -> LogProbability:
-    """Return log p(c | x_t, t) = log softmax h(f(x_t), t), a function (x (N, 3, H, W), t (N,)) -> (N, C).
+    """Return log p(c | x_t, t) = log softmax h(f(x_t), t), as a function (x (N, 3, H, W), t (N,)) -> (N, C).
 
-    Both networks are put into eval mode: an image's row then depends on no other image of the batch.
+    Put both networks in eval mode, so that an image's row depends on no other image of the batch.
     """
     model.eval()
     learner.eval()
@@ -28,14 +28,14 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> LogProbability:
 
 
 def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, Tensor], Tensor], views: int) -> LogProbability:
-    """Return log p(c | x), the mean of log softmax g(f(v(x))) over views v: (x (N, 3, H, W), t (N,)) -> (N, C).
+    """Return log p(c | x), the mean of log softmax g(f(v(x))) over views v, as (x (N, 3, H, W), t (N,)) -> (N, C).
 
-    Guided by one look at an image, sampling draws marks that only this classifier sees; averaged over views, it does
-    not.
+    With a single view, guidance paints marks that only this classifier sees; averaging over views prevents that. Puts
+    the model in eval mode.
 
-    view: (images, number (1,) int64) -> the images changed at random, all in one way, another for each number. View i
-    at t is number views * t + i; the first t, which all images of a batch share in sampling, picks them. It stays on
-    the device: to read it, every step would wait for a GPU. The model is put into eval mode.
+    view: (images, number (1,) int64) -> the images, all augmented the same way; each number is another way. View i at
+    t has number views * t + i. The first t picks the views, as all images of a sampling batch share one t. The number
+    stays on the device, since reading it would make every step wait for the GPU.
     """
     model.eval()
 
@@ -56,14 +56,14 @@ def clean_scores(guide: LogProbability, images: Tensor, device: torch.device) ->
 
 @torch.no_grad()
 def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
-    """Give networks that were never trained the running statistics of images (N, 3, H, W) uint8.
+    """Set the running statistics of untrained networks from images (N, 3, H, W) uint8.
 
-    Without them a random network in eval mode is not normalised: its outputs hardly differ between images, and its
-    gradient steers nothing. Published code normalises by the batch, where an image depends on the others.
+    Without them an untrained network in eval mode does not normalise: its outputs hardly differ between images, and its
+    gradient steers nothing. Published code normalises by the batch, which makes an image depend on the rest of it.
     """
     device = next(model.parameters()).device
     clean = to_float(images).to(device)
-    t = torch.zeros(len(clean), device=device)  # one t, as in guidance: e(t) of many would drown the images
+    t = torch.zeros(len(clean), device=device)  # one t, as in guidance: with many, e(t) would drown the images
     model.train()
     learner.train()
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""The networks that learn in a run, an epoch at a time: those of the paper's recipe and of the clusters recipe."""
+"""The networks of a run and how they train for an epoch, in the paper's recipe and in the clusters recipe."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,21 +24,21 @@ from utils.metrics import accuracy, mean_confidence_interval
 from utils.progress import progress
 from utils.seeding import generator
 
-LEVELS = 1000  # noise levels; a guide is asked at t from 0 to 999
-VIEW = AugmentSettings(flip=False, scale=(0.75, 1.0), rotate=8, aspect=1.2, erase=0.0)  # what guidance looks through
+LEVELS = 1000  # timesteps; a guide gets t from 0 to 999
+VIEW = AugmentSettings(flip=False, scale=(0.75, 1.0), rotate=8, aspect=1.2, erase=0.0)  # of guidance
 
 
 class Learners:
-    """What both recipes share: f and g, their optimiser, and what is saved of them.
+    """What both recipes share: f and g, their optimiser, saving and loading.
 
     Attributes:
         model: f and g, with random weights that depend on the seed alone.
-        networks: the networks that are trained, by the name that a checkpoint has them under.
+        networks: the trained networks, by their names in a checkpoint.
         optimizers: one per network, in the same order.
     """
 
-    changes = AugmentSettings()  # to training images
-    guide_on = "x_t"  # the image that the guide sees: noised, or "x_0", the clean one predicted from it
+    changes = AugmentSettings()  # augmentation of training images
+    guide_on = "x_t"  # the image that the guide sees: "x_t", noised, or "x_0", the clean image predicted from it
 
     def __init__(self, settings: Settings, num_classes: int, image_size: int, device: torch.device):
         """num_classes: C; image_size: side in pixels."""
@@ -54,7 +54,7 @@ class Learners:
         self.optimizers = [self.optimizer_of(self.model)]
 
     def optimizer_of(self, network: torch.nn.Module) -> torch.optim.Optimizer:
-        """Return --optim for a network: SGD with Nesterov momentum 0.9, or AdamW."""
+        """Return the optimiser that --optim names for a network: SGD with Nesterov momentum 0.9, or AdamW."""
         decay = self.s.weight_decay
         if self.s.optim == "adamw":
             return torch.optim.AdamW(network.parameters(), weight_decay=decay)
@@ -65,32 +65,32 @@ class Learners:
     ) -> dict[str, Any]:
         """Train f and g for an epoch.
 
-        rates: the learning rate of each step; rng: of the epoch, on the device; epoch: its number, from 0.
+        rates: learning rate of each step; rng: the epoch's generator, on the device; epoch: its number, from 0.
         Returns the mean `loss`, the `base_accuracy` of g in percent, and `lr`, the first rate.
         """
         raise NotImplementedError
 
     def train_class_learner(self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator) -> dict[str, Any]:
-        """Train the guide for an epoch. Nothing to do here: g guides, and `train_meta_model` has trained it."""
+        """Train the guide for an epoch. Does nothing here: g is the guide, and `train_meta_model` trains it."""
         return {}
 
     def guide(self) -> guides.LogProbability:
-        """Return what guides: (x (N, 3, H, W), t (N,)) -> (N, C) log-probabilities. Puts the networks in eval mode."""
+        """Return the guide: (x (N, 3, H, W), t (N,)) -> log-probabilities (N, C). Puts the networks in eval mode."""
         raise NotImplementedError
 
     def changed(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Return training images (N, 3, H, W) uint8 changed at random, as float in [-1, 1] on the device."""
+        """Augment training images (N, 3, H, W) uint8; return floats in [-1, 1] on the device."""
         return augment(images.to(self.device, non_blocking=True), rng, replace(self.changes, flip=self.s.flip))
 
     def state(self) -> dict[str, Any]:
-        """Return the weights, with the statistics that their state dicts leave out."""
+        """Return the weights of all networks, with the statistics that their state dicts leave out."""
         parts = {}
         for name, network in self.networks.items():
             parts |= {name: network.state_dict(), f"{name}_statistics": statistics(network)}
         return parts
 
     def load(self, state: Mapping[str, Any], path: Path) -> None:
-        """Take the weights of `state`, read from `path`. Raises CheckpointError for those of other networks."""
+        """Load the weights in `state`, read from `path`. Raises CheckpointError if they do not fit the networks."""
         for name, network in self.networks.items():
             if state.get(name) is None or state.get(f"{name}_statistics") is None:
                 raise checkpoint.CheckpointError(f"{path}: has no {name}; give a run of --recipe paper")
@@ -99,7 +99,7 @@ class Learners:
             load_statistics(network, state[f"{name}_statistics"], path)
 
     def load_optimizers(self, states: list[dict[str, Any]], path: Path) -> None:
-        """Put back the states of the optimisers, read from `path`. Raises CheckpointError for those of others."""
+        """Restore the optimisers' states, read from `path`. Raises CheckpointError if they do not fit."""
         if len(states) != len(self.optimizers):
             raise checkpoint.CheckpointError(f"{path}: has {len(states)} optimisers, expected {len(self.optimizers)}")
         for optimizer, saved in zip(self.optimizers, states, strict=True):
@@ -107,11 +107,11 @@ class Learners:
 
 
 class PaperLearners(Learners):
-    """The paper's: f and g learn on episodes, and a class-learner h on noised images guides on x_t.
+    """The paper's recipe: f and g learn on episodes; the class-learner h learns on noised images and guides on x_t.
 
     Attributes:
         learner: h.
-        process: the diffusion that noises images for h.
+        process: the diffusion process that noises images for h.
     """
 
     def __init__(self, settings: Settings, num_classes: int, image_size: int, device: torch.device, process: Any):
@@ -148,9 +148,9 @@ class PaperLearners(Learners):
         return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}
 
     def train_class_learner(self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator) -> dict[str, Any]:
-        """Train h on as many noised images as f and g have seen, with t uniform, at --learner-rate times their rates.
+        """Train h on noised images, as many as f and g saw, with t uniform, at --learner-rate times their rates.
 
-        Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent in each quarter of the noise.
+        Returns the mean `class_learner_loss`, and `class_learner_accuracy` in percent, for each quarter of t.
         """
         s, levels, labels = self.s, self.process.num_timesteps, data.labels.to(self.device)
         batch = s.train_batch * (s.way * s.shot + s.train_nTestNovel)
@@ -176,12 +176,12 @@ class PaperLearners(Learners):
         return {"class_learner_loss": float(losses[:, 0].mean()), "class_learner_accuracy": by_level}
 
     def guide(self) -> guides.LogProbability:
-        """Return log p(c | x_t, t) by h."""
+        """Return log p(c | x_t, t) from h."""
         return guides.log_probability(self.model, self.learner)
 
 
 class ClusterLearners(Learners):
-    """Those of the clusters recipe: f and g learn on batches of images, and guide on x_0 through augmented views."""
+    """The clusters recipe: f and g learn on batches of images, and guide on augmented views of x_0."""
 
     changes = AugmentSettings(scale=(0.6, 1.0), rotate=12, aspect=1.5, erase=0.2)
     guide_on = "x_0"
@@ -206,8 +206,7 @@ class ClusterLearners(Learners):
         return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}
 
     def guide(self) -> guides.LogProbability:
-        """Return log p(c | x) by g through --views views, which change with t, from 0 to 999."""
-
+        """Return log p(c | x) from g, averaged over --views views that change with t, from 0 to 999."""
         draws = view_draws(self.s.seed, self.s.views * LEVELS, self.device)
 
         def view(images: Tensor, number: Tensor) -> Tensor:
@@ -218,16 +217,16 @@ class ClusterLearners(Learners):
 
 @lru_cache(maxsize=2)  # a run asks again every round
 def view_draws(seed: int, count: int, device: torch.device) -> Tensor:
-    """Return the random numbers of views number 0 to count - 1 of a run, (count, 20), on the device."""
+    """Return the random numbers of views 0 to count - 1 of a run, (count, 20), on the device."""
     return torch.cat([draw(1, generator(seed, "view", number, device=device)) for number in range(count)])
 
 
 def descend(
     optimizer: torch.optim.Optimizer, rates: Sequence[float], loss_of: Callable[[int], tuple[Tensor, Tensor]], desc: str
 ) -> Tensor:
-    """Take a step of `optimizer` at each rate. loss_of: step, from 0 -> its loss () and the share that was right ().
+    """Take a step of `optimizer` at each rate. Return the loss and accuracy of each step, (steps, 2), on the device.
 
-    Returns both of each step, (steps, 2), on the device.
+    loss_of: step, from 0 -> its loss () and accuracy (), 0 to 1.
     """
     seen = []
     for step, rate in enumerate(progress(rates, desc=desc, unit="step")):
@@ -244,16 +243,16 @@ def descend(
 
 @torch.no_grad()
 def features(model: MetaModel, images: Tensor) -> Tensor:
-    """Return the features (N, D), before normalisation, of images (N, 3, H, W) uint8, in eval mode, on the CPU."""
+    """Return the unnormalised features (N, D) of images (N, 3, H, W) uint8, on the CPU. Puts the model in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     return torch.cat([model.look(to_float(part.to(device))).cpu() for part in images.split(500)])
 
 
 def validate(model: MetaModel, images: Tensor, episodes: Episodes, way: int, scale: float) -> tuple[float, float]:
-    """Return the accuracy of nearest prototypes in percent, and half of its 95 % interval.
+    """Return the nearest-prototype accuracy and half the width of its 95 % interval, in percent.
 
-    images: (N, 3, H, W) uint8, of which the episodes have indices; scale: of the cosines.
+    images: (N, 3, H, W) uint8, indexed by the episodes; scale: factor of the cosines.
     """
     known = features(model, images)
     scores = prototype_scores(known[episodes.support], episodes.support_labels, known[episodes.query], way, scale)
@@ -261,10 +260,9 @@ def validate(model: MetaModel, images: Tensor, episodes: Episodes, way: int, sca
 
 
 def check_finite(entries: Mapping[str, Any], epoch: int) -> None:
-    """Stop before the numbers of a diverged epoch overwrite good ones.
+    """Raise ValueError if a loss is NaN or infinite, before a diverged epoch is saved over a good one.
 
-    entries: of epoch number `epoch` (from 0), with the mean `loss`, perhaps `class_learner_loss`, and the rate `lr`.
-    Raises ValueError if a loss is NaN or infinite.
+    entries: log entry of `epoch` (from 0): the mean `loss`, `class_learner_loss` if there is one, and the rate `lr`.
     """
     for name in ("loss", "class_learner_loss"):
         loss = entries.get(name, 0.0)

@@ -1,4 +1,4 @@
-"""The losses: of the meta-model (f and g) in either recipe, and of the paper's class-learner h."""
+"""The losses of the meta-model (f and g), one per recipe, and of the paper's class-learner h."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,10 @@ from models.meta_model import MetaModel
 
 
 def class_loss(model: MetaModel, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of g(f(image)) over the C classes, in nats (), and the share that g gets right ().
+    """Return the loss of the clusters recipe: the cross-entropy of g(f(image)) over the C classes.
 
-    images: (N, 3, H, W) float in [-1, 1]; classes: (N,) int64 in [0, C). The loss of the clusters recipe.
+    images: (N, 3, H, W) float in [-1, 1]; classes: (N,) int64 in [0, C).
+    Returns the loss () in nats, and the accuracy of g (), 0 to 1.
     """
     logits = model.classify(images)
     return F.cross_entropy(logits, classes), (logits.detach().argmax(1) == classes).float().mean()
@@ -21,12 +22,10 @@ def meta_loss(
     model: MetaModel, images: Tensor, support_labels: Tensor, query_labels: Tensor, query_classes: Tensor,
     *, way: int, dense_weight: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return cross-entropy of g(f(query)) over the C classes + dense_weight * dense prototype cross-entropy.
-
-    The loss of the paper's recipe.
+    """Return the paper's loss: cross-entropy of g(f(query)) over C classes + dense_weight * `dense_cross_entropy`.
 
     Args:
-        images: (E, S + Q, 3, H, W) float in [-1, 1], support first.
+        images: (E, S + Q, 3, H, W) float in [-1, 1], the support set first.
         support_labels: (E, S) int64 in [0, way).
         query_labels: (E, Q) int64 in [0, way).
         query_classes: (E, Q) int64 in [0, C).
@@ -34,7 +33,7 @@ def meta_loss(
         dense_weight: factor of the second term.
 
     Returns:
-        The loss () in nats, and the share of queries that g gets right ().
+        The loss () in nats, and the accuracy of g on the queries (), 0 to 1.
     """
     shots = support_labels.shape[1]
     logits, scores = model(images[:, :shots], support_labels, images[:, shots:], way)
@@ -44,7 +43,7 @@ def meta_loss(
 
 
 def dense_cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of every location's scores with the image's label, averaged over locations and images.
+    """Return the cross-entropy of each location's scores with its image's label, averaged over locations and images.
 
     Args:
         scores: (N, way, H, W) float.
@@ -68,8 +67,8 @@ def class_learner_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return cross-entropy of h(f(x_t), t) with c + kl_weight * KL(softmax g(f(x_0)) || softmax h(f(x_t), t)).
 
-    f and g are frozen: `model` must be in eval mode. h sees pooled features of unit length, whatever those of the
-    meta-model are.
+    f and g are frozen: `model` must be in eval mode. h sees pooled features of unit length, even if the meta-model uses
+    whole maps.
 
     Args:
         clean: (N, 3, H, W) float in [-1, 1], x_0.
@@ -88,10 +87,6 @@ def class_learner_loss(
     logits = learner(seen, t)
     loss = F.cross_entropy(logits, classes)
     if kl_weight:
-        loss = loss + kl_weight * _kl(F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1))
+        log_g, log_h = F.log_softmax(taught, dim=1), F.log_softmax(logits, dim=1)
+        loss = loss + kl_weight * F.kl_div(log_h, log_g, reduction="batchmean", log_target=True)  # KL(g || h)
     return loss, logits.detach().argmax(1) == classes
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) in nats, averaged over rows, of log-probabilities (N, K)."""
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -1,6 +1,6 @@
 """The meta-model: a backbone f with a base-class head g, scored by cosine to class prototypes.
 
-Prototypes follow Snell et al. 2017 (arXiv 1703.05175); the dense scores, one a location of the query's map,
+Prototypes follow Snell et al. 2017 (arXiv 1703.05175). Dense scores, one per location of the query's feature map,
 follow Hou et al. 2019 (arXiv 1910.07677).
 """
 
@@ -15,7 +15,7 @@ FEATURES = ("pooled", "map")
 
 
 def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
-    """Return the L2-normalised mean feature of each class of each episode.
+    """Return the L2-normalised mean feature of each class in each episode.
 
     Args:
         features: (E, S, D), float.
@@ -26,7 +26,7 @@ def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
         (E, way, D), of unit length.
 
     Raises:
-        ValueError: wrong shapes. Labels are not checked: every training step would wait for a GPU.
+        ValueError: wrong shapes. Labels are not checked, as a check would make every training step wait for the GPU.
     """
     _check_way(way)
     if features.ndim != 3 or labels.shape != features.shape[:2]:
@@ -41,14 +41,14 @@ def class_prototypes(features: Tensor, labels: Tensor, way: int) -> Tensor:
 def prototype_scores(
     support_embeddings: Tensor, support_labels: Tensor, query_embeddings: Tensor, way: int, scale: float
 ) -> Tensor:
-    """Return the cosine of each query to each class prototype, times a scale. No query's scores depend on another.
+    """Return the cosine of each query to each class prototype, times `scale`. Queries do not affect one another.
 
     Args:
-        support_embeddings: (E, S, D), float; pooled features or their L2-normalised form.
+        support_embeddings: (E, S, D), float; features, L2-normalised or not.
         support_labels: (E, S), int in [0, way).
-        query_embeddings: (E, Q, D), float; of any length.
+        query_embeddings: (E, Q, D), float; features, L2-normalised or not.
         way: classes per episode.
-        scale: of the cosine.
+        scale: factor of the cosine.
 
     Returns:
         (E, Q, way), in [-scale, scale].
@@ -72,20 +72,20 @@ def prototype_scores(
 class MetaModel(nn.Module):
     """Backbone `base` (f) and base-class head `classifier` (g).
 
-    With features "pooled", as in the paper, features are averaged over locations and g is a `ClassLearner` without
-    time, on features of unit length. With "map" they are the whole feature map and g is linear.
+    With "pooled" features, as in the paper, the feature map is averaged over locations, and g is a `ClassLearner`
+    without time on unit-length features. With "map", the features are the whole feature map, and g is linear.
 
     Args:
         num_classes: C, base classes.
         scale_cls: factor of the cosine scores.
         backbone: a name of `backbones.BACKBONES`, or timm:NAME.
         features: "pooled" (D = channels) or "map" (D = channels * H' * W').
-        image_size: side in pixels of the images; the size of a map follows from it.
-        drop_rate: of a backbone with DropBlock, in [0, 1).
+        image_size: side of the images in pixels; it sets the size of the feature map.
+        drop_rate: share that DropBlock drops, in [0, 1); 0 for a backbone without DropBlock.
         generator: CPU generator of the initial weights; torch's global one if None.
 
     Raises:
-        ValueError: unknown backbone or features, a setting out of range, or images that the backbone does not take.
+        ValueError: unknown backbone or features, a setting out of range, or an image size the backbone cannot process.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class MetaModel(nn.Module):
         self.scale_cls = scale_cls
         self.features = features
         self.base = backbones.build(backbone, drop_rate=drop_rate, generator=generator)
-        side = self.base.map_side(image_size)  # for pooled features, too: it refuses images that do not fit
+        side = self.base.map_side(image_size)  # for pooled features too: timm backbones refuse a bad size here
         self.feature_dim = self.channels
         if features == "map":
             self.feature_dim *= side**2
@@ -137,7 +137,7 @@ class MetaModel(nn.Module):
         return self.flat(self.maps(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the features (N, D) of images, of unit length: what prototypes and heads of episodes see."""
+        """Return the features (N, D) of images, scaled to unit length. Arguments and errors as for `maps`."""
         return F.normalize(self.look(images), dim=-1)
 
     def base_logits(self, maps: Tensor) -> Tensor:
@@ -153,10 +153,10 @@ class MetaModel(nn.Module):
         return self.base_logits(self.maps(images))
 
     def scores(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> Tensor:
-        """Return the cosine of query features to class prototypes, times `scale_cls`; needs eval mode.
+        """Return the cosine of query features to class prototypes, times `scale_cls`. Needs eval mode.
 
-        Prototypes are means of the features *before* normalisation; `prototype_scores` on `embed`'s
-        output, which has forgotten the lengths, differs a little for more than one shot.
+        Prototypes are means of the features *before* normalisation. With more than one shot, `prototype_scores` on the
+        normalised output of `embed` differs a little.
 
         Args:
             support: (E, S, 3, H, W), float in [-1, 1].
@@ -179,17 +179,17 @@ class MetaModel(nn.Module):
         return prototype_scores(support_features, support_labels, query_features, way, self.scale_cls)
 
     def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, way: int) -> tuple[Tensor, Tensor]:
-        """Return both outputs that meta-training needs; in train mode support and query share their batch statistics.
+        """Return both outputs that meta-training needs. In train mode, support and query share batch statistics.
 
         Args:
             support: (E, S, 3, H, W), float in [-1, 1].
             support_labels: (E, S), int in [0, way), each class at least once.
-            query: (E, Q, 3, H, W), float in [-1, 1], images of the support's size.
+            query: (E, Q, 3, H, W), float in [-1, 1], at the size of the support images.
             way: classes per episode.
 
         Returns:
-            Base-class logits of the queries (E * Q, C), and dense scores (E * Q, way, H', W'): the cosine of
-            each location of a query's map to each prototype, times `scale_cls`. Both float32, episode by episode.
+            Base-class logits of the queries (E * Q, C), and dense scores (E * Q, way, H', W'): the cosine of each
+            location of a query's map to each prototype, times `scale_cls`. Both are float32, in the order of episodes.
 
         Raises:
             ValueError: wrong shapes. Labels are not checked, as in `class_prototypes`.
@@ -215,12 +215,12 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
-    """Return a context without autocast: cosines near 1 differ in digits that 16-bit products lose."""
+    """Return a context that disables autocast: 16-bit products lose the digits in which cosines near 1 differ."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def _members(labels: Tensor, way: int) -> Tensor:
-    """Return which image is of which class (E, S, way) bool, of labels (E, S)."""
+    """Return labels (E, S) as one-hot (E, S, way), bool."""
     return labels[..., None] == torch.arange(way, device=labels.device)
 
 

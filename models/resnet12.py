@@ -10,12 +10,12 @@ _SLOPE = 0.1  # of the leaky ReLUs
 def drop_block(x: Tensor, rate: float, block_size: int, generator: torch.Generator | None = None) -> Tensor:
     """Zero square blocks and rescale the rest: DropBlock (Ghiasi et al. 2018, arXiv 1810.12890, algorithm 1).
 
-    Blocks lie wholly inside the map, each channel of each image has its own, and a map smaller than a
-    block is dropped by blocks of its own side. The mean of x is kept by the rescaling.
+    Blocks are wholly inside the map and differ for each channel of each image. In a map smaller than a block, the
+    blocks shrink to the map's shorter side. Rescaling divides by the share of positions kept.
 
     Args:
         x: (N, C, H, W), float.
-        rate: expected share of dropped positions, in [0, 1), up to overlap of blocks (equation 1).
+        rate: expected share of dropped positions, in [0, 1), ignoring overlap of blocks (equation 1).
         block_size: side of a block in positions of the map.
         generator: on the device of x; torch's global one if None.
 
@@ -29,14 +29,14 @@ def drop_block(x: Tensor, rate: float, block_size: int, generator: torch.Generat
     seeds_h, seeds_w = h - size + 1, w - size + 1
     gamma = rate / size**2 * (h * w) / (seeds_h * seeds_w)
     seeds = torch.rand(n, c, seeds_h, seeds_w, device=x.device, generator=generator) < gamma
-    # A seed is the upper left corner of its block: dilating it to the lower right fills the block.
+    # A seed is the upper left corner of its block: dilating it to the lower right fills in the block.
     dropped = F.max_pool2d(F.pad(seeds.float(), [size - 1] * 4), size, stride=1)
     kept = 1 - dropped
     return x * (kept / kept.mean().clamp(min=1e-6)).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """Three 3x3 convolutions beside a 1x1 one, summed, then a 2x2 max pool that rounds up."""
+    """Three 3x3 convolutions plus a 1x1 shortcut, then a 2x2 max pool that rounds up."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class ResNet12(nn.Module):
 
     Attributes:
         feature_dim: channels of the output.
-        drop_rate: may be changed while training (the paper raises it slowly from 0).
-        generator: of DropBlock, on the device of the images; torch's global one if None.
+        drop_rate: share that DropBlock drops; may change during training (the paper raises it slowly from 0).
+        generator: DropBlock's generator, on the device of the images; torch's global one if None.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ def resnet12(
     in_channels: int = 3,
     generator: torch.Generator | None = None,
 ) -> ResNet12:
-    """Return a ResNet-12 of widths 64, 128, 256, 512.
+    """Return a ResNet-12 with widths 64, 128, 256 and 512.
 
     Args:
         drop_rate: share of positions that DropBlock drops in the last two stages, in [0, 1).

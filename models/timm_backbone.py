@@ -1,4 +1,4 @@
-"""Convolutional networks of the library timm as backbones, with random weights: pretrained ones have seen data."""
+"""Convolutional networks of the library timm as backbones. Weights are random, as pretrained ones have seen data."""
 
 import copy
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class TimmBackbone(nn.Module):
-    """The network `name` of timm without its head; `feature_dim` channels.
+    """The timm network `name` without its head; its feature map has `feature_dim` channels.
 
     Args:
-        name: as timm lists it, such as resnet18.
+        name: name in timm, such as resnet18.
         generator: CPU generator of the initial weights; torch's global one if None.
 
     Raises:
@@ -33,9 +33,9 @@ class TimmBackbone(nn.Module):
         self.name, self.feature_dim = name, self.network.num_features
 
     def map_side(self, size: int) -> int:
-        """Return the side of the feature map of images with `size` pixels a side. Only shapes pass the network.
+        """Return the side of the feature map of images with `size` pixels a side. Computes shapes only.
 
-        Raises ValueError if it takes no such images, or if it gives no (N, feature_dim, H', W').
+        Raises ValueError if the network rejects such images, or does not return (N, feature_dim, H', W').
         """
         given = f"backbone 'timm:{self.name}', for an image of {size} pixels"
         network = copy.deepcopy(self.network).to("meta").eval()

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_FIRST = 16  # channels of the first convolution, and of the groups before they are widened
+_FIRST = 16  # channels of the first convolution, and of the first group before widening
 
 
 class WideBlock(nn.Module):
-    """B(3, 3): twice (batch norm, ReLU, 3x3 convolution), added to the input.
+    """B(3, 3): batch norm, ReLU and 3x3 convolution, twice, added to the input.
 
-    Where channels or resolution change, a 1x1 convolution of the first activation is added in place of the input.
+    If channels or resolution change, a 1x1 convolution of the first activation replaces the input in the sum.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -32,12 +32,12 @@ class WideResNet(nn.Module):
     """WRN-depth-widen: a convolution, three groups of blocks at strides 1, 2 and 2 (table 1), batch norm and ReLU.
 
     Args:
-        depth: convolutions on the longest path, 6 n + 4 for n blocks per group.
-        widen: k; the groups have 16 k, 32 k and 64 k channels, the last also the output (`feature_dim`).
+        depth: 6 n + 4 for n blocks per group.
+        widen: k; the groups have 16 k, 32 k and 64 k channels, and `feature_dim` is 64 k.
         generator: CPU generator of the initial weights (He et al. 2015, fan out); torch's global one if None.
 
     Raises:
-        ValueError: a depth that no whole number of blocks has, or a widen below 1.
+        ValueError: depth is not 6 n + 4, or widen is below 1.
     """
 
     def __init__(self, depth: int = 28, widen: int = 10, *, generator: torch.Generator | None = None) -> None:

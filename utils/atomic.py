@@ -12,25 +12,25 @@ from typing import BinaryIO
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR}
-_LITTLE = 4096  # bytes; a disk with less free is full
-_LONG = 200  # bytes of a name; the system takes 255, and the temporary name needs some of them
+_LITTLE = 4096  # bytes; a disk with less free counts as full
+_LONG = 200  # bytes of a file name; systems allow 255, and the temporary name adds some
 
 
 class DiskFull(ValueError):
-    """There was no room to write a file. The older one is unchanged."""
+    """There was no room to write a file. An older file is unchanged."""
 
 
 def previous(path: Path) -> Path:
-    """Return where the file before `path` is kept: last.pt -> last.previous.pt."""
+    """Return the path that keeps the previous version of `path`: last.pt -> last.previous.pt."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 @contextmanager
 def named(path: str | os.PathLike, size: int = 0, temporary: Path | None = None) -> Iterator[None]:
-    """Make errors in this block name `path`; the system's own often do not.
+    """Make errors in this block name `path`, as the system's own often do not.
 
-    size: bytes to be written, if known; temporary: the file they go to first.
-    Raises DiskFull if the disk or the quota is full, and OSError of `path` for other errors.
+    size: bytes to be written, if known; temporary: the file that they are written to first.
+    Raises DiskFull if the disk or the quota is full, and OSError naming `path` for other errors.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def _free(path: Path) -> int:
 
 
 def _beside(path: Path) -> Path:
-    """Return the temporary name for `path`, in the same folder."""
+    """Return a temporary path for `path`, in the same folder."""
     raw = os.fsencode(path.name)
     name = path.name if len(raw) <= _LONG else hashlib.sha256(raw).hexdigest()
     return path.with_name(f".{name}.{os.getpid()}.tmp")
@@ -80,12 +80,12 @@ def _beside(path: Path) -> Path:
 def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = False) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` only when the block ends without an error.
 
-    Missing folders are made. The bytes go to a temporary name in the same folder, are flushed to the disk and renamed
-    over `path`. A block that fails or is killed leaves an older file unchanged.
+    Missing folders are made. The file is written under a temporary name in the same folder, flushed to the disk and
+    renamed to `path`. If the block fails or is killed, an older file stays unchanged.
 
     size: bytes to be written, if known, for the message of a full disk.
     keep_old: rename the older file to `previous(path)`.
-    Raises DiskFull if the disk or the quota is full, and OSError of `path` for other errors.
+    Raises DiskFull if the disk or the quota is full, and OSError naming `path` for other errors.
     """
     path = Path(path)
     temporary = _beside(path)
@@ -101,13 +101,13 @@ def atomic_file(path: str | os.PathLike, *, size: int = 0, keep_old: bool = Fals
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # the rename took it away already
+            temporary.unlink(missing_ok=True)  # gone already after the rename
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed runs left in `folder`, except in folders inside it that have a lock.
+    """Delete the temporary files that killed runs left in `folder`, except in subfolders with a lock of their own.
 
-    Call this only while holding the lock of `folder`: else the files may belong to a run at work.
+    Call this only while holding the lock of `folder`; otherwise the files may belong to a running program.
     """
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not Path(place, name, ".lock").exists()]

@@ -1,4 +1,4 @@
-"""Save and load checkpoints: the only place that does. What it does not know it refuses."""
+"""Save and load checkpoints. No other module does, and this one refuses anything unknown."""
 
 import io
 import os
@@ -18,11 +18,11 @@ from torch import nn
 from utils.atomic import atomic_file, previous
 
 _SHOWN = 3  # names that an error lists; the rest are counted
-_ZIP = b"PK\x03\x04"  # the start of a zip, by which torch knows one
+_ZIP = b"PK\x03\x04"  # the start of a zip, as torch checks it
 _CODE = re.compile(r"GLOBAL (\S+)|reduce for unrecognized function|Can only (?:create|build)|Unsupported operand 149")
 _GROWS = re.compile(r"(builtins|__builtin__) bytearray|_codecs encode|torch(\.\w+)* (\w*Tensor|TypedStorage)")
-_PICKLES = 5  # at the start of a file by an older torch
-_DEEPEST, _MOST = 50, 10_000_000  # most nested containers, and most values, of a checkpoint
+_PICKLES = 5  # pickles at the start of a file by an older torch
+_DEEPEST, _MOST = 50, 10_000_000  # limits of a checkpoint: nesting depth, and number of values
 
 
 class CheckpointError(ValueError):
@@ -40,9 +40,9 @@ def save(path: str | os.PathLike, payload: Any, *, keep_old: bool = False) -> No
 
 
 def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any | None:
-    """Load `path`, or the file kept before it if `path` is missing or damaged; damage is said on stderr.
+    """Load `path`, or its previous version if `path` is missing or damaged; damage is reported on stderr.
 
-    Returns None if there is neither. Raises CheckpointError if none can be used.
+    Returns None if neither exists. Raises CheckpointError if none can be used.
     """
     files = [each for each in (Path(path), previous(Path(path))) if each.exists()]
     for number, file in enumerate(files, 1):
@@ -58,12 +58,12 @@ def load_newest(path: str | os.PathLike, device: str | torch.device = "cpu") -> 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
     """Load what `save` wrote, or any checkpoint of plain tensors and containers, onto `device`.
 
-    It reads torch's zips, torch's older pickles and safetensors (a bare state dict), and tells them apart by content,
-    not by name. The file is data, never code: a pickle that would build anything else is refused. There is no fallback.
+    Torch's zips, torch's older pickles and safetensors (a bare state dict) are told apart by content, not by name. The
+    file is data, never code: a pickle that would build anything else is refused. There is no fallback.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, cut short, not a checkpoint, would run code, or claims more
-            bytes than it has.
+        CheckpointError: the file is missing, unreadable, cut short, or not a checkpoint; or it would run code, or
+            claims more bytes than it has.
     """
     path = Path(path)
     if not path.exists():
@@ -98,10 +98,10 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Any:
 
 
 def _check_claims(path: Path) -> None:
-    """Refuse a zip whose records claim more bytes than the file has: torch would unpack them into memory.
+    """Raise CheckpointError for a zip whose records claim more bytes than the file has, or fail their checksums.
 
-    Torch compresses nothing, so its own records always fit. Then check each record's checksum, which torch writes
-    but does not read.
+    Torch would unpack such records into memory. Its own are never compressed, so they always fit. Torch writes
+    checksums but does not check them.
     """
     with zipfile.ZipFile(path) as archive:
         claimed = sum(record.file_size for record in archive.infolist())
@@ -120,7 +120,7 @@ def _check_claims(path: Path) -> None:
 
 
 def _check_names(file: BinaryIO, path: Path) -> None:
-    """Read a pickle to its end, and refuse one that names a type made from a size: it could fill the memory.
+    """Read a pickle to its end. Raise CheckpointError if it names a type that a mere size can make fill the memory.
 
     Torch refuses everything else that a pickle must not name.
     """
@@ -138,9 +138,9 @@ def _check_names(file: BinaryIO, path: Path) -> None:
 
 
 def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int:
-    """Count the values in nested containers. A container that is there twice counts twice, as when it is printed.
+    """Count the values in nested containers. A container that occurs twice counts twice, as when it is printed.
 
-    Raises CheckpointError for so many values, or so deep, that comparing or printing them would take for ever.
+    Raises CheckpointError for more values, or deeper nesting, than can be compared or printed in reasonable time.
     """
     if not isinstance(value, Mapping | list | tuple | set):
         return 1
@@ -157,10 +157,10 @@ def _count(value: Any, path: Path, known: dict[int, int], depth: int = 0) -> int
 
 
 def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callable[[Any], bool]], what: str) -> None:
-    """Refuse a checkpoint with a missing or unsound entry: CheckpointError.
+    """Raise CheckpointError for a checkpoint with a missing or invalid entry.
 
-    expected: entry -> function that says whether a value is sound; an entry may be missing if None is sound.
-    what: the file that it should be.
+    expected: entry -> function that returns whether a value is valid; an entry may be missing if None is valid.
+    what: words for the expected file, in the message.
     """
     if not isinstance(payload, dict) or len(set(expected) - set(payload)) > len(expected) / 2:
         raise CheckpointError(f"{path}: is no {what}")
@@ -173,9 +173,9 @@ def entries(payload: Any, path: str | os.PathLike, expected: Mapping[str, Callab
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, source: str | os.PathLike) -> None:
-    """Restore what `optimizer.state_dict()` gave, except rates and the like, which come from the settings.
+    """Restore the state from `optimizer.state_dict()`, except rates and other options, which come from the settings.
 
-    Raises CheckpointError if it belongs to other parameters, is damaged or not finite. source: as in `check_state`.
+    Raises CheckpointError if it belongs to other parameters, is damaged or not finite. source: as for `check_state`.
     """
     try:
         optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
@@ -215,21 +215,21 @@ def _cause(message: str, device: str | torch.device) -> str:
 def check_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
     """Check that `state_dict` fits `module`: every name, every shape, only plain tensors.
 
-    Nothing is copied, so `module` may be on the meta device, where it takes no memory.
+    Nothing is copied, so `module` may be on the meta device, where it needs no memory.
 
     Args:
-        module: the module to fill later.
-        state_dict: parameter and buffer names with their tensors.
-        source: what an error names as the origin, usually the file.
+        module: the module to be filled later.
+        state_dict: tensors by parameter and buffer name.
+        source: the origin named in errors, usually the file.
 
     Raises:
-        CheckpointError: names up to three missing, unexpected and wrongly shaped entries each.
+        CheckpointError: entries are missing, unexpected or wrongly shaped; names up to three of each.
     """
     check_tensors(module.state_dict(), state_dict, source, type(module).__name__)
 
 
 def check_tensors(expected: Mapping[str, torch.Tensor], state_dict: Any, source: str | os.PathLike, what: str) -> None:
-    """Check names, shapes and kinds of tensors as `check_state` does. expected: the tensors of `what`."""
+    """Check tensors as `check_state` does. expected: tensors with the expected names and shapes, those of `what`."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
         raise CheckpointError(f"{source}: got {kind}, expected a state dict (names with tensors); check the file")
@@ -260,9 +260,9 @@ def check_tensors(expected: Mapping[str, torch.Tensor], state_dict: Any, source:
 
 
 def check_size(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights of more bytes than their file has: CheckpointError.
+    """Raise CheckpointError for weights of more bytes than their file has.
 
-    Tensors may share or repeat bytes of the file, so a small file could name a network of any size.
+    Tensors may share or repeat bytes of the file, so a small file could claim a network of any size.
     """
     claimed, held = sum(weight.nbytes for weight in state_dict.values()), path.stat().st_size
     if claimed > held:
@@ -275,10 +275,10 @@ def check_size(state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
 def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
     """Copy `state_dict` into `module` if it passes `check_state` and has only finite numbers.
 
-    If anything is wrong, nothing is copied. The module keeps its dtype. Arguments as in `check_state`.
+    If anything is wrong, nothing is copied. The module keeps its dtype. Arguments as for `check_state`.
 
     Raises:
-        CheckpointError: as in `check_state`; or names up to three weights that are not finite in the module's dtype.
+        CheckpointError: as for `check_state`; or weights are not finite in the module's dtype; names up to three.
     """
     check_state(module, state_dict, source)
     not_finite = [
@@ -295,7 +295,7 @@ def load_state(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source
 
 
 def _bytes(payload: Any) -> int:
-    """Return the bytes of all tensors in nested containers; everything else takes little."""
+    """Return the bytes of all tensors in nested containers, ignoring everything else, which is small."""
     if isinstance(payload, torch.Tensor):
         return payload.nbytes
     if isinstance(payload, Mapping):
@@ -306,7 +306,7 @@ def _bytes(payload: Any) -> int:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value` is a dense tensor of real numbers; a stranger's file may hold others."""
+    """Return whether `value` is a dense tensor of real numbers; a file from elsewhere may hold other tensors."""
     if not isinstance(value, torch.Tensor) or value.is_nested or value.layout != torch.strided:
         return False
     return not (value.is_meta or value.is_quantized or value.is_complex())

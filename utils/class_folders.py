@@ -9,7 +9,7 @@ from pathlib import Path
 from utils import processes
 from utils.images import NO_IMAGE, extensions, is_named_like_an_image, opens, shown, why
 
-# What systems, archives and notebooks leave in folders, in small letters. Hidden files are leftovers, too.
+# What systems, archives and notebooks leave in folders, in lower case. Hidden files are leftovers too.
 LEFTOVERS = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "@recycle", "$recycle.bin",
     "system volume information", "lost+found", "found.000", "__pycache__",
@@ -19,12 +19,12 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", "
 
 @dataclass
 class LeftOut:
-    """What was not read. It is said in one line and listed in skipped_images.csv.
+    """The files and folders that were not read. One line reports them, and skipped_images.csv lists them.
 
     Attributes:
         images: (path, reason) of images, folders and links.
-        others: files that are not images, nor named like images.
-        leftovers: files and folders that `is_leftover`.
+        others: files that are neither images nor named like images.
+        leftovers: files and folders for which `is_leftover` is true.
         empty: class folders without a readable image.
     """
 
@@ -39,7 +39,7 @@ class LeftOut:
             getattr(self, name).extend(paths)
 
     def add_unread(self, unread: Sequence[tuple[Path, str]]) -> None:
-        """Add what `read_images` could not read."""
+        """Add the files that `read_images` could not read."""
         self.images += [(path, reason) for path, reason in unread if reason != NO_IMAGE]
         self.others += [path for path, reason in unread if reason == NO_IMAGE]
 
@@ -53,7 +53,7 @@ class LeftOut:
         return [(shown(path), reason) for path, reason in rows]
 
     def line(self, root: Path) -> str:
-        """Return what was left out in one line: the count and the first of each kind; "" for nothing."""
+        """Return a line with the count and the first of each kind of left-out file; "" if there are none."""
 
         def first(path: Path) -> str:
             return shown(path.relative_to(root) if path != root else path.name)
@@ -71,18 +71,18 @@ class LeftOut:
         return f"left out {' and '.join(parts)}" if parts else ""
 
     def say(self, root: Path) -> None:
-        """Print the line on stderr, if there is one and this is the first process."""
+        """Print the line on stderr, if it is not empty and this is the first process."""
         if (line := self.line(root)) and processes.is_first():
             print(f"{shown(root)}: {line}", file=sys.stderr)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left behind by a system, an archive or an editor."""
+    """Return whether a file or folder name is hidden, or was left behind by a system, an archive or an editor."""
     return name.startswith(".") or name.endswith("~") or name.lower() in LEFTOVERS
 
 
 def require_folder(folder: str | os.PathLike, holds: str) -> Path:
-    """Return the folder as a Path. Raise ValueError, which says what it `holds`, if it is missing or a file."""
+    """Return `folder` as a Path. Raises ValueError if it is missing or a file. holds: its contents, for the message."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
@@ -95,14 +95,14 @@ def require_folder(folder: str | os.PathLike, holds: str) -> Path:
 def find_images(folder: str | os.PathLike, *, deep: bool = True) -> tuple[list[Path], LeftOut]:
     """List the files in `folder` that may be images, and what is left out.
 
-    Links to folders in `folder` are not followed. Nor is `folder` itself if it links back to a folder that it lies in.
-    So no circle of links is walked for ever. Of a file given as `folder`, the file is returned.
+    To avoid endless loops, links to folders in `folder` are not followed, nor is `folder` itself if it links to a
+    folder that contains it. If `folder` is a file, that file is returned.
 
-    deep: look into the folders in it as well.
+    deep: search its subfolders as well.
 
     Returns:
-        The sorted paths, which may turn out unreadable or no images. And what is left out: leftovers, empty folders
-        named like images, and without `deep` all folders.
+        The sorted paths, which may turn out to be unreadable or no images. And what is left out: leftovers, links to
+        folders, empty folders named like images, unreadable folders, and without `deep` all folders.
 
     Raises:
         ValueError: `folder` is missing.
@@ -146,14 +146,14 @@ def listing(root: Path) -> tuple[list[Path], list[Path], LeftOut]:
 def class_folders(
     root: str | os.PathLike, holds: str, cure: Callable[[Path, list[Path]], str]
 ) -> tuple[dict[Path, tuple[list[Path], LeftOut]], LeftOut]:
-    """Return the class folders in `root`, sorted, each with what `find_images` finds directly in it.
+    """Return the class folders in `root`, sorted, each with the result of `find_images` directly in it.
 
     Leftovers do not count. Also returns what is left out of `root` itself: leftovers, and images beside the folders.
 
     Args:
-        root: the folder that holds a folder per class.
+        root: the folder with one folder per class.
         holds: what `root` should hold, for the error if it is missing.
-        cure: returns what to do about class folders that hold folders of images, given the first and all of them.
+        cure: (first, all) class folders that hold folders of images -> the advice on them, for the error.
 
     Raises:
         ValueError: `root` is missing; a class folder is empty, or holds a folder with images.
@@ -176,13 +176,13 @@ def class_folders(
 
 
 def place_with(root: Path, name: str) -> Path | None:
-    """Return a folder one level above or below `root` that holds a folder `name`; None without one."""
+    """Return a folder one level above or below `root` that holds a folder `name`, or None."""
     near = [root.parent, *(listing(root)[0] if root.is_dir() else ())]
     return next((folder for folder in near if root.is_dir() and (folder / name).is_dir()), None)
 
 
 def _folders_of(folder: Path, left_out: LeftOut) -> list[Path]:
-    """Return the folders in `folder` among what `find_images` left out."""
+    """Return the folders in `folder` that `find_images` left out."""
     return [path for path, _ in left_out.images if path != folder and path.is_dir()]
 
 

@@ -1,4 +1,4 @@
-"""Run a command so that an error or a stop shows its user one line, not a traceback."""
+"""Run a command so that an error or a stop prints one line, not a traceback."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ import torch
 from utils import processes, stopping
 
 _TOLD = (ValueError, OSError, MemoryError, KeyboardInterrupt)
-_CURES = {  # for errors of the system
+_CURES = {  # what to do about system errors
     errno.EIO: "the disk fails; what was saved before is whole: look after the disk, or choose a folder on another",
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "change its permissions (chmod), or choose another",
@@ -31,12 +31,12 @@ _CURES = {  # for errors of the system
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main()` and turn an error that its user can mend into one line on stderr.
+    """Call `main()` and turn an error that the user can fix into one line on stderr.
 
-    ValueError, OSError (also of a closed pipe) and a lack of memory become `error: ...` and exit status 2. Ctrl-C and
-    SIGTERM end the run after its current step, with exit status 130 and 143. Any other error is a fault of the program
-    and keeps its traceback. With TRACEBACK=1 in the environment every error keeps it. Processes that torchrun started
-    are joined while `main()` runs.
+    ValueError, OSError (including a closed pipe) and lack of memory print `error: ...` and exit with status 2. Ctrl-C
+    and SIGTERM end the run after the current step, with status 130 and 143. Any other error is a bug and keeps its
+    traceback. TRACEBACK=1 in the environment keeps it for every error. Processes that torchrun started are joined while
+    `main()` runs.
     """
     try:
         with stopping.heeded(), processes.together():
@@ -62,7 +62,7 @@ def _lacks_memory(error: BaseException) -> bool:
 
 
 def _end(line: str, status: int) -> NoReturn:
-    """Print `line` on stderr, if that is still open, and exit."""
+    """Print `line` on stderr, if it is still open, and exit."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):  # Python flushes them once more at exit
@@ -75,16 +75,16 @@ def _end(line: str, status: int) -> NoReturn:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a wrong command line as a ValueError of one line, without the list of all flags.
+    """A parser that reports a wrong command line as a one-line ValueError, without the list of all flags.
 
-    Flags may have dashes or underscores. They may not be shortened, as that hides misspelt flags.
+    Flags may be written with dashes or underscores. They may not be abbreviated, as that hides misspelt flags.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse as argparse does, with dashes or underscores in flags."""
+        """Parse as argparse does, accepting dashes or underscores in flags."""
         known = {_plain(flag): flag for flag in self._option_string_actions}
         words = []
         for word in sys.argv[1:] if args is None else args:
@@ -93,7 +93,7 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ValueError with `message`, and for an unknown flag the most similar known one."""
+        """Raise ValueError with `message`, plus the most similar known flag if a flag is unknown."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         alike = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         meant = f", did you mean {alike[0]}?" if alike else ""

@@ -1,4 +1,4 @@
-"""Note what a run or a measurement was made with: hardware, versions, commit."""
+"""Record the hardware, versions and commit of a run or a measurement."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from utils.run_log import plain, read_json, write_json
 
 
 def hardware(device: str) -> str:
-    """Return the GPU's name, or the CPU's with its number of cores."""
+    """Return the name of the GPU, or of the CPU with its number of cores."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -28,7 +28,7 @@ def hardware(device: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the working tree, with a + if files changed since; "unknown" outside git."""
+    """Return the commit of the working tree, with a + if files have changed since; "unknown" outside git."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
@@ -43,7 +43,7 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
     """Add this start of `program` to environment.json in a run folder, a list with the oldest start first.
 
     A start that differs from an earlier one only in its time, such as a resumed run, is not added. If the file cannot
-    be written, that is said on stderr and the run goes on.
+    be written, a line on stderr says so and the run continues.
 
     notes: further entries, such as settings.
     """
@@ -69,5 +69,5 @@ def note_start(folder: str | os.PathLike, program: str, device: torch.device, no
         return
     try:
         write_json(path, [*known, {**start, "started": datetime.now(UTC).isoformat(timespec="seconds")}])
-    except (OSError, DiskFull) as error:  # files that the run needs will fail with a fuller message
+    except (OSError, DiskFull) as error:  # files that the run needs will fail with a better message
         print(f"no note of this start ({' '.join(str(error).split())})", file=sys.stderr)

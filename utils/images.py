@@ -1,4 +1,4 @@
-"""Read image files as pixels, RGB: uint8 in 0..255, or float in [-1, 1], the convention everywhere."""
+"""Read image files as RGB pixels: uint8 in 0..255, or float in [-1, 1], the convention of all modules."""
 
 import errno
 import os
@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from utils.pixels import ImageError, square
 from utils.progress import progress
 
-# What the content may be, whatever the ending: all that Pillow decodes itself. Left out: what runs a program (EPS),
-# what contains a file of another format and size (ICO, ICNS, BLP, IPTC), and what text can be mistaken for (IM).
+# Accepted contents, whatever the file's ending: all formats that Pillow decodes itself, except those that run a program
+# (EPS), contain a file of another format and size (ICO, ICNS, BLP, IPTC), or that a text file can pass for (IM).
 FORMATS = (
     "PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "PCX", "SGI", "SUN",
     "QOI", "DDS", "PSD", "MSP", "XBM", "XPM", "SPIDER", "FITS",
@@ -24,14 +24,14 @@ FORMATS = (
 UNREAD = {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
 NO_IMAGE = "is no image"  # the reason for a file that is not an image and not named like one
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know the size; `square` has MAX_PIXELS instead
-warnings.filterwarnings("ignore", module=r"PIL\.")  # several lines for each damaged EXIF
+Image.MAX_IMAGE_PIXELS = None  # `square` enforces MAX_PIXELS instead of Pillow's own limit
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow prints several lines for each damaged EXIF
 
-Skipped = dict[str, list[tuple[str, str]]]  # scanned folder: (path, reason) of what was left out
+Skipped = dict[str, list[tuple[str, str]]]  # scanned folder -> (path, reason) of each file left out
 
 
 class _NotAnImage(ImageError):
-    """Nothing in the file says that it is an image."""
+    """The file's content is not an image."""
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -44,6 +44,13 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Return float images (N, 3, H, W) with H = W at `size` pixels a side, resampled bilinearly with antialiasing."""
+    if images.shape[-1] == size:
+        return images
+    return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
 def read_images(
     paths: Sequence[Path], size: int, most: int | None = None, workers: int | None = None
 ) -> tuple[list[np.ndarray], list[tuple[Path, str]]]:
@@ -52,12 +59,12 @@ def read_images(
     Args:
         paths: files, in order.
         size: side in pixels.
-        most: None reads all.
-        workers: threads; None takes a few per core.
+        most: number of images to read; None reads all.
+        workers: threads; None uses a few per core.
 
     Returns:
-        The readable images, (3, size, size) uint8 each, in order. And (path, reason) of the others; the reason is
-        NO_IMAGE where neither content nor name says that the file is an image.
+        The readable images in order, each (3, size, size) uint8. And (path, reason) of the unreadable ones; the reason
+        is NO_IMAGE if neither content nor name is that of an image.
     """
     images: list[np.ndarray] = []
     left_out: list[tuple[Path, str]] = []
@@ -79,10 +86,10 @@ def read_images(
 def read_image(path: str | os.PathLike, size: int) -> np.ndarray:
     """Read the central square of one image as (3, size, size) uint8 RGB, as `square` does.
 
-    The content decides the format, not the ending. Of an animation the first frame is read.
+    The content decides the format, not the ending. For an animation, the first frame is read.
 
     Raises:
-        ImageError: as in `square`; or the file is not an image, is damaged, or may not be read.
+        ImageError: as for `square`; or the file is not an image, is damaged, or may not be read.
     """
     try:
         _check_file(path)
@@ -103,7 +110,7 @@ def pixels_of(image: object, size: int) -> np.ndarray:
         size: side in pixels.
 
     Raises:
-        ImageError: as in `read_image`, or for any other `image`. Its message names no path.
+        ImageError: as for `read_image`, or `image` is anything else. The message does not name the path.
     """
     if isinstance(image, str | os.PathLike):
         if not os.path.lexists(image):
@@ -141,7 +148,7 @@ def _as_uint8(array: object) -> torch.Tensor:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """Return a path as one line of UTF-8: other bytes as \\xe9, a line break as \\n."""
+    """Return a path as one line of printable text: other bytes as \\xe9, a line break as \\n."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -168,7 +175,7 @@ def _check_file(path: str | os.PathLike) -> None:
 
 
 def why(error: Exception) -> str:
-    """Return why a file or folder could not be read, in one line without its path."""
+    """Return the reason why a file or folder cannot be read, in one line without its path."""
     if isinstance(error, PermissionError):
         return "may not be read; change its permissions (chmod u+r)"
     if isinstance(error, UnidentifiedImageError):
@@ -184,13 +191,13 @@ def why(error: Exception) -> str:
 
 
 def is_named_like_an_image(path: Path) -> bool:
-    """Whether a path has the ending of an image, whether such images are read or not, or no ending."""
+    """Return whether a path has the ending of an image, of a readable format or not, or no ending."""
     ending = path.suffix.lower()
     return not ending or ending in UNREAD or ending in Image.registered_extensions()
 
 
 def opens(path: str | os.PathLike) -> bool:
-    """Whether the start of a file is that of an image. The rest is not read."""
+    """Return whether a file starts like an image. The rest is not read."""
     try:
         _check_file(path)
         with Image.open(path, formats=FORMATS):

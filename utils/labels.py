@@ -1,4 +1,4 @@
-"""Turn labels, one per image, from a list, array, column or table into plain values, and check them."""
+"""Convert labels, one per image, from a list, array, column or table to plain values, and check them."""
 
 import numbers
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
@@ -11,10 +11,10 @@ import torch
 def plain_labels(labels: Iterable[Hashable]) -> list:
     """Return labels as plain Python values, one per image.
 
-    labels: a list, array, tensor, series or the like of N hashable values, or a column (N, 1) of them.
+    labels: N hashable values in a list, array, tensor, series or the like, or in a column (N, 1).
 
-    Raises ValueError for labels without an order (a set, a dictionary), rows of several values (one-hot), values that
-    do not hash, and NaN or another missing value.
+    Raises ValueError for unordered labels (a set, a dictionary), rows of several values (one-hot), values that are not
+    hashable, and NaN or another missing value.
     """
     if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
         raise ValueError(f"got labels of type {type(labels).__name__}, expected a list or array, one per image")
@@ -40,9 +40,12 @@ def plain_labels(labels: Iterable[Hashable]) -> list:
 def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
     """Return the classes in order, and the class number of each label, (N,) int64.
 
+    Classes are sorted, or if they do not compare, ordered by type and text.
+
     labels: as `plain_labels` returns them.
 
-    Raises ValueError for fewer than 2 classes, and for measurements: fractions of which no two are equal.
+    Raises ValueError for fewer than 2 classes, and for more than 2 labels that all differ and include fractions, as
+    these are measurements.
     """
     found = set(labels)
     if len(found) < 2:
@@ -67,7 +70,7 @@ def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
 
 
 def check_kinds(labels: Sequence[Hashable], classes: Sequence[Hashable]) -> None:
-    """Refuse labels of a kind that no class has, such as texts where the classes are numbers: ValueError."""
+    """Raise ValueError for labels of a kind that no class has, such as texts if the classes are numbers."""
     known = {_kind(label) for label in classes}
     if strange := sorted({_kind(label) for label in labels} - known):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Allow one run at a time in a folder."""
+"""Lock a folder, so that only one run at a time works in it."""
 
 import os
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from utils.atomic import named, sweep
 
 try:
     import fcntl
-except ImportError:  # not Unix, where every other lock would outlive a crash
+except ImportError:  # not on Unix; any other kind of lock would outlive a crash
     fcntl = None
 
 
 @contextmanager
 def locked(folder: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder` for this process, and make it if it is missing.
+    """Hold the lock of `folder` during this block. The folder is made if it is missing.
 
-    Temporary files that killed runs left in it are deleted. Of several processes of one run, the first holds the lock.
-    It is a lock of the system on the file .lock, so it ends with the process, however that ends.
+    Temporary files that killed runs left in it are deleted. If a run has several processes, the first holds the lock.
+    It is a system lock on the file .lock, so it ends with the process, however that ends.
 
-    wait: wait for another run to let go.
-    Raises ValueError if the folder is a file, or without `wait` if another run holds it.
+    wait: wait until another run releases the lock.
+    Raises ValueError if the folder is a file, or without `wait` if another run holds the lock.
     """
     if not processes.is_first():
         yield

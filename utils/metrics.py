@@ -8,7 +8,7 @@ import torch
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the share of queries whose highest score is that of their label.
+    """Return the share of queries whose label has the highest score.
 
     Args:
         logits: (..., queries, way) scores; the leading axes, if any, are episodes.
@@ -18,7 +18,7 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         (...) float64 accuracies in percent, one per episode.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not match.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
@@ -52,13 +52,13 @@ def mean_confidence_interval(values: Sequence[float] | np.ndarray | torch.Tensor
 def paired_difference(
     a: Sequence[float] | np.ndarray | torch.Tensor, b: Sequence[float] | np.ndarray | torch.Tensor
 ) -> tuple[float, float]:
-    """Return the mean of a - b over the same episodes and half the width of its 95 % interval.
+    """Return the mean of a - b over the same episodes, and half the width of its 95 % interval.
 
     Args:
-        a, b: n >= 2 numbers each; a[i] and b[i] come from the same episode.
+        a, b: n >= 2 numbers each; a[i] and b[i] are from the same episode.
 
     Returns:
-        (mean, half_width) in the unit of the values, of a - b.
+        (mean, half_width) of a - b, in the unit of the values.
 
     Raises:
         ValueError: the lengths differ, or there are fewer than two pairs.
@@ -72,15 +72,15 @@ def paired_difference(
 def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, float, float | str]:
     """Return the mean over training seeds, with its 95 % intervals over episodes and over seeds.
 
-    The interval over episodes takes the trained networks as they are. A claim about a method needs the one over seeds,
-    which differ by more than episodes tell.
+    The interval over episodes holds for these trained networks only. A claim about a method needs the interval over
+    seeds, which also covers the differences between trainings.
 
     Args:
         values: (seeds, episodes).
 
     Returns:
-        (mean, half_width over all episodes, half_width over the means of the seeds). The last is "" with one seed; the
-        one over episodes is 0 with one episode per seed.
+        (mean, half_width over all episodes, half_width over the seeds' means). The last is "" with one seed; the one
+        over episodes is 0 with one episode per seed.
     """
     table = np.asarray(values, dtype=np.float64)
     means = table.mean(1)
@@ -91,11 +91,12 @@ def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, f
 def gap_closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float | str]:
     """Return how much of the gap between two methods a third one closes, in percent, with 95 % intervals.
 
-    The interval over episodes is that of a ratio of means: of gained - share * gap, divided by the mean gap.
+    The interval over episodes is for a ratio of means: that of (gained - share * gap) / mean gap. The interval over
+    seeds is that of the seeds' own shares.
 
     Args:
-        gained: (seeds, episodes), accuracy above the lower method on the same episodes.
-        gap: (seeds, episodes), of the upper method above the lower one; its mean is above 0.
+        gained: (seeds, episodes), accuracy of the third method minus the lower one's, on the same episodes.
+        gap: (seeds, episodes), accuracy of the upper method minus the lower one's; its mean is above 0.
 
     Returns:
         (share, half_width over episodes, half_width over seeds); the last is "" with one seed.
@@ -116,7 +117,7 @@ def rate_by_class(hits: torch.Tensor, labels: torch.Tensor, num_classes: int) ->
 def student_t_quantile(df: int, level: float = 0.95) -> float:
     """Return the two-sided Student-t quantile: the t with P(-t < T < t) = level, for `df` >= 1 degrees of freedom.
 
-    It bisects the exact finite series of Abramowitz & Stegun 26.7.3 and 26.7.4 in theta = atan(t / sqrt(df)).
+    Bisects the exact finite series of Abramowitz & Stegun 26.7.3 and 26.7.4 in theta = atan(t / sqrt(df)).
     """
     odd = df % 2
     steps = np.arange(1 + odd, df - 1, 2, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Turn any Pillow image into a square of 8-bit RGB, with little memory for large images."""
+"""Convert any Pillow image to a square of 8-bit RGB, with little memory for large images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,21 +7,21 @@ from threading import Condition
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 100_000_000  # of one image, which takes 400 MB in Pillow
-LARGE = 16_000_000  # pixels; a larger image is shrunk in bands while it becomes RGB
+MAX_PIXELS = 100_000_000  # of one image, which then takes 400 MB in Pillow
+LARGE = 16_000_000  # pixels; a larger image is converted to RGB and shrunk in bands
 BAND = 1_000_000  # pixels
-IN_FLIGHT = 50_000_000  # pixels that are decoded at once; a larger image is decoded alone
+IN_FLIGHT = 50_000_000  # most pixels decoded at once; a larger image is decoded alone
 
-MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # Pillow makes these RGB
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # Pillow converts them
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-ORIENTATION = 0x0112  # in EXIF
+ORIENTATION = 0x0112  # EXIF tag
 
-# The C library returns blocks of this size to the system at once. Smaller ones stay with the thread that decoded the
-# image, so four threads would keep four large images.
+# The C library returns freed blocks of this size to the system at once. Smaller ones stay with the thread that decoded
+# the image, so four threads would hold the memory of four large images.
 Image.core.set_block_size(64 * 2**20)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -32,7 +32,7 @@ class ImageError(ValueError):
 
 
 class _Room:
-    """Room for so many pixels to be decoded at once. Who needs more than are free waits."""
+    """A limit on the pixels decoded at once. A thread that needs more than are free waits."""
 
     def __init__(self, pixels: int):
         self.all = self.free = pixels
@@ -58,14 +58,15 @@ _ROOM = _Room(IN_FLIGHT)
 def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
     """Return the central square of an image as (3, size, size) uint8 RGB, resized by Lanczos.
 
-    EXIF turns it upright. Transparent pixels become white. 16 bits are scaled to 8. Grey integers of 32 bits (mode I)
-    count as 8 bits if all are at most 255, else as 16. Grey floats (mode F) lie in [0, 1], or if any is above 1 in
-    [0, 255]. In images of more than LARGE pixels blocks are averaged before resizing.
+    EXIF orientation is applied. Transparent pixels become white. 16 bits are scaled to 8. 32-bit grey integers (mode I)
+    are read as 8 bits if all are at most 255, else as 16. Grey floats (mode F) are read in [0, 1], or if any is above 1
+    in [0, 255]. In images of more than LARGE pixels, blocks are averaged before resizing.
 
-    own: `image` is not needed any more. It is closed, and a large JPEG is decoded at a smaller scale.
+    own: the caller no longer needs `image`. It is closed, and a large JPEG is decoded at a smaller scale.
 
     Raises:
-        ImageError: it has more than MAX_PIXELS pixels, values of no such range, or a mode that Pillow cannot make RGB.
+        ImageError: the image has more than MAX_PIXELS pixels, values outside these ranges, or a mode that Pillow cannot
+            convert to RGB.
     """
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
@@ -89,7 +90,10 @@ def square(image: Image.Image, size: int, *, own: bool = False) -> np.ndarray:
 
 
 def _smaller(part: Callable[[Box], Image.Image], size: tuple[int, int], least: int) -> Image.Image:
-    """Return the central square shrunk by the mean of blocks, in bands; `least` pixels a side remain if there are."""
+    """Return the central square shrunk by averaging blocks, band by band, to at least `least` pixels a side.
+
+    An image with fewer pixels a side is not shrunk.
+    """
     factor = max(1, min(size) // least)
     side = min(size) // factor
     left, top = ((length - side * factor) // 2 for length in size)
@@ -103,7 +107,7 @@ def _smaller(part: Callable[[Box], Image.Image], size: tuple[int, int], least: i
 
 
 def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
-    """Load an image, and return a function that cuts a box out of it as RGB."""
+    """Load an image, and return a function that crops a box from it as RGB."""
     coded = _coded(image)
     image.load()
     key = image.info.get("transparency")  # the transparent value, or the alphas of a palette
@@ -113,7 +117,7 @@ def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
         raise ImageError(f"is of mode {image.mode}, which is not read; save it as a png in RGB")
     if coded == "RGB;16B" and isinstance(key, tuple):
         return _keyed_parts(image, key)
-    if coded in ("L;2", "L;4") and isinstance(key, int):  # Pillow spreads the values over 0..255, but not this one
+    if coded in ("L;2", "L;4") and isinstance(key, int):  # Pillow scales the values to 0..255, but not this one
         bits = int(coded[-1])
         key = (key & (2**bits - 1)) * 255 // (2**bits - 1)
 
@@ -130,13 +134,13 @@ def _rgb_parts(image: Image.Image) -> Callable[[Box], Image.Image]:
 
 
 def _coded(image: Image.Image) -> str:
-    """Return how the pixels of a PNG are coded, such as L;2 for grey of 2 bits; "" if that is unknown."""
+    """Return the pixel encoding of a PNG, such as L;2 for 2-bit grey; "" if unknown."""
     tiles = getattr(image, "tile", ())
     return tiles[0].args if image.format == "PNG" and tiles and isinstance(tiles[0].args, str) else ""
 
 
 def _grey_parts(image: Image.Image, key: int | None) -> Callable[[Box], Image.Image]:
-    """Do as `_rgb_parts` for grey images of 16 or 32 bits, or floats."""
+    """Return a function as `_rgb_parts` does, for grey images of 16 or 32 bits, or floats."""
     scaled = _scale(image)
 
     def part(box: Box) -> Image.Image:
@@ -150,7 +154,7 @@ def _grey_parts(image: Image.Image, key: int | None) -> Callable[[Box], Image.Im
 
 
 def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that maps the values of a grey image to 0..255. Raise ImageError for an unknown range."""
+    """Return a function that maps the values of a grey image to 0..255. Raises ImageError for an unknown range."""
     if image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I":  # the file says 16 bits
         return lambda values: values >> 8  # as Pillow does for 16-bit colours
     step = max(1, BAND // image.width)
@@ -166,9 +170,9 @@ def _scale(image: Image.Image) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _keyed_parts(image: Image.Image, key: tuple[int, ...]) -> Callable[[Box], Image.Image]:
-    """Do as `_rgb_parts` for a PNG of 16-bit colours in which the colour `key` is transparent."""
+    """Return a function as `_rgb_parts` does, for a PNG of 16-bit colours in which the colour `key` is transparent."""
     bytes_of = [(image, np.array(key) >> 8)]
-    if filename := getattr(image, "filename", ""):  # Pillow reads the upper bytes; read as little-endian, the lower
+    if filename := getattr(image, "filename", ""):  # Pillow keeps the upper bytes; as little-endian, the lower
         lower = Image.open(filename, formats=["PNG"])
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         bytes_of.append((lower, np.array(key) & 255))

@@ -1,4 +1,4 @@
-"""Draw contact sheets of images and curves of training as PNG."""
+"""Draw contact sheets of images, and training curves, as PNG."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from utils.atomic import atomic_file
 from utils.run_log import read_metrics
 
-MADE_BY = "diffusion-meta-learning"  # noted in a sheet, which marks it as one
+MADE_BY = "diffusion-meta-learning"  # written into each sheet, to recognise it
 _GAP = 2  # pixels between images
 _TEXT = 12  # pixels of height per label
 
@@ -24,13 +24,13 @@ def contact_sheet(
     """Write images in rows as one PNG at `path`, whole or not at all.
 
     Args:
-        images: (N, 3, H, W) uint8, RGB, filled in row by row.
+        images: (N, 3, H, W) uint8, RGB, placed row by row.
         columns: images per row.
         path: the PNG to write.
         labels: N texts or numbers to write below the images.
 
     Raises:
-        ValueError: other shapes or types, no columns, or another number of labels.
+        ValueError: wrong shape or dtype, fewer than 1 column, or not one label per image.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"got {images.dtype} images {tuple(images.shape)}, expected uint8 (N, 3, H, W)")
@@ -56,9 +56,9 @@ def contact_sheet(
 
 
 def curves(metrics_path: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Plot training loss and validation accuracy by epoch as a PNG, with a line where each round starts.
+    """Plot training loss and validation accuracy by epoch as a PNG, with a line at the start of each round.
 
-    A failure is said on stderr: a plot is not worth the run.
+    A failure is reported on stderr and does not stop the run.
 
     Args:
         metrics_path: a metrics.jsonl, whose lines have "epoch" and any of "round", "loss" and "val_accuracy" (percent).
@@ -71,8 +71,8 @@ def curves(metrics_path: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty figure of matplotlib, in inches."""
-    from matplotlib.figure import Figure  # here, as it is slow to import; Figure needs no display
+    """Return an empty matplotlib figure. width, height: in inches."""
+    from matplotlib.figure import Figure  # imported here, as it is slow; Figure needs no display
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -92,7 +92,7 @@ def _draw(entries: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None
 
 
 def round_starts(entries: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the first epoch of each round, from entries in order of their epochs."""
+    """Return the first epoch of each round. entries: of metrics.jsonl, ordered by epoch."""
     known = [entry for entry in entries if entry.get("round") is not None]
     return [
         entry["epoch"] for index, entry in enumerate(known) if index == 0 or entry["round"] != known[index - 1]["round"]

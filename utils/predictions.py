@@ -1,4 +1,4 @@
-"""Write predictions.csv, the labels of a user's own images, and its sheet; refuse a place where they would do harm."""
+"""Write predictions.csv, the labels of a user's own images, and its sheet, and never over a user's files."""
 
 import csv
 import io
@@ -16,18 +16,16 @@ from utils.images import shown, to_float, to_uint8
 from utils.plots import MADE_BY, contact_sheet
 from utils.run_log import cell
 
-PAGE = f"{MADE_BY}: predictions"  # noted in the page of predictions, which marks it as one
+PAGE = f"{MADE_BY}: predictions"  # written into the page of predictions, to recognise it
 _AGAIN = "give another --out"
-_LONGEST = 1 << 20  # bytes of a first line that are read
+_LONGEST = 1 << 20  # bytes read at the start of a file
 
 
 def check_place(path: Path, *folders: str | os.PathLike) -> None:
-    """Refuse, before any work, a place where predictions cannot be written or would replace other files.
+    """Raise ValueError, before any work, if predictions cannot be written at `path` or would replace other files.
 
     `path`, its sheet, its page and the skipped_images.csv beside it never replace a file that this program did not
-    write. None lies in `folders`, where the sheet would be one of the images.
-
-    Raises ValueError that names the file and --out.
+    write. They may not be in `folders`, where the sheet would be one of the images.
     """
     try:
         for folder in map(Path, folders):
@@ -54,15 +52,15 @@ def write_predictions(
     path: Path, paths: Sequence[Path], images: torch.Tensor, classes: Sequence[str], probabilities: np.ndarray,
     most: int,
 ) -> int:  # fmt: skip
-    """Write the table at `path`, and beside it a PNG sheet of the surest. Return how many are on the sheet.
+    """Write the table at `path`, and beside it a PNG sheet of the surest images. Return the number on the sheet.
 
     Args:
         path: the CSV to write.
-        paths: of the N images.
+        paths: N paths of the images.
         images: (N, 3, H, W) uint8, RGB.
         classes: C names.
         probabilities: (N, C), each row summing to 1.
-        most: images on the sheet.
+        most: greatest number of images on the sheet.
     """
     names = [shown(name) for name in classes]
     labels = [names[number] for number in probabilities.argmax(1)]
@@ -104,7 +102,7 @@ def _is_page(path: Path) -> bool:
 
 
 def _head(path: Path) -> list[str]:
-    """Return the first row of a table; [] for any other file."""
+    """Return the first row of a CSV file; [] for any other file."""
     with open(path, "rb") as file:
         line = file.readline(_LONGEST)
     try:
@@ -114,7 +112,7 @@ def _head(path: Path) -> list[str]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise OSError if no file of that name can be made in its folder, or in the nearest folder that exists."""
+    """Raise OSError if no file of that name can be made in its folder, or in the nearest existing folder above it."""
     folder = path.parent
     while True:
         try:

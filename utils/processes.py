@@ -1,4 +1,4 @@
-"""Let the processes of a run, one or those that torchrun started, share work and meet."""
+"""Let the processes of a run share work and synchronise: a single one, or those that torchrun started."""
 
 import os
 import time
@@ -13,13 +13,13 @@ from torch import nn
 
 from utils import stopping
 
-_PATIENCE = timedelta(days=1)  # for the slowest process; if one dies, torchrun ends the others at once
+_PATIENCE = timedelta(days=1)  # for the slowest process; if one dies, torchrun stops the rest at once
 _T = TypeVar("_T")
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Join the processes that torchrun started, by gloo, and on GPUs by nccl too. A single process needs nothing."""
+    """Connect the processes that torchrun started, by gloo, and on GPUs by nccl too. Does nothing for a single one."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
@@ -29,14 +29,14 @@ def together() -> Iterator[None]:
         rank=number, world_size=size, timeout=_PATIENCE,
     )  # fmt: skip
     yield
-    dist.destroy_process_group()  # not after an error: the others may wait for ever
+    dist.destroy_process_group()  # not after an error: the other processes may wait forever
 
 
 def _of_this_attempt(store: dist.Store, number: int, size: int) -> dist.Store:
     """Return a part of the job's store that no attempt before a restart (--max-restarts) has written to.
 
-    The store still holds the addresses of earlier attempts, which torch would call. So the first process numbers the
-    attempts, and all begin once each has a number that is new to it.
+    The store still holds the addresses of earlier attempts, which torch would use. So the first process numbers the
+    attempts, and all start once each has seen a number that is new to it.
     """
     if number == 0:
         attempt = store.add("attempt", 1)
@@ -73,18 +73,18 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes the files of the run and prints for all."""
+    """Return whether this is the first process, which writes the run's files and prints for all."""
     return rank() == 0
 
 
 def meet() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have called this."""
     if count() > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU by gloo, so that nothing waits for a GPU
+        dist.all_reduce(torch.zeros(1))  # on the CPU, by gloo, so that no GPU has to finish its work
 
 
 def broadcast(value: _T) -> _T:
-    """Return the first process's value in all: files may change between two looks."""
+    """Return the first process's `value` in all processes, as files may change between two looks."""
     box: list[Any] = [value]
     if count() > 1:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
@@ -92,13 +92,13 @@ def broadcast(value: _T) -> _T:
 
 
 def own_share(items: Sequence[_T]) -> Sequence[_T]:
-    """Return this process's part of `items`: neighbours, so that few processes need the same pool model."""
+    """Return this process's part of `items`, a contiguous one, so that few processes need the same pool model."""
     total, parts, here = len(items), count(), rank()
     return items[total * here // parts : total * (here + 1) // parts]
 
 
 def all_of(share: torch.Tensor) -> torch.Tensor:
-    """Return the tensors (N, ...) of all processes, of one shape, joined in order on the CPU."""
+    """Join `share` (N, ...) of all processes, in order of rank, on the CPU. All have the same shape."""
     if count() == 1:
         return share
     parts = [torch.empty_like(share, device="cpu") for _ in range(count())]
@@ -107,7 +107,7 @@ def all_of(share: torch.Tensor) -> torch.Tensor:
 
 
 def same_weights(*modules: nn.Module) -> None:
-    """Copy the first process's parameters and buffers to all: on GPUs equal training may differ in the last bits."""
+    """Copy the first process's parameters and buffers to all, as equal GPU trainings may differ in the last bits."""
     if count() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):

@@ -1,4 +1,4 @@
-"""Show progress: a bar on a terminal, elsewhere a plain line now and then, nothing with --quiet."""
+"""Show progress: a bar on a terminal, occasional plain lines elsewhere, nothing with --quiet."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ _quiet = False
 
 
 def hush(quiet: bool) -> None:
-    """Set whether from here on bars show nothing, and log lines go only to their file."""
+    """Set whether, from now on, bars are hidden and log lines go only to their file."""
     global _quiet
     _quiet = quiet
 
@@ -25,9 +25,9 @@ def is_quiet() -> bool:
 
 
 def progress(*items, total: int | None = None, desc: str, unit: str, **options) -> tqdm:
-    """Return a tqdm bar (over `items`, if given), which only the first process shows.
+    """Return a tqdm bar (over `items`, if given) that only the first process shows.
 
-    It appears after 5 seconds. Where stderr is not a terminal, it is a line every 30 seconds.
+    It appears after 5 seconds. If stderr is not a terminal, it prints a line every 30 seconds.
     """
     if not sys.stderr.isatty():
         options |= dict(file=_Lines(sys.stderr), mininterval=_SELDOM, maxinterval=_SELDOM)
@@ -45,13 +45,13 @@ def duration(seconds: float) -> str:
 
 
 class _Lines:
-    """A stream that puts tqdm's lines one below the other."""
+    """A stream that writes tqdm's updates on separate lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        if line := re.sub(r"\x1b\[[0-9;]*[A-Z]", "", text).replace("\r", "").strip():  # no codes that move the cursor
+        if line := re.sub(r"\x1b\[[0-9;]*[A-Z]", "", text).replace("\r", "").strip():  # without cursor codes
             self.stream.write(line + "\n")
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""Read pools and checkpoints from addresses into a local cache once, and check their checksums from then on."""
+"""Download pools and checkpoints into a local cache once, and verify their checksums from then on."""
 
 import hashlib
 import sys
@@ -20,21 +20,21 @@ from utils.progress import progress
 CACHE = Path("ckpt/cache")
 _SCHEMES = ("gs", "az", "https", "http")
 _ONE_FILE = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-_NAMES = ("model.pt", "model.safetensors")  # of a pool model
+_NAMES = ("model.pt", "model.safetensors")  # file names of a pool model
 _PATIENCE = 30  # seconds to wait for an answer
-_TRIES = 4  # of blobfile, which would otherwise try for ever
+_TRIES = 4  # retries of blobfile, which would otherwise retry forever
 _PIECE = 1 << 20  # bytes
 
 
 def local(place: str) -> Path:
-    """Return where `place` is on this machine: a path unchanged, an address (gs://, az://, https://) in the cache.
+    """Return the local path of `place`: a path unchanged, an address (gs://, az://, https://) in the cache.
 
-    What is not in the cache is read into it. An address that ends like a checkpoint is one file. Any other is the
+    Files that the cache lacks are downloaded. An address that ends like a checkpoint is one file. Any other is the
     folder of a pool, with subset1/ckpt/model.pt and so on. The cache, `CACHE`, mirrors addresses up to a question mark,
-    with a SHA-256 beside each file and a list beside a pool's files. A file that does not match its checksum is read
-    again, which is said on stderr. Only the first process reads.
+    with a SHA-256 beside each file and a list of a pool's files. A file that does not match its checksum is downloaded
+    again, with a line on stderr. Only the first process downloads.
 
-    Raises ValueError if nothing is at the address, or it cannot be read.
+    Raises ValueError if there is nothing at the address, or it cannot be read.
     """
     if place.partition("://")[0] not in _SCHEMES or "://" not in place:
         return Path(place)
@@ -54,7 +54,7 @@ def local(place: str) -> Path:
 
 
 def _listed(place: str, target: Path) -> list[str]:
-    """Return the names of a pool's files from the list in the cache, which is made if it is missing."""
+    """Return the names of a pool's files from the list in the cache. The list is made if it is missing."""
     kept = target / "files.txt"
     if kept.exists():
         return kept.read_text().split("\n")
@@ -74,7 +74,7 @@ def _listed(place: str, target: Path) -> list[str]:
 
 
 def _next_name(place: str, m: int, target: Path) -> str:
-    """Read model m and return its name, or "": a plain web server lists nothing, so each name is tried."""
+    """Download model m and return its name, or "". Each name is tried, as a plain web server lists no files."""
     for name in _NAMES:
         try:
             _fetch(f"{place}/subset{m}/ckpt/{name}", target / f"subset{m}" / "ckpt" / name)
@@ -85,7 +85,7 @@ def _next_name(place: str, m: int, target: Path) -> str:
 
 
 def _fetch(place: str, target: Path) -> None:
-    """Read `place` to `target`, unless `target` matches the checksum beside it."""
+    """Download `place` to `target`, unless `target` exists and matches the checksum beside it."""
     checksum = target.with_name(f"{target.name}.sha256")  # as sha256sum -c reads it
     if target.exists() and checksum.exists():
         with open(target, "rb") as file:
@@ -108,7 +108,7 @@ def _fetch(place: str, target: Path) -> None:
 
 @contextmanager
 def _opened(place: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """Open a file: its stream, and its length in bytes or None if the server does not say."""
+    """Open a remote file. Yield its stream, and its length in bytes, or None if the server does not say."""
     if _is_blob(place):
         context = _blobs()
         size = context.stat(place).size
@@ -146,7 +146,7 @@ def _unread(place: str, error: Exception) -> str:
 
 
 def _is_blob(place: str) -> bool:
-    """Whether blobfile reads it, with credentials: Google's and Azure's stores. Other addresses are plain."""
+    """Return whether blobfile reads `place`, with credentials: Google's and Azure's stores. Any other is plain HTTP."""
     return place.startswith(("gs://", "az://")) or urlsplit(place).netloc.endswith(".blob.core.windows.net")
 
 

@@ -35,10 +35,10 @@ class RunLog:
     ) -> None:
         """Open the log of `folder`.
 
-        tensorboard: write for TensorBoard too.
-        done: epochs that a resumed run has done already.
-        epochs: epochs in all, for a bar.
-        by: what the entries of metrics.jsonl are numbered by: "epoch", or "step" of pretraining.
+        tensorboard: also write for TensorBoard.
+        done: epochs that a resumed run has already finished.
+        epochs: total number of epochs, for a progress bar.
+        by: the entry that numbers the lines of metrics.jsonl: "epoch", or "step" in pretraining.
         """
         self.folder, self.by = Path(folder), by
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,11 @@ class RunLog:
 
     @property
     def metrics_path(self) -> Path:
-        """The file of `record`: one JSON object per line."""
+        """The file that `record` writes: one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     def forget_after(self, epoch: int) -> None:
-        """Drop the records after `epoch` (or step), which a resumed run does again."""
+        """Drop the records after `epoch` (or step), which a resumed run repeats."""
         if self.metrics_path.exists() and processes.is_first():
             lines = _lines(self.metrics_path)
             if odd := [number for number, line in enumerate(lines[:-1], 1) if _number_of(line, self.by) == sys.maxsize]:
@@ -63,7 +63,7 @@ class RunLog:
                     file.write("".join(kept).encode())
 
     def line(self, text: str, *, closing: bool = False) -> None:
-        """Print `text` above any progress bar and append it to log_train.txt; print a closing line always."""
+        """Print `text` above any progress bar and append it to log_train.txt. closing: print it even with --quiet."""
         if closing and self.bar is not None:
             self.bar.close()
         if processes.is_first() and (closing or not is_quiet()):
@@ -71,7 +71,7 @@ class RunLog:
         self._append("log_train.txt", text)
 
     def record(self, entries: Mapping[str, Any]) -> None:
-        """Append `entries` as one line to metrics.jsonl, and pass them to the system before returning."""
+        """Append `entries` as one line to metrics.jsonl, flushed to the system before returning."""
         entries = plain(entries)
         if self.bar is not None:
             seen = entries.get("val_accuracy")
@@ -94,9 +94,9 @@ class RunLog:
 
 
 def read_metrics(path: str | os.PathLike, by: str = "epoch") -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl in order of what `by` names; [] if it is missing.
+    """Return the lines of a metrics.jsonl in order of the entry `by`; [] if the file is missing.
 
-    If an epoch is there twice, as after a resume, the later line counts. Half a line of a killed run does not count.
+    If an epoch occurs twice, as after a resume, the later line counts. Half a line from a killed run is ignored.
     """
     path, found = Path(path), {}
     for line in _lines(path) if path.exists() else ():
@@ -107,9 +107,9 @@ def read_metrics(path: str | os.PathLike, by: str = "epoch") -> list[dict[str, A
 
 
 def read_json(path: str | os.PathLike, kind: type, instead: str = "") -> Any | None:
-    """Return the value of a JSON file; None if it is missing, damaged or not of `kind`, dict or list.
+    """Return the value of a JSON file; None if it is missing, damaged, or not of type `kind`.
 
-    instead: what the run does without a damaged file, which is then said on stderr; "" says nothing.
+    instead: what the run does without a damaged file, for a line on stderr; "" prints nothing.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -127,13 +127,13 @@ def read_json(path: str | os.PathLike, kind: type, instead: str = "") -> Any | N
 
 
 def say_damaged(path: str | os.PathLike, text: str) -> None:
-    """Say on stderr that a file is damaged, and what the run does without it."""
+    """Print on stderr, in the first process, that a file is damaged and what the run does without it."""
     if processes.is_first():
         print(f"{path}: {text}", file=sys.stderr)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON at `path`, whole or not at all. Values as in `plain`."""
+    """Write `value` as indented JSON at `path`, whole or not at all. value: as for `plain`."""
     with atomic_file(path) as file:
         file.write((json.dumps(plain(value), indent=2) + "\n").encode())
 
@@ -141,8 +141,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
     """Write the images that a run left out as skipped_images.csv in `folder`, whole or not at all.
 
-    Its columns are path and reason. Rows of an older file stay, unless `scans` looked at their folder again. Without
-    rows there is no file. If two programs write at the same time, rows may be lost, no more.
+    Its columns are path and reason. Rows of an older file stay, unless their folder was scanned again. If there are no
+    rows, there is no file. If two programs write at the same time, rows may be lost, but nothing worse.
     """
     if not processes.is_first():
         return
@@ -172,12 +172,12 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
 
 
 def cell(text: str) -> str:
-    """Return a text for a CSV, with a quote before one that a spreadsheet would take for a formula."""
+    """Return a text for a CSV, with a leading quote if a spreadsheet would read it as a formula."""
     return f"'{text}" if text.strip()[:1] in {*"=+-@＝＋－＠"} or text[:1] in {*"\t\r\n"} else text
 
 
 def plain(value: Any) -> Any:
-    """Turn `value` into types that JSON has.
+    """Convert `value` to types that JSON has.
 
     Tensors and arrays become numbers or lists, paths become strings, and numbers that are not finite become None, as
     JSON has no NaN. Raises TypeError for anything else.
@@ -202,7 +202,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _number_of(line: str, by: str) -> int:
-    """Return the epoch (or step) of a line of metrics.jsonl; sys.maxsize, which is never kept, for half a line."""
+    """Return the epoch (or step) of a line of metrics.jsonl; sys.maxsize, which is never kept, for a damaged line."""
     try:
         number = json.loads(line)[by]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
@@ -211,7 +211,7 @@ def _number_of(line: str, by: str) -> int:
 
 
 def _end_last_line(path: Path) -> None:
-    # A run that was killed while writing leaves half a line, which must not swallow the next one.
+    # A run that was killed while writing leaves half a line. Without a line break the next line would be lost too.
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with named(path), open(path, "ab") as file:
             file.write(b"\n")

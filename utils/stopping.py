@@ -1,4 +1,4 @@
-"""Let Ctrl-C and SIGTERM end a run between two steps, with all of its files whole."""
+"""Let Ctrl-C and SIGTERM stop a run between two steps, with all its files whole."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _HEEDED = (signal.SIGINT, signal.SIGTERM)
-_asked: list[int] = []  # the signal, once one came
+_asked: list[int] = []  # the signal, once one has arrived
 
 
 class Stopped(Exception):
@@ -20,9 +20,9 @@ class Stopped(Exception):
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Keep the first SIGINT or SIGTERM in this block for `check`. A second one has its usual effect.
+    """Hold the first SIGINT or SIGTERM in this block for `check`. A second one has its usual effect.
 
-    Does nothing outside the main thread, to which the system delivers signals.
+    Does nothing outside the main thread, as only that one receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -46,7 +46,7 @@ def heeded() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether the run was asked to stop."""
+    """Return whether the run was asked to stop."""
     return bool(_asked)
 
 

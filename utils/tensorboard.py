@@ -1,4 +1,4 @@
-"""Write what a run logs for TensorBoard too, with --tensorboard. Only the first process writes."""
+"""Write a run's log for TensorBoard, with --tensorboard. Only the first process writes."""
 
 import os
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ FOLDER = "tensorboard"  # in the run folder; read it with tensorboard --logdir R
 
 
 class Board:
-    """Event files in <folder>/tensorboard, if they are wanted."""
+    """A writer of event files in <folder>/tensorboard; does nothing if they are not wanted."""
 
     def __init__(self, folder: str | os.PathLike, *, wanted: bool = True, done: int | None = None) -> None:
-        """Open the files if they are `wanted`. `config.Settings` checks that the package tensorboard is there.
+        """Open the files if they are `wanted`. `config.Settings` checks that the package tensorboard is installed.
 
-        done: epochs that count; what a killed process wrote about later ones is hidden. None hides nothing.
+        done: number of finished epochs; entries that a killed run wrote for later ones are hidden. None hides nothing.
         """
         self._writer, self._images = None, set()
         if wanted and processes.is_first():
-            from torch.utils.tensorboard import SummaryWriter  # here, as it is not installed with the rest
+            from torch.utils.tensorboard import SummaryWriter  # imported here, as it is an optional package
 
             self._writer = SummaryWriter(Path(folder) / FOLDER, purge_step=None if done is None else done + 1)
 
     def scalars(self, entries: Mapping[str, Any], step: int) -> None:
-        """Write the numbers in `entries`, of lists as name/0, name/1, ...; leave out other values."""
+        """Write the numbers in `entries`, and those in lists as name/0, name/1, ...; ignore other values."""
         if self._writer is None:
             return
         for name, value in entries.items():
