@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -336,14 +337,14 @@ class FewShotClassifier:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FewShotClassifier":
-        """Return the classifier that `save` wrote, ready to predict.
+        """Return the classifier that `save` wrote, ready to predict. The pool is not read.
 
-        Raises ValueError for a file that `save` did not write, and for a model or pool that does not load.
+        Raises ValueError for a file that `save` did not write, and for a model that does not load.
         """
         state = checkpoint.load(Path(path))
         checkpoint.entries(state, Path(path), _SAVED, "file of FewShotClassifier.save")
         classifier = cls(**state["params"])
-        classifier.fitter_ = HeadFitter(classifier.settings())
+        classifier.fitter_ = HeadFitter(replace(classifier.settings(), mix=False))
         classifier.heads_ = Heads(state["weight"], state["bias"], state["scale"])
         classifier.sharpness_, classifier.classes_ = state["sharpness"], np.array(state["classes"])
         return classifier

@@ -60,7 +60,7 @@ class TrainSettings:
     lr_anneal_steps: int = training(0, "train for this many steps while the learning rate falls linearly to 0; 0: off",
                                     within=(0, math.inf, "0 or more"))  # fmt: skip
     batch_size: int = training(24, "images per step", within=(1, 2**16))
-    microbatch: int = training(-1, "images per forward pass; -1: the whole batch", affects=SPEED,
+    microbatch: int = training(-1, "images per forward pass; -1 or 0: the whole batch", affects=SPEED,
                                within=(0, 2**16))  # fmt: skip
     ema_rate: float = training(0.9999, "decay of the moving average of the weights, with warm-up: "
                                "min(rate, (1 + step) / (10 + step))", within=SHARE)  # fmt: skip
