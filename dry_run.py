@@ -11,15 +11,13 @@ import torch
 
 from config import Settings, flag_of, that_affect
 from datasets.pseudo import PseudoDataset
-from guided_diffusion.costs import image_flops
+from guided_diffusion.costs import TRIAL, image_flops
 from guided_diffusion.dist_util import or_too_much, pick_device, smaller
 from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.pool import Pool, PoolModel
 from utils import processes
 from utils.progress import duration
 from utils.seeding import generator
-
-TRIAL = 10.0  # seconds of forward passes that the estimate comes from
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import dry_run
 from bookkeeping import PRECISION, Bookkeeping, kept_precision
 from config import SCENARIOS, Settings, parse
 from datasets.episodes import EpisodeSampler
-from datasets.pseudo import PseudoDataset, kept, kept_labels
+from datasets.pseudo import PseudoDataset, load_or_label, load_or_make
 from datasets.sources import load_real
 from guided_diffusion.costs import free_memory
 from guided_diffusion.dist_util import pick_device
@@ -141,13 +141,13 @@ class Training:
         if number < phase.round:
             data = PseudoDataset.load(folder)
         else:
-            data = kept(folder, partial(self.new_round, phase))
+            data = load_or_make(folder, partial(self.new_round, phase))
             self.books.log.board.image("images", folder / "sheet.png", phase.epoch)
             discard(self.plan(number).folder)  # the dataset holds these images now
         if phase.labels == "clusters":
-            return kept_labels(folder / "clusters.npy", data, partial(self.clusters, data))
+            return load_or_label(folder / "clusters.npy", data, partial(self.clusters, data))
         if number in phase.relabel:
-            return kept_labels(folder / f"labels{phase.round:02d}.npy", data, partial(self.likeliest, data))
+            return load_or_label(folder / f"labels{phase.round:02d}.npy", data, partial(self.likeliest, data))
         return data
 
     def new_round(self, phase: Phase) -> tuple[PseudoDataset, dict]:
@@ -159,19 +159,19 @@ class Training:
         self.books.check_pool(processes.broadcast(self.pool.digest()))
         plan = self.plan(phase.round)
         notes = {"round": phase.round, "source": self.s.source, "hit_rate": None, "hit_rate_by_class": None}
-        unguided = None if phase.labels == "asked" else self.unguided(plan)
+        unguided = None if phase.labels == "asked" else self.draw_unguided(plan)
         if phase.labels == "likeliest":
             unguided = replace(unguided, labels=self.likeliest(unguided))
         if not phase.guided:
             return unguided, notes
-        asked = unguided.labels if unguided else None  # None: class after class
+        asked = None if unguided is None else unguided.labels  # None: class after class
         images, labels, hits = synthesise(self.pool, plan, self.device, self.learners.guide(), asked)
         rate = float(hits.float().mean())
         self.books.log.line(f"round {phase.round}: hit rate {100 * rate:.1f} %")
         notes |= {"hit_rate": rate, "hit_rate_by_class": rate_by_class(hits, labels, self.num_classes)}
         return PseudoDataset(images, labels, self.num_classes), notes
 
-    def unguided(self, plan: Synthesis) -> PseudoDataset:
+    def draw_unguided(self, plan: Synthesis) -> PseudoDataset:
         """Draw unguided images, labelled by model: each gets the first class of the model that drew it."""
         images, classes, _ = synthesise(self.pool, plan, self.device)
         return PseudoDataset(images, plan.first_of(classes), self.num_classes)

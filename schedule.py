@@ -17,33 +17,33 @@ from dataclasses import dataclass
 from config import Settings
 
 WARM_UP = 20  # steps of linear warm-up, in the clusters recipe
-NONE = range(0)
 STEPS = ((80, 0.0024), (70, 0.012), (60, 0.06))  # the paper's rates: (from epoch, of 90; share of the first rate)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """What one epoch trains on, and how.
 
     Attributes:
         epoch: its number, from 0. The log counts from 1: it calls epoch 10 "epoch 11".
-        rounds: the rounds whose images it trains on; the last one is the newest.
         labels: where the labels come from. "model": the model that drew the image. "asked": the class that guidance
-            asked for, with equally many images per class. "clusters": clusters of features. "likeliest": the class
-            that the previous network finds likeliest, which guidance asks for too. "real": the image folder.
+            asked for, each class equally often. "clusters": clusters of features. "likeliest": the likeliest class
+            of the model by the previous network, shared out so that each class gets equally many images; guidance asks
+            for it too. "real": the image folder.
+        rates: the learning rate of each step.
+        rounds: the rounds whose images it trains on; the last one is the newest.
         guided: whether the images of the newest round are guided.
         relabel: the earlier rounds that the previous network relabels: the unguided ones.
         fresh: whether training restarts from the initial weights.
-        rates: the learning rate of each step.
     """
 
     epoch: int
-    rounds: range
     labels: str
-    guided: bool
-    relabel: range
-    fresh: bool
     rates: tuple[float, ...]
+    rounds: range = range(1)
+    guided: bool = False
+    relabel: range = range(0)
+    fresh: bool = False
 
     @property
     def round(self) -> int:
@@ -64,27 +64,31 @@ def _paper(s: Settings, epoch: int) -> Phase:
     labels = {"guided": "asked", "real": "real"}.get(s.source, "model")
     progress = 90 * epoch / s.max_epoch
     rate = s.lr * next((factor for start, factor in STEPS if progress >= start), 1.0)
-    return Phase(epoch, range(number, number + 1), labels, s.source == "guided", NONE, False, (rate,) * s.epoch_steps)
+    return Phase(
+        epoch=epoch, labels=labels, rates=(rate,) * s.epoch_steps, rounds=range(number, number + 1),
+        guided=s.source == "guided",
+    )  # fmt: skip
 
 
 def _clusters(s: Settings, epoch: int) -> Phase:
     if s.source == "real":
-        return Phase(epoch, range(1), "real", False, NONE, False, _cosine(s, epoch, s.max_epoch))
-    number, half = epoch // s.refresh_every, s.refresh_every // 2
+        return Phase(epoch=epoch, labels="real", rates=_cosine(s, epoch, s.max_epoch))
+    number = epoch // s.refresh_every
     start, stop = number * s.refresh_every, min((number + 1) * s.refresh_every, s.max_epoch)  # of this network
-    if s.source == "by_model":
-        labels = "model"
-    elif number > 0:
-        labels = "likeliest"
-    elif epoch < half:
-        labels, stop = "model", half
-    else:
-        labels, start = "clusters", half
-    rounds = range(s.start_epoch // s.refresh_every, number + 1)
-    guided = s.source == "guided" and number > 0
-    relabel = {"guided": range(min(number, 1)), "unguided": range(number)}.get(s.source, NONE)
-    fresh = epoch == start and epoch > s.start_epoch
-    return Phase(epoch, rounds, labels, guided, relabel, fresh, _cosine(s, epoch - start, stop - start))
+    labels = "model" if s.source == "by_model" else "likeliest"
+    if number == 0 and labels == "likeliest":  # the first round trains two networks, for half of its epochs each
+        half = stop // 2
+        labels, start, stop = ("model", 0, half) if epoch < half else ("clusters", half, stop)
+    relabel = {"guided": range(1) if number else range(0), "unguided": range(number)}
+    return Phase(
+        epoch=epoch,
+        labels=labels,
+        rates=_cosine(s, epoch - start, stop - start),
+        rounds=range(s.start_epoch // s.refresh_every, number + 1),
+        guided=s.source == "guided" and number > 0,
+        relabel=relabel.get(s.source, range(0)),
+        fresh=epoch == start and epoch > s.start_epoch,
+    )
 
 
 def _cosine(s: Settings, done: int, total: int) -> tuple[float, ...]:

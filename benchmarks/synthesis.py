@@ -17,7 +17,7 @@ from guided_diffusion.dist_util import inference_dtype, pick_device
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import PoolModel
 from models.class_learner import ClassLearner
-from models.guides import log_probability
+from models.guides import class_learner_guide
 from models.meta_model import MetaModel
 from utils.cli import run
 from utils.images import to_uint8
@@ -35,7 +35,7 @@ def guide(classes: int, device: torch.device) -> LogProbability:
     rng = generator(measure.SEED, "weights")
     model = MetaModel(classes, generator=rng)
     learner = ClassLearner(classes, model.feature_dim, generator=rng)
-    return log_probability(model.to(device), learner.to(device))
+    return class_learner_guide(model.to(device), learner.to(device))
 
 
 def draw(

@@ -124,7 +124,9 @@ class PseudoDataset:
         contact_sheet(rows.flatten(0, 1), per_class, path, captions)
 
 
-def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]) -> PseudoDataset:
+def load_or_make(
+    folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapping[str, Any]]]
+) -> PseudoDataset:
     """Return the dataset in `folder`. If there is none, call `make` and save its dataset there, with notes and a sheet.
 
     All processes of a run call this together, and so `make` too; the first one writes.
@@ -138,7 +140,7 @@ def kept(folder: str | os.PathLike, make: Callable[[], tuple[PseudoDataset, Mapp
     return PseudoDataset.load(folder)
 
 
-def kept_labels(path: str | os.PathLike, data: PseudoDataset, make: Callable[[], torch.Tensor]) -> PseudoDataset:
+def load_or_label(path: str | os.PathLike, data: PseudoDataset, make: Callable[[], torch.Tensor]) -> PseudoDataset:
     """Return `data` with the labels (N,) int64 in the file `path`. If it does not exist, save the labels from `make`.
 
     All processes of a run call this together. Raises ValueError for a damaged file.

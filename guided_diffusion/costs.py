@@ -22,6 +22,7 @@ from guided_diffusion.from_diffusers import create_network
 from utils import processes
 from utils.progress import is_quiet
 
+TRIAL = 10.0  # seconds of work from which a dry run estimates the rest
 _SPARE = 2  # memory per byte of tensors: kernels need workspace, and the allocator leaves gaps
 
 

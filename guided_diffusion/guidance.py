@@ -12,7 +12,7 @@ from utils import stopping
 
 LogProbability = Callable[[Tensor, Tensor], Tensor]
 Gradient = Callable[..., Tensor]
-GREATEST_STEP = 1.0  # cap on (1 - abar) / abar in guidance on x_0, which grows without bound towards pure noise
+GREATEST_FACTOR = 1.0  # cap on (1 - abar) / abar in guidance on x_0, which grows without bound towards pure noise
 
 
 def classifier_guidance(log_probability: LogProbability, labels: Tensor, scale: float) -> Gradient:
@@ -49,7 +49,7 @@ def guide_on_x_0(process: GaussianDiffusion, gradient: Gradient, out: dict, x: T
     This is `guide_on_x_t` with the predicted noise held fixed in the chain rule, and the factor capped.
     """
     abar, x_0 = process.at("alphas_cumprod", t, x), out["pred_xstart"]
-    strength = ((1 - abar) / abar).clamp(max=GREATEST_STEP)
+    strength = ((1 - abar) / abar).clamp(max=GREATEST_FACTOR)
     return (x_0 + strength * gradient(x_0, t)).clamp(-1, 1)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script from anywhere
 
 from guided_diffusion import memorisation  # noqa: E402
+from guided_diffusion.costs import TRIAL  # noqa: E402
 from guided_diffusion.dist_util import pick_device  # noqa: E402
 from guided_diffusion.image_datasets import TrainingImages, check_classes, class_folders, load_images  # noqa: E402
 from guided_diffusion.made_with import ENTRY, IMAGES, Kept, check_same, digest, kept, record  # noqa: E402
@@ -46,7 +47,6 @@ from utils.run_log import read_json, say_damaged, write_json, write_skipped  # n
 from utils.seeding import seed_everything  # noqa: E402
 
 POOL = 2  # fewest models for the clusters recipe of main.py
-TRIAL = 10.0  # seconds of trial steps for the estimate of --dry_run
 FIGURES = "memorisation"  # entry of pool.json: figures by model
 FIGURE_FILE = "memorisation.json"  # figures of a model outside a pool
 SPLITS = ("meta_train", "meta_val", "meta_test")  # in a data folder

@@ -99,11 +99,14 @@ def _draw(
     def noise_of_step(*step: int) -> Tensor:
         return noise((3, size, size), rows, plan.seed, "synthesis", plan.stream, m, *step).to(device, non_blocking=True)
 
+    def guide(x: Tensor, t: Tensor) -> Tensor:  # it learns from images of the plan's size
+        return log_probability(resized(x, plan.size), t)
+
     images = sample(
         model.network,
         model.diffusion(f"ddim{plan.steps}"),
         noise_of_step(),
-        cond_fn=classifier_guidance(log_probability, asked, plan.scale) if log_probability is not None else None,
+        cond_fn=classifier_guidance(guide, asked, plan.scale) if log_probability is not None else None,
         guide_on=plan.guide_on,
         local_labels=asked - plan.first_class(m) if model.class_cond else None,
         renoise=plan.renoise,
@@ -114,6 +117,6 @@ def _draw(
     drawn = {"images": to_uint8(resized(images, plan.size)).cpu()}
     if log_probability is not None:
         with torch.no_grad():
-            guess = log_probability(images, torch.zeros(len(images), device=images.device)).argmax(1)
+            guess = guide(images, torch.zeros(len(images), device=images.device)).argmax(1)
         drawn["hits"] = (guess == asked).cpu()
     return drawn

@@ -13,7 +13,7 @@ from utils.images import to_float
 LogProbability = Callable[[Tensor, Tensor], Tensor]
 
 
-def log_probability(model: MetaModel, learner: ClassLearner) -> LogProbability:
+def class_learner_guide(model: MetaModel, learner: ClassLearner) -> LogProbability:
     """Return log p(c | x_t, t) = log softmax h(f(x_t), t), as a function (x (N, 3, H, W), t (N,)) -> (N, C).
 
     Put both networks in eval mode, so that an image's row depends on no other image of the batch.
@@ -21,13 +21,13 @@ def log_probability(model: MetaModel, learner: ClassLearner) -> LogProbability:
     model.eval()
     learner.eval()
 
-    def function(x: Tensor, t: Tensor) -> Tensor:
+    def guide(x: Tensor, t: Tensor) -> Tensor:
         return F.log_softmax(learner(unit_means(model.maps(x)), t), dim=1)
 
-    return function
+    return guide
 
 
-def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, Tensor], Tensor], views: int) -> LogProbability:
+def views_guide(model: MetaModel, view: Callable[[Tensor, Tensor], Tensor], views: int) -> LogProbability:
     """Return log p(c | x), the mean of log softmax g(f(v(x))) over views v, as (x (N, 3, H, W), t (N,)) -> (N, C).
 
     With a single view, guidance paints marks that only this classifier sees; averaging over views prevents that. Puts
@@ -39,12 +39,12 @@ def log_probability_of_views(model: MetaModel, view: Callable[[Tensor, Tensor], 
     """
     model.eval()
 
-    def function(x: Tensor, t: Tensor) -> Tensor:
+    def guide(x: Tensor, t: Tensor) -> Tensor:
         first = views * t[:1].long()
         seen = [F.log_softmax(model.classify(view(x, first + i)), dim=1) for i in range(views)]
         return torch.stack(seen).mean(0)
 
-    return function
+    return guide
 
 
 @torch.no_grad()

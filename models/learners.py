@@ -66,7 +66,7 @@ class Learners:
         """Train f and g for an epoch.
 
         rates: learning rate of each step; rng: the epoch's generator, on the device; epoch: its number, from 0.
-        Returns the mean `loss`, the `base_accuracy` of g in percent, and `lr`, the first rate.
+        Returns the mean `loss`, the `base_accuracy` of g in percent, and `lr`, the highest rate.
         """
         raise NotImplementedError
 
@@ -145,7 +145,7 @@ class PaperLearners(Learners):
             )  # fmt: skip
 
         loss, right = descend(self.optimizers[0], rates, loss_of, "meta-model").mean(0).tolist()
-        return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}
+        return {"loss": loss, "base_accuracy": 100 * right, "lr": max(rates)}
 
     def train_class_learner(self, data: PseudoDataset, rates: Sequence[float], rng: torch.Generator) -> dict[str, Any]:
         """Train h on noised images, as many as f and g saw, with t uniform, at --learner-rate times their rates.
@@ -177,7 +177,7 @@ class PaperLearners(Learners):
 
     def guide(self) -> guides.LogProbability:
         """Return log p(c | x_t, t) from h."""
-        return guides.log_probability(self.model, self.learner)
+        return guides.class_learner_guide(self.model, self.learner)
 
 
 class ClusterLearners(Learners):
@@ -203,7 +203,7 @@ class ClusterLearners(Learners):
             return class_loss(self.model, images, labels[index])
 
         loss, right = descend(self.optimizers[0], rates, loss_of, "meta-model").mean(0).tolist()
-        return {"loss": loss, "base_accuracy": 100 * right, "lr": rates[0]}
+        return {"loss": loss, "base_accuracy": 100 * right, "lr": max(rates)}
 
     def guide(self) -> guides.LogProbability:
         """Return log p(c | x) from g, averaged over --views views that change with t, from 0 to 999."""
@@ -212,7 +212,7 @@ class ClusterLearners(Learners):
         def view(images: Tensor, number: Tensor) -> Tensor:
             return augment_by(images, draws[number], VIEW)
 
-        return guides.log_probability_of_views(self.model, view, self.s.views)
+        return guides.views_guide(self.model, view, self.s.views)
 
 
 @lru_cache(maxsize=2)  # a run asks again every round

@@ -10,7 +10,7 @@ from report import pictures, verdict
 from report.charts import Chart, points_of
 from report.folder import number
 from report.page import Html, element, page, section, table
-from report.sections import careful, image_tag, wrong
+from report.sections import careful, image_tag, unbroken, wrong
 from report.verdict import Finding
 from utils.run_log import read_json, read_metrics
 
@@ -35,10 +35,10 @@ def render(folder: Path, written: str) -> Html:
     rows = []
     for m, model in enumerate(models, 1):
         name, place = f"subset{m}", folder / f"subset{m}" / "ckpt"
-        words = memorisation(figures.get(name))
+        copies = unbroken(memorisation(figures.get(name)))
         lines = read_metrics(place / "metrics.jsonl", by="step")
         drawn = (careful(loss, lines) or "–", careful(samples, place) or "–")
-        rows.append((name, _classes(model), _steps(place, lines, index), words, *drawn))
+        rows.append((name, _classes(model), _steps(place, lines, index), copies, *drawn))
     size = number(index.get("image_size"))
     heading = element(
         "header",
@@ -54,7 +54,7 @@ def render(folder: Path, written: str) -> Html:
         "longer (--steps). If they copy, train on more images, or for fewer steps."
     )
     head = ("model", "classes", "steps", "does it copy?", "loss", "samples")
-    models_ = section("Models", told, table(head, rows, class_="pool"))
+    models_ = section("Models", unbroken(told), table(head, rows, class_="pool"))
     return page(f"Pool {folder.resolve().name}", heading, verdict_, models_)
 
 

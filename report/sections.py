@@ -84,7 +84,7 @@ def result(run: Run) -> Html | None:
         known = verdict.levels(run)
         against = ", ".join(f"{name} {value:.1f} %" for name, value in known.items())
         text = f"Best on meta_val: {plus_minus(best, 'val_accuracy', 'val_ci95')} %, in epoch {best['epoch']}"
-        parts.append(element("p", _words(f"{text}; {against}." if against else f"{text}.")))
+        parts.append(element("p", unbroken(f"{text}; {against}." if against else f"{text}.")))
         if not run.results:
             parts.append(element("p", "Not tested yet: run diffusionmix.py.", class_="soft"))
     outcomes = verdict.findings(run)
@@ -96,7 +96,7 @@ def result(run: Run) -> Html | None:
 
 def wrong(found: Sequence[verdict.Finding]) -> Html | None:
     """Return a list of what is wrong, each with what to do about it."""
-    items = [element("li", element("b", _words(each.what)), " ", _words(each.do)) for each in found]
+    items = [element("li", element("b", unbroken(each.what)), " ", unbroken(each.do)) for each in found]
     return element("ul", *items, class_="findings") if items else None
 
 
@@ -419,7 +419,7 @@ def plus_minus(entries: Mapping[str, Any], name: str, half: str, *, sign: bool =
     return text if width is None else f"{text}{_PLUS_MINUS}{width:.2f}"
 
 
-def _words(text: str) -> Html:
+def unbroken(text: str) -> Html:
     """Return a text whose flags and units are not broken across lines."""
     parts = re.split(r"(--[a-z][\w-]*)", text.replace(" %", f"{_HARD}%"))
     return joined(element("code", part) if part.startswith("--") else part for part in parts)

@@ -65,7 +65,7 @@ MUTANTS = [
     Mutant("few_shot.py", "MIX_BETA = 0.4", "MIX_BETA = 1.0", f"{W}::test_partners_and_shares"),
     Mutant("few_shot.py", '(self.s.seed, "mix", m, i)', '(self.s.seed, "mix", i)', f"{W}::test_partners_and_shares"),
     Mutant("few_shot.py", '(self.s.seed, "mix", m, i)', '(0, "mix", m, i)', f"{W}::test_partners_and_shares"),
-    Mutant("guided_diffusion/guidance.py", "GREATEST_STEP = 1.0", "GREATEST_STEP = 10.0",
+    Mutant("guided_diffusion/guidance.py", "GREATEST_FACTOR = 1.0", "GREATEST_FACTOR = 10.0",
            f"{W}::test_strength_of_guidance_on_x_0"),
     Mutant("guided_diffusion/guidance.py", "((1 - abar) / abar).clamp", "((1 - abar) / abar.sqrt()).clamp",
            f"{W}::test_strength_of_guidance_on_x_0"),

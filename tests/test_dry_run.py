@@ -58,7 +58,7 @@ def test_training_makes_as_many_passes_as_were_said(call, flags, passes, two_mod
     assert "disk: 0.1 MB" in out and f"--save-dir {tmp_path / 'out'}" in out.splitlines()[-1]
     assert "--seed" not in out and "--dry-run" not in out.splitlines()[-1]  # only what was given
     assert ("3 epochs of 2 steps in rounds of 2, the last of 1" if "clusters" in more else "2 epochs of 2 steps") in out
-    assert re.search(r"about \d+ s on cpu, .*: \d+ s to draw, \d+ s to guide, \d+ s to learn\n", out)
+    assert re.search(r"about \d+ s on cpu, .*: \d+ s to draw, \d+ s to guide, \d+ s to train\n", out)
 
 
 def test_testing_makes_as_many_passes_as_were_said(call, flags, passes, tmp_path):

@@ -8,7 +8,7 @@ from guided_diffusion.guidance import classifier_guidance, sample
 from guided_diffusion.respace import respaced
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
-from models.guides import log_probability
+from models.guides import class_learner_guide
 from models.meta_model import MetaModel
 
 
@@ -53,7 +53,7 @@ def test_gradient_is_that_of_finite_differences():
 def test_gradient_of_the_meta_model_is_a_rise():
     rng = torch.Generator().manual_seed(1)
     model, learner = MetaModel(6, generator=rng), ClassLearner(6, 64, generator=rng)
-    log_p = log_probability(model, learner)
+    log_p = class_learner_guide(model, learner)
     x, labels, t = torch.randn(4, 3, 16, 16, generator=rng), torch.tensor([0, 5, 2, 3]), torch.tensor([0, 9, 99, 999])
     with torch.no_grad():
         gradient = classifier_guidance(log_p, labels, 1.0)(x, t)

@@ -11,7 +11,7 @@ from config import Settings
 from datasets.pseudo import PseudoDataset
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
-from models.guides import log_probability, log_probability_of_views
+from models.guides import class_learner_guide, views_guide
 from models.learners import ClusterLearners, Learners, PaperLearners, check_finite
 from models.losses import class_learner_loss, meta_loss
 from models.meta_model import MetaModel
@@ -69,7 +69,7 @@ def test_class_learner_loss_by_its_formula(parts, kl_weight):
 def test_log_probability_is_normalised_and_in_eval_mode(parts):
     model, learner, rng = parts
     model.train(), learner.train()
-    function = log_probability(model, learner)
+    function = class_learner_guide(model, learner)
     x, t = torch.randn(5, 3, 16, 16, generator=rng), torch.tensor([0, 10, 100, 500, 999])
     out = function(x, t)
     torch.testing.assert_close(out.exp().sum(1), torch.ones(5))
@@ -164,7 +164,7 @@ def test_views_are_averaged_and_change_with_t():
         seen.append(number)
         return images * (1 - 0.1 * (number % 7))
 
-    function = log_probability_of_views(model, view, 3)
+    function = views_guide(model, view, 3)
     out = function(x, torch.full((5,), 2))
     assert seen == [6, 7, 8]
     expected = [F.log_softmax(model.classify(x * scale), 1) for scale in (0.4, 1.0, 0.9)]

@@ -218,6 +218,8 @@ def test_dropblock_goes_on_bit_for_bit(train, tmp_path):
     assert same(*states)
 
 
-def test_images_larger_than_those_of_the_pool(train, two_models, tmp_path):
-    train(tmp_path / "run", "--height", 24, "--width", 24, "--max-epoch", 1, pool=two_models)
-    assert PseudoDataset.load(tmp_path / "run" / "pseudo" / "round00").images.shape == (32, 3, 24, 24)
+@pytest.mark.parametrize("more", [("--max-epoch", 1), CLUSTERS], ids=["paper", "clusters"])
+def test_images_larger_than_those_of_the_pool(train, two_models, tmp_path, more):
+    train(tmp_path / "run", "--height", 24, "--width", 24, *more, pool=two_models)
+    newest = max((tmp_path / "run" / "pseudo").glob("round*"))  # guided
+    assert PseudoDataset.load(newest).images.shape == (32, 3, 24, 24)

@@ -49,6 +49,14 @@ def test_networks_of_the_clusters_recipe(source):
     assert [p.guided for p in found] == [source == "guided" and epoch >= 4 for epoch in range(11)]
 
 
+@pytest.mark.parametrize("epochs, halves", [(8, (4, 4)), (5, (2, 3)), (20, (10, 10)), (30, (10, 10))])
+def test_a_short_first_round_has_two_networks_too(epochs, halves):
+    found = of(f"--source unguided --max-epoch {epochs} --refresh-every 20")
+    assert [p.labels for p in found][:20] == ["model"] * halves[0] + ["clusters"] * halves[1]
+    ends = [p.rates[-1] for p in found]
+    assert ends[halves[0] - 1] < 1e-5 and ends[sum(halves) - 1] < 1e-5  # both rates fall to the end
+
+
 def test_each_network_has_a_cosine_of_its_own():
     found = rates("--max-epoch 6 --refresh-every 4 --lr 0.01", 50)
     first, second, third = found[:100], found[100:200], found[200:]

@@ -7,7 +7,7 @@ import guided_diffusion.synthesis as synthesis
 from guided_diffusion.pool import Pool
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models.class_learner import ClassLearner
-from models.guides import log_probability
+from models.guides import class_learner_guide
 from models.meta_model import MetaModel
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def plan(**changes):
 
 def guide(classes=8):
     rng = torch.Generator().manual_seed(5)
-    return log_probability(MetaModel(classes, generator=rng), ClassLearner(classes, 64, generator=rng))
+    return class_learner_guide(MetaModel(classes, generator=rng), ClassLearner(classes, 64, generator=rng))
 
 
 def levels(a, b):
@@ -35,6 +35,18 @@ def test_images_do_not_depend_on_the_batch(two_models, how):
     assert hits.shape == (16,) and hits.dtype == torch.bool and (hits != hits_7).sum() <= 1
     assert small.dtype == torch.uint8 and small.shape == (16, 3, 16, 16)
     assert torch.equal(labels, torch.arange(8).repeat_interleave(2))
+
+
+@pytest.mark.parametrize("guide_on", ["x_t", "x_0"])
+def test_a_guide_sees_images_of_the_size_it_learns_from(two_models, guide_on):
+    seen = []
+
+    def log_p(x, t):
+        seen.append(x.shape[-1])
+        return (x.mean((1, 2, 3))[:, None] * torch.arange(8.0)).log_softmax(1)
+
+    images, _, _ = synthesise(Pool(two_models), plan(size=32, guide_on=guide_on), CPU, log_p)  # models of 16 pixels
+    assert images.shape[-1] == 32 and set(seen) == {32}
 
 
 def test_seed_stream_and_model_matter(two_models):

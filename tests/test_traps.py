@@ -25,7 +25,7 @@ from models import learners
 from models.class_learner import ClassLearner
 from models.conv4 import Conv4
 from models.episode_head import Stage, fit_heads, predict
-from models.guides import log_probability
+from models.guides import class_learner_guide
 from models.meta_model import MetaModel, prototype_scores
 from tests.conftest import TINY, slow
 from tests.test_augment import IDENTITY
@@ -286,7 +286,7 @@ def trained_pair():
 
 
 def test_guidance_of_an_image_is_its_own(trained_pair):
-    log_p = log_probability(*trained_pair)
+    log_p = class_learner_guide(*trained_pair)
     rng = torch.Generator().manual_seed(4)
     x, t, labels = torch.randn(6, 3, 16, 16, generator=rng), torch.full((6,), 300), torch.full((6,), 2)
     together = classifier_guidance(log_p, labels, 1.0)(x, t)
