@@ -87,11 +87,12 @@ class TrainSettings:
     channel_mult: str = network("", "multiples of num_channels per level, as 1,2,4; empty: set by image size")
     dropout: float = network(0.0, "fraction of channels dropped in residual blocks", within=SHARE)
     class_cond: bool = network(False, "train a class-conditional model; each folder is a class")
-    num_classes: int = network(5, "set by the folders", affects=PLACE, within=(1, 100_000))
+    num_classes: int = network(5, "classes of a class-conditional model; ignored: the folders set it", affects=PLACE,
+                               within=(1, 100_000))  # fmt: skip
     use_checkpoint: bool = network(False, "save memory by recomputing activations in the backward pass", affects=SPEED)
     use_scale_shift_norm: bool = network(True, "let time and class also scale the normalised maps")
     resblock_updown: bool = network(False, "let residual blocks change the resolution")
-    use_fp16: bool = network(False, "a flag of old checkpoints; give --precision")
+    use_fp16: bool = network(False, "float16, in old checkpoints; True is refused: give --precision bf16")
     use_new_attention_order: bool = network(False, "split queries, keys and values before the heads")
     learn_sigma: bool = process(False, "learn the variances")
     diffusion_steps: int = process(1000, "timesteps", within=(1, 100_000))
@@ -101,7 +102,8 @@ class TrainSettings:
     predict_xstart: bool = process(False, "predict the image instead of the noise; better for small networks")
     rescale_timesteps: bool = process(False, "scale t to 1000 for the network, whatever --diffusion_steps")
     rescale_learned_sigmas: bool = process(False, "scale the loss of the variances to match that of the means")
-    loss_weighting: str = process("uniform", "min_snr (arXiv 2303.09556) gives good samples in fewer steps",
+    loss_weighting: str = process("uniform", "weight of timesteps in the loss: uniform, or min_snr (arXiv 2303.09556): "
+                                  "signal-to-noise ratio, at most 5; gives good samples in fewer steps",
                                   choices=("uniform", "min_snr"))  # fmt: skip
 
 
