@@ -32,7 +32,7 @@ from utils import processes, progress
 from utils.atomic import atomic_file
 from utils.cli import run
 from utils.environment import note_start
-from utils.images import to_float, to_uint8
+from utils.images import to_float
 from utils.lock import locked
 from utils.metrics import accuracy, mean_confidence_interval, paired_difference
 from utils.pieces import digest_of, discard
@@ -57,7 +57,8 @@ class Testing:
         sampler = EpisodeSampler(self.images.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.episodes: Episodes = sampler.sample_indexed(0, s.episodes, s.seed, f"test {s.test_split}")
         found = self.images
-        self.pieces = self.fitter.pieces("mixes", found.images, found.labels)
+        self.pieces = self.fitter.pieces("mixes", found.images, found.labels, torch.tensor(SHOWN))
+        self.chosen = [self.to_show(m) for m in range(min(SHOWN, len(self.fitter.pool or ())))]
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return the accuracy in percent of every episode, with mixes and without: (E,), (E,)."""
@@ -71,41 +72,52 @@ class Testing:
 
     def mixes(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (E, M * S, D) and soft labels (E, M * S, way) of the mixes of every pool model."""
-        return self.fitter.mixes(self.images.images, self.episodes.support, targets, self.pieces)
+        *mixes, self.pictures = self.fitter.mixes(
+            self.images.images, self.episodes.support, targets, self.pieces, self.shown
+        )
+        return mixes
 
     def score(self, support: Tensor, targets: Tensor, mixes: tuple[Tensor, Tensor] | None, query: Tensor) -> Tensor:
         """Return the accuracy (E,) in percent of heads fitted on the support, `mixes` if any, and the support again."""
         return accuracy(predict(self.fitter.fit(support, targets, mixes), query), self.episodes.query_labels)
 
+    def shown(self, m: int, item: int) -> bool:
+        """Whether mix number `item` of pool model m is one of the few that the report shows."""
+        return m < len(self.chosen) and item in self.chosen[m]
+
+    def to_show(self, m: int) -> list[int]:
+        """Choose the mixes of pool model m to show: of the first episodes, of several classes, of two images."""
+        order, _ = self.first_partners(m)
+        with_itself = (order == torch.arange(order.shape[1])).flatten().long()
+        among = with_itself.argsort(stable=True)[: order.shape[1]].sort().values
+        return sorted({int(among[k * len(among) // SHOWN]) for k in range(SHOWN)})
+
+    def first_partners(self, m: int) -> tuple[Tensor, Tensor]:
+        """Return partners and shares, of the first episodes alone."""
+        return self.fitter.partners(m, min(SHOWN, self.s.episodes), self.episodes.support.shape[1])
+
     def save_mixes(self) -> None:
-        """Write some mixes of the first episodes for the report, as mixes.npz; without a pool, remove that file.
+        """Write the mixes that the report shows as mixes.npz, once `run` has made them; without mixes, none.
 
         x_a, x_b and mix: (M, K, 3, H, W) uint8, of the first M pool models; share: (M, K), of x_a.
         """
-        path, pool, images = self.s.run_folder / "mixes.npz", self.fitter.pool, self.images.images
-        if not pool:
+        path, images = self.s.run_folder / "mixes.npz", self.images.images
+        if not self.chosen:
             path.unlink(missing_ok=True)  # of an earlier test
             return
-        support, rows = self.episodes.support[:SHOWN], []
-        models = pool.each(self.fitter.device, self.fitter.precision, range(min(SHOWN, len(pool))))
-        for m, member in enumerate(models):
-            order, weight = partners = self.fitter.partners(m, *support.shape)
-            items = to_show(order)
-            mix = to_uint8(self.fitter.mixed(images, support, partners, member, m, items)).cpu()
-            x_a, x_b = (images[index.flatten()[items]] for index in (support, support.gather(1, order)))
-            rows.append({"x_a": x_a, "x_b": x_b, "mix": mix, "share": weight.flatten()[items]})
+        first, x_b, share = self.episodes.support[:SHOWN], [], []
+        for m, items in enumerate(self.chosen):
+            order, weight = self.first_partners(m)
+            x_b.append(images[first.gather(1, order).flatten()[items]])
+            share.append(weight.flatten()[items])
         with atomic_file(path) as file:
-            np.savez(file, **{name: torch.stack([row[name] for row in rows]).numpy() for name in rows[0]})
-
-
-def to_show(order: Tensor) -> Tensor:
-    """Choose SHOWN mixes or fewer, of several classes, and of two images if possible: (K,) int64, their numbers.
-
-    order: (E, S) int64, the partner of each support image.
-    """
-    with_itself = (order == torch.arange(order.shape[1])).flatten().long()
-    among = with_itself.argsort(stable=True)[: order.shape[1]].sort().values
-    return among[[k * len(among) // SHOWN for k in range(SHOWN)]].unique()
+            np.savez(
+                file,
+                x_a=images[first.flatten()[torch.tensor(self.chosen)]].numpy(),
+                x_b=torch.stack(x_b).numpy(),
+                mix=self.pictures.unflatten(0, (len(self.chosen), -1)).numpy(),
+                share=torch.stack(share).numpy(),
+            )
 
 
 def evaluate(settings: Settings, tests: list[Testing]) -> dict:

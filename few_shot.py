@@ -12,9 +12,10 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from models.episode_head import Heads, fit_heads, meta_test_stages, predict
 from models.meta_model import MetaModel
 from models.saved import MODEL_ENTRIES, WHAT
 from utils import checkpoint
-from utils.images import ImageError, pixels_of, resized, shown, to_float
+from utils.images import ImageError, pixels_of, resized, shown, to_float, to_uint8
 from utils.labels import check_kinds, encoded, plain_labels
 from utils.pieces import Pieces, digest_of
 from utils.remote import local
@@ -117,7 +118,7 @@ class HeadFitter:
         images, labels = images[order], labels[order]
         targets, mixes = F.one_hot(labels, way).float()[None], None  # (1, N, way)
         if self.pool:
-            mixes = self.mixes(images, torch.arange(len(images))[None], targets, pieces)
+            *mixes, _ = self.mixes(images, torch.arange(len(images))[None], targets, pieces)
         features = self.features(to_float(images))
         return self.fit(features[None], targets, mixes), self.leave_one_out(features, labels)
 
@@ -139,29 +140,37 @@ class HeadFitter:
         targets = F.one_hot(labels)[others].float()
         return predict(self.fit(features[others], targets), features[asked][:, None])[:, 0], labels[asked]
 
-    def mixes(self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
-        """Make the mixes of every pool model. Return their features (E, M * S, D) and soft labels (E, M * S, way).
+    def mixes(
+        self, images: Tensor, support: Tensor, targets: Tensor, pieces: Pieces,
+        keep: Callable[[int, int], bool] = lambda m, item: False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Make the mixes of every pool model. Return features (E, M * S, D), soft labels (E, M * S, way), some images.
 
         The pool models work one after another, so each checkpoint is read once. `pieces` stores finished batches, and
         several processes share the work.
 
         images: (N, 3, size, size) uint8; support: (E, S) int64 indices of images; targets: (E, S, way) labels.
+        keep: (m, item) -> whether to return the image of mix `item` (numbered from 0 over all episodes) of model m.
+            The images are (K, 3, size, size) uint8.
         """
         s, (count, shots) = self.s, support.shape
         partners = [self.partners(m, count, shots) for m in range(len(self.pool))]
-
-        def work(member: PoolModel, m: int, part: Tensor) -> dict[str, Tensor]:
-            return {"features": self.features(self.mixed(images, support, partners[m], member, m, part))}
-
-        features = work_through(
-            self.pool, [count * shots] * len(self.pool), work, pieces,
-            batch=s.sample_batch, device=self.device, precision=self.precision, desc="mixes",
-        )["features"].unflatten(0, (len(self.pool), count, shots))  # fmt: skip
+        made = work_through(
+            self.pool,
+            [count * shots] * len(self.pool),
+            partial(self.mix_part, images, support, partners, keep),
+            pieces,
+            batch=s.sample_batch,
+            device=self.device,
+            precision=self.precision,
+            desc="mixes",
+        )
+        features = made["features"].unflatten(0, (len(self.pool), count, shots))
         labels = [
             mix_labels(targets, targets.gather(1, order[..., None].expand_as(targets)), weight)
             for order, weight in partners
         ]
-        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1)
+        return features.transpose(0, 1).flatten(1, 2), torch.cat(labels, 1), made["pictures"]
 
     def partners(self, m: int, episodes: int, shots: int) -> tuple[Tensor, Tensor]:
         """Return each support image's partner (E, S) in the mixes of model m, and its own share (E, S) of its mix."""
@@ -170,20 +179,30 @@ class HeadFitter:
         weight = torch.stack([torch.from_numpy(rng.beta(MIX_BETA, MIX_BETA, shots)) for rng in rngs])
         return order, weight.float()
 
+    def mix_part(
+        self, images: Tensor, support: Tensor, partners: list[tuple[Tensor, Tensor]], keep: Callable[[int, int], bool],
+        member: PoolModel, m: int, part: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Return the `features` of the mixes numbered `part` of pool model m, and the mixes to keep as `pictures`."""
+        mixed = resized(self.mixed(images, support, partners[m], member, m, part), self.size)
+        kept = torch.tensor(
+            [i for i, item in enumerate(part.tolist()) if keep(m, item)], dtype=torch.int64, device=mixed.device
+        )
+        return {"features": self.features(mixed), "pictures": to_uint8(mixed[kept]).cpu()}
+
     def mixed(
         self, images: Tensor, support: Tensor, partners: tuple[Tensor, Tensor], member: PoolModel, m: int, part: Tensor
     ) -> Tensor:
-        """Return the mixes of pool model m numbered `part`, from 0 over all episodes: (N, 3, size, size) in [-1, 1]."""
+        """Return the mixes numbered `part` of pool model m, at its size: (N, 3, size, size), float in [-1, 1]."""
         s, size, (order, weight) = self.s, member.image_size, partners
         pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
         x_a, x_b = (resized(to_float(images[index].to(self.device)), size) for index in pairs)
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
         local_labels = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
-        mixes = diffusion_mixes(
+        return diffusion_mixes(
             member, x_a, x_b, weight.flatten()[part].to(self.device), eps,
             level=s.mix_level, steps=s.mix_steps, local_labels=local_labels,
         )  # fmt: skip
-        return resized(mixes, self.size)
 
 
 class FewShotClassifier:

@@ -95,7 +95,7 @@ def test_unequal_shots_are_class_weighted_cross_entropy(classifier):
     pixels, targets = torch.from_numpy(images).permute(0, 3, 1, 2), F.one_hot(torch.arange(3), 3).float()
     targets = targets.repeat_interleave(torch.tensor([5, 1, 3]), 0)
     support = fitter.features(to_float(pixels))
-    mixes, mix_targets = fitter.mixes(pixels, torch.arange(9)[None], targets[None], Pieces())
+    mixes, mix_targets, _ = fitter.mixes(pixels, torch.arange(9)[None], targets[None], Pieces())
     assert mixes.shape == (1, 2 * 9, 64)
     weights = 9 / (3 * torch.tensor([5.0, 1, 3]))  # scikit-learn's "balanced"
     head = torch.nn.Linear(64, 3)

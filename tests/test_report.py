@@ -25,7 +25,6 @@ from report.page import element
 from report.pictures import contact_sheet, shown_rounds
 from tests.conftest import TINY
 from utils.environment import note_start
-from utils.images import to_uint8
 from utils.metrics import rate_by_class
 
 pytestmark = [pytest.mark.usefixtures("few_glyphs"), pytest.mark.pictures]
@@ -381,11 +380,10 @@ def test_mixes_that_are_shown_are_those_that_were_made(made):
     s = diffusionmix.Settings(**argv)
     testing = diffusionmix.Testing(s, s.data_paths[0])
     fitter, support = testing.fitter, testing.episodes.support
-    every, partners = testing.images.images, fitter.partners(2, *support.shape)
-    made_ = to_uint8(fitter.mixed(every, support, partners, fitter.pool.load(2), 2, torch.arange(support.numel())))
-    pairs = [(x.tobytes(), y.tobytes()) for x, y in zip(a[2], mix[2], strict=True)]
-    assert set(pairs) <= {(every[i].numpy().tobytes(), x.numpy().tobytes())
-                          for i, x in zip(support.flatten(), made_, strict=True)}  # fmt: skip
+    given = (testing.images.images, support, [fitter.partners(m, *support.shape) for m in range(5)], testing.shown)
+    got = fitter.mix_part(*given, fitter.pool.load(2), 2, torch.arange(support.numel()))
+    assert len(got["features"]) == support.numel() and np.array_equal(got["pictures"].numpy(), mix[2])
+    assert not len(fitter.mix_part(*given, fitter.pool.load(4), 4, torch.arange(2))["pictures"])
 
 
 # ---- in a browser
