@@ -33,7 +33,8 @@ def main() -> None:
         "\nFrom a pool of diffusion models alone, a network learnt to tell new characters apart: "
         f"{found[GUIDED]:.0f} % "
         f"right with guidance, {found[UNGUIDED]:.0f} % without, {found[FLOOR]:.0f} % with random weights, "
-        f"{found[REAL]:.0f} % with real images and labels; chance is 20 %."
+        f"{found[REAL]:.0f} % with real images and labels; chance is 20 %. "
+        "This is one small run: benchmarks/RESULTS.md has several seeds at full size."
     )
     print(f"{time.time() - started:.0f} s in all. Report: {FOLDER}/seed1/guided/report.html")
 
