@@ -20,7 +20,7 @@ from utils.run_log import RunLog, read_json, read_metrics, write_skipped
 PRECISION = "drawn_in"  # entry of config.json: the number format that the run draws in
 
 
-def kept_precision(s: Settings) -> str | None:
+def recorded_precision(s: Settings) -> str | None:
     """Return the format that --precision auto chose when the run began; None if new, or with another --precision."""
     kept = (read_json(s.run_folder / "config.json", dict) or {}).get(PRECISION) if s.precision == "auto" else None
     return kept if kept in ("float32", "bf16") else None

@@ -20,7 +20,7 @@ from utils.cli import OneLineParser
 SOURCES = ("guided", "unguided", "by_model", "real", "none")
 SPLITS = ("meta_val", "meta_test")
 MOST = 1_000_000  # of a number without a limit of its own
-# removed settings: only these values still mean what a run does today
+# removed settings: a run folder that names them resumes only if they have these values
 GONE = {"sampler": "ddim", "first_labels": "random", "guide_on": "x_t", "ask": "equal", "warm_up": 3, "restart": False,
         "replay": 0, "within_weight": 1.0}  # fmt: skip
 BARE = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order",
@@ -54,7 +54,7 @@ def setting(
 class Settings:
     """All settings of `main.py` and `diffusionmix.py`."""
 
-    # the twenty that users need first
+    # those that users need first
     dataset: str = setting("glyphs", "scenario", flags=("-d",))
     source: str = setting("guided", "images to train on: guided; unguided, with the best available labels; by_model, "
                           "unguided and labelled by the model that drew them; real, as a reference; none",

@@ -4,9 +4,9 @@
     python main.py --dataset custom --data-root data/mine --pool ckpt/pools/mine --nExemplars 1
 
 `Training.train` is the algorithm: synthesise a pseudo dataset, train the meta-model on it, train the class-learner,
-validate, save. `schedule.py` says what each epoch does. Only the paper's recipe has a class-learner; in the clusters
-recipe the meta-model guides sampling. The weights that score best on meta_val are kept. To resume, run the same
-command again.
+validate, save. `schedule.py` says what each epoch does. The class-learner is the paper's, `--recipe paper`; in the
+clusters recipe, the default of most data sets, the meta-model guides sampling itself. The weights that score best on
+meta_val are kept. To resume, run the same command again.
 """
 
 import time
@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 import dry_run
-from bookkeeping import PRECISION, Bookkeeping, kept_precision
+from bookkeeping import PRECISION, Bookkeeping, recorded_precision
 from config import SCENARIOS, Settings, parse
 from datasets.episodes import EpisodeSampler
 from datasets.pseudo import PseudoDataset, load_or_label, load_or_make
@@ -67,7 +67,7 @@ class Training:
         if self.per_model:
             contents["pool"] = processes.broadcast(self.pool.digest())
             self.pool.check(self.per_model, s.sample_steps, s.finds_classes)
-            self.precision = kept_precision(s) or self.pool.precision(s.precision, self.device)
+            self.precision = recorded_precision(s) or self.pool.precision(s.precision, self.device)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.data, self.data_key = None, None
@@ -87,7 +87,8 @@ class Training:
             books.log.line(dry_run.opening(self))
         if s.source == "none" and not books.restored:
             books.record({"epoch": 0, "round": 0, **self.accuracy()}, self.learners)
-        elif s.source == "guided" and s.recipe == "paper" and books.epoch == s.start_epoch and not s.resume:
+        untrained = not books.restored and not s.resume
+        if untrained and s.recipe == "paper" and s.source == "guided":
             self.calibrate_guide()
         for phase in left:
             started = time.perf_counter()
