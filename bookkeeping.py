@@ -90,7 +90,7 @@ class Bookkeeping:
 
         entries: the epoch's log entry, with `epoch`, `round`, and `val_accuracy` if the epoch was validated.
         """
-        text = "random weights:"  # of --source none
+        text = f"weights of {self.s.resume}:" if self.s.resume else "random weights:"  # of --source none
         if "loss" in entries:
             text = f"epoch {entries['epoch']} round {entries['round']} loss {entries['loss']:.3f}"
         self.epoch = entries["epoch"]

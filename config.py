@@ -139,7 +139,7 @@ class Settings:
                                     group="episodes", affects="training")  # fmt: skip
     train_batch: int = setting(32, "episodes per training step; also sets the steps per epoch, see --train-epoch-size",
                                low=1, group="episodes", affects="training")  # fmt: skip
-    image_batch: int = setting(96, "images per training step in the clusters recipe, which has no episodes", low=1,
+    image_batch: int = setting(96, "images per training step in the clusters recipe, which has no episodes", low=2,
                                group="episodes", affects="training")  # fmt: skip
     epoch_size: int = setting(600, "episodes per validation", flags=("--val-episodes",), low=2, group="episodes",
                               affects="training")  # fmt: skip
@@ -268,7 +268,11 @@ class Settings:
         """
         place, needed = ",".join(map(str, self.data_paths)), self.shot + self.train_nTestNovel // self.way
         capped = self.recipe == "paper" and self.source != "none" and self.samples_per_class < needed
-        counted = {f"{place}/{split}": each for split, each in real.items() if not (capped and split == "meta_train")}
+        counted = {
+            f"{place}/{split}": each
+            for split, each in real.items()
+            if split == "meta_val" or not capped and self.recipe == "paper"
+        }
         lacks = [self._lacking(counted)]
         if self.support:
             lacks.append("got --support and --query, which are flags of diffusionmix.py; run it after training")
@@ -277,7 +281,10 @@ class Settings:
         fewest = 2 if self.recipe == "clusters" else self.way  # which has no episodes
         if classes < fewest and self.draws:
             cure = "a larger pool, a higher --num-classes, or a lower --way"
-            cure = "--recipe paper, or a larger pool" if self.recipe == "clusters" else cure
+            if self.labels_by_model:  # a label per model, whatever --num-classes is
+                cure = "a larger pool, a lower --way, or --source guided"
+            if self.recipe == "clusters":
+                cure = "--recipe paper --source guided, or a larger pool"
             lacks.append(
                 f"got {classes} classes to train on (--source {self.source}), --recipe {self.recipe} needs {fewest}; "
                 f"give {cure}"
@@ -387,9 +394,9 @@ class Settings:
         return {name: getattr(self, name) for name in BARE}
 
     def given_for_bare_checkpoints(self) -> dict[str, Any]:
-        """Return those of these flags that differ from the preset."""
-        preset = self.preset()
-        return {name: value for name, value in self.bare_checkpoint_flags().items() if value != preset[name]}
+        """Return those of these flags that differ from the preset and from the default."""
+        usual = {name: (self.preset()[name], getattr(Settings, name)) for name in BARE}
+        return {name: value for name, value in self.bare_checkpoint_flags().items() if value not in usual[name]}
 
     def notes(self) -> dict[str, Any]:
         """Return what to note of a run that starts: its settings, those of its preset, and where its pool is."""

@@ -11,6 +11,7 @@ import torch
 
 from config import Settings, flag_of, that_affect
 from datasets.pseudo import PseudoDataset
+from datasets.sources import embedded
 from guided_diffusion.costs import TRIAL, image_flops
 from guided_diffusion.dist_util import or_too_much, pick_device, smaller
 from guided_diffusion.guidance import classifier_guidance
@@ -73,7 +74,8 @@ def opening(training: Any) -> str:
     """Return a line that says what a `main.Training` is about to do."""
     s, pool, classes = training.s, training.pool, training.num_classes
     rounds = len({phase.round for phase in training.phases})
-    images = f"validation on {len(training.validation.class_names)} classes of meta_val"
+    place = "embedded images" if embedded(s.dataset, s.data_paths, "meta_val") else ",".join(map(str, s.data_paths))
+    images = f"validation on {len(training.validation.class_names)} classes of meta_val ({place})"
     if s.draws:
         drawn = sum(training.per_model) * s.samples_per_class
         images = (
@@ -85,7 +87,8 @@ def opening(training: Any) -> str:
     mirrored = "mirrors images" if s.flip else "mirrors no images"
     epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps, {mirrored}"
     if not training.phases:
-        epochs = "random weights, nothing to train"
+        epochs = f"weights of {s.resume}" if s.resume else "random weights"
+        epochs += ", nothing to train"
     device = f"{training.device}, {training.precision}" if s.draws else training.device
     return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {device}, {s.run_folder}"
 

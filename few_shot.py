@@ -33,9 +33,9 @@ from models.class_learner import load_statistics
 from models.episode_head import Heads, fit_heads, meta_test_stages, predict
 from models.meta_model import MetaModel
 from models.saved import MODEL_ENTRIES, WHAT
-from utils import checkpoint
+from utils import checkpoint, processes
 from utils.images import ImageError, pixels_of, resized, shown, to_float, to_uint8
-from utils.labels import check_kinds, encoded, plain_labels
+from utils.labels import as_array, check_kinds, encoded, plain_labels
 from utils.pieces import Pieces, digest_of
 from utils.remote import local
 from utils.seeding import generator, noise, numpy_generator
@@ -73,7 +73,9 @@ class HeadFitter:
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool.of(s) if s.mix else None
-        self.precision = self.pool.precision(s.precision, self.device) if self.pool else s.precision
+        self.precision = s.precision
+        if self.pool:  # each process has timed for itself
+            self.precision = processes.broadcast(self.pool.precision(s.precision, self.device))
         for m in range(len(self.pool) if self.pool else 0):  # fail on a bad model before any starts work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 
@@ -288,7 +290,7 @@ class FewShotClassifier:
         del params["value_range"]  # `diffusionmix.py` has no such flag
         if odd := sorted(set(flags or {}) - set(BARE)):
             raise ValueError(f"got pool_flags with {', '.join(odd)}, expected some of {', '.join(BARE)}")
-        places = {"dataset": "custom", "resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
+        places = {"resume": os.fspath(model), "pool": os.fspath(pool or ""), "mix": bool(pool)}
         return Settings(**places, **params, **(flags or {}))
 
     def fit(self, images: Iterable, labels: Iterable[Hashable]) -> "FewShotClassifier":
@@ -328,7 +330,8 @@ class FewShotClassifier:
         if odd := [label for label in classes if not isinstance(label, str | int | float)]:
             raise ValueError(f"got the label {odd[0]!r}, expected texts or numbers; use pickle for others")
         params = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in self.get_params().items()}
-        head = {"weight": self.heads_.weight, "bias": self.heads_.bias, "scale": self.heads_.scale}
+        params = {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
+        head = {"weight": self.heads_.weight, "bias": self.heads_.bias, "scale": float(self.heads_.scale)}
         checkpoint.save(Path(path), {"params": params, "classes": classes, "sharpness": self.sharpness_, **head})
 
     @classmethod
@@ -342,7 +345,7 @@ class FewShotClassifier:
         classifier = cls(**state["params"])
         classifier.fitter_ = HeadFitter(replace(classifier.settings(), mix=False))
         classifier.heads_ = Heads(state["weight"], state["bias"], state["scale"])
-        classifier.sharpness_, classifier.classes_ = state["sharpness"], np.array(state["classes"])
+        classifier.sharpness_, classifier.classes_ = state["sharpness"], as_array(state["classes"])
         return classifier
 
     def _check_fitted(self) -> None:

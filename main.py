@@ -67,7 +67,8 @@ class Training:
         if self.per_model:
             contents["pool"] = processes.broadcast(self.pool.digest())
             self.pool.check(self.per_model, s.sample_steps, s.finds_classes)
-            self.precision = recorded_precision(s) or self.pool.precision(s.precision, self.device)
+            found = recorded_precision(s) or self.pool.precision(s.precision, self.device)
+            self.precision = processes.broadcast(found)  # each process has timed for itself
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.data, self.data_key = None, None

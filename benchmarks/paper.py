@@ -33,7 +33,10 @@ NAMES = [name for name, scenario in SCENARIOS.items() if {*scenario.images} <= {
 SHOTS = (1, 5)  # shots of the tests; one training serves both, as in benchmarks.table
 PER_MODEL = 5  # classes per pool model; with 64 classes, the last of 13 models has 4
 NETWORK = [word for name, value in PAPER.items() for word in (f"--{name}", str(value))] + ["--random_flip", "True"]
-OWN = "-d --dataset --data-root --pool --source --save-dir --resume --seed --nExemplars --shot".split()  # set here
+OWN = (
+    "-d --dataset --data-root --pool --source --save-dir --resume --seed --nExemplars --shot "
+    "--dry-run --support --query --out --compare"
+).split()  # set here
 FREE = {"cifarfs"}  # data sets that can be downloaded
 TASK = "@TASK@"  # placeholder for a task number in an array job
 FIGURES = Path(__file__).with_name("published.json")
@@ -147,7 +150,9 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
         if None in found[shot]:
             raise ValueError(f"{paths[found[shot].index(None)]}: no results; give the command without --table")
     way, seeds, rows = found[1][0]["way"], " ".join(map(str, a.seeds)), []
-    for name, key in (("ours, with mixes", "by_episode"), ("ours, without mixes", "by_episode_without_mix")):
+    kinds = [("ours, with mixes", "by_episode"), ("ours, without mixes", "by_episode_without_mix")]
+    mixed = all(each.get("pool_models", 1) for shot in SHOTS for each in found[shot])
+    for name, key in kinds if mixed else kinds[1:]:
         cells = (figure(*over_seeds([each[key] for each in found[shot]]), ".2f") for shot in SHOTS)
         rows.append((name, *cells, f"{way}-way, seeds {seeds}, {a.folder}"))
     known: dict[tuple[str, str], dict[int, str]] = {}

@@ -329,7 +329,9 @@ def main() -> None:
     if args.small:
         train = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + train
     settings = parse(train, description="table")
-    taken = [flag for flag in ("--source", "--save-dir", "--save_dir", "--seed", "--nExemplars") if flag in train]
+    given = [word.partition("=")[0].replace("_", "-") for word in train]
+    own = ("--source", "--save-dir", "--seed", "--nExemplars", "--shot", "--dry-run")
+    taken = [flag for flag in own if flag in given]
     if taken:
         raise ValueError(
             f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --folder"
@@ -338,7 +340,7 @@ def main() -> None:
     if settings.recipe == "paper":  # then these equal the rows "guided" and "unguided"
         runs = [name for name in runs if name not in ("paper", "by_model")]
     for name in runs:  # refuse wrong flags before hours of work
-        parse([*train, *RUNS[name]], description="table")
+        parse([*train, *RUNS[name], *args.test], description="table")
     dataset = settings.dataset
     folder = args.folder or Path("ckpt/runs/table") / dataset
     results = run_all(folder, args.seeds, args.shots, runs, train, args.test, args.mix_shots)

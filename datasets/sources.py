@@ -9,12 +9,18 @@ from datasets.folder import LabelledImages, load_split
 from datasets.fontchars import load_fontchars
 from datasets.glyphs import make_split
 
+SPLITS = ("meta_train", "meta_val", "meta_test")
 GLYPHS_PER_CLASS = 100  # images per class to draw episodes from
 # Sets that need no folder: name -> function (split, images per class or None, size) -> images.
 EMBEDDED: dict[str, Callable[[str, int | None, int], LabelledImages]] = {
     "glyphs": lambda split, per_class, size: make_split(split, per_class or GLYPHS_PER_CLASS, size=size),
     "fontchars": lambda split, per_class, size: load_fontchars(split, per_class, size=size),
 }
+
+
+def embedded(dataset: str, roots: Sequence[Path], split: str) -> bool:
+    """Return whether the images of a split are `EMBEDDED`: none of the data folders has that split."""
+    return dataset in EMBEDDED and not any((root / split).is_dir() for root in roots)
 
 
 def load_real(
@@ -29,9 +35,14 @@ def load_real(
 
     roots: one data folder per domain; with several, classes are named <root's name>/<class>.
     size: side in pixels; per_class: most images per class, None for all (100 for embedded glyphs); workers: threads.
-    Raises ValueError if a folder is missing or empty.
+    Raises ValueError if a folder is missing or empty, or if a folder other than data/<dataset> has only other splits.
     """
-    if dataset in EMBEDDED and not (roots[0] / split).is_dir():
+    if embedded(dataset, roots, split):
+        for root in roots:
+            if root != Path("data", dataset) and any((root / other).is_dir() for other in SPLITS):
+                raise ValueError(
+                    f"{root}: got no folder {split}; add it, or leave --data-root out to use the images of {dataset}"
+                )
         return EMBEDDED[dataset](split, per_class, size)
     domains = [load_split(root, split, size, per_class, workers=workers) for root in roots]
     if len(domains) == 1:

@@ -318,7 +318,7 @@ def _subsets(text: str, count: int) -> list[int]:
         raise ValueError(f"got --subsets {text!r}, expected numbers with commas between, as in 1,3,5") from None
     if not all(1 <= m <= count for m in wanted):
         raise ValueError(f"got --subsets {text!r}, expected some of 1 to {count}, the models of this pool")
-    return wanted
+    return sorted(set(wanted))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class TrainSettings:
 
     image_size: int = network(64, "pixels per side", within=(1, 2048))
     num_channels: int = network(128, "channels of the first level; 128 for 64 pixels, 16 to 32 on a CPU",
-                                within=(1, 4096))  # fmt: skip
+                                within=(2, 4096))  # fmt: skip
     num_res_blocks: int = network(2, "residual blocks per level", within=(1, 64))
     num_heads: int = network(4, "attention heads", within=(1, 1024))
     num_heads_upsample: int = network(-1, "attention heads in the decoder; -1: as in the encoder", within=(1, 1024))

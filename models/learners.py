@@ -24,6 +24,7 @@ from utils.metrics import accuracy, mean_confidence_interval
 from utils.progress import progress
 from utils.seeding import generator
 
+AT_ONCE = 2**26  # numbers of the features of episodes that are scored at once in validation: 256 MiB
 LEVELS = 1000  # timesteps; a guide gets t from 0 to 999
 VIEW = AugmentSettings(flip=False, scale=(0.75, 1.0), rotate=8, aspect=1.2, erase=0.0)  # of guidance
 
@@ -254,9 +255,13 @@ def validate(model: MetaModel, images: Tensor, episodes: Episodes, way: int, sca
 
     images: (N, 3, H, W) uint8, indexed by the episodes; scale: factor of the cosines.
     """
-    known = features(model, images)
-    scores = prototype_scores(known[episodes.support], episodes.support_labels, known[episodes.query], way, scale)
-    return mean_confidence_interval(accuracy(scores, episodes.query_labels))
+    known, found = features(model, images), []
+    per_episode = (episodes.support.shape[1] + episodes.query.shape[1]) * known.shape[1]
+    for part in torch.arange(len(episodes.support)).split(max(1, AT_ONCE // per_episode)):
+        support, query = known[episodes.support[part]], known[episodes.query[part]]
+        scores = prototype_scores(support, episodes.support_labels[part], query, way, scale)
+        found.append(accuracy(scores, episodes.query_labels[part]))
+    return mean_confidence_interval(torch.cat(found))
 
 
 def check_finite(entries: Mapping[str, Any], epoch: int) -> None:

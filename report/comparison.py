@@ -245,7 +245,8 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
                 mean, half = number(result.get(f"accuracy{end}")), number(result.get(f"ci95{end}"))
                 if mean is None:
                     continue
-                tested = tuple(_plain(result.get(n)) for n in (*_HEAD, *(_MIXES if mixed else ()), "episodes"))
+                counted = (*_HEAD, *(_MIXES if mixed else ()), "episodes", "query", "images")
+                tested = tuple(_plain(result.get(n)) for n in counted)
                 method = found.setdefault((key, tested, mixed), Method("", str(run.settings.get("source", ""))))
                 seed, label = _plain(run.settings.get("seed")), name + (" + mixes" if mixed else "")
                 if mixed and len(tests) > 1:

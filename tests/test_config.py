@@ -179,13 +179,13 @@ def test_all_that_is_lacking_is_said_at_once():
 
 
 def test_one_advice_for_all_splits():
-    s = read("--source real --nKnovel 8 --train_nTestNovel 400 --nTestNovel 400 --samples-per-class 60")
+    s = read("--source real --recipe paper --nKnovel 8 --train_nTestNovel 400 --nTestNovel 400 --samples-per-class 60")
     counts = {c: 20 for c in "abcdef"}
     with pytest.raises(ValueError) as error:
         s.check_suffices(32, 6, {"meta_val": counts, "meta_train": {**counts, "g": 12}})
     assert str(error.value).count("an episode needs") == 2 and str(error.value).count("or give") == 1
     flags = str(error.value).partition("or give ")[2]
-    read(f"--source real {flags} --samples-per-class 60").check_suffices(
+    read(f"--source real --recipe paper {flags} --samples-per-class 60").check_suffices(
         32, 6, {"meta_val": counts, "meta_train": {**counts, "g": 12}}
     )
 

@@ -163,7 +163,7 @@ CASES = [
     (main, MAIN, "--data-root data,data", "--data-root"),
     (main, MAIN, "--data-root data,", "--data-root"),
     (main, MAIN, "--num-classes 4", "4 5 --num-classes --way"),
-    (main, MAIN, "--source unguided", "2 5 --source unguided --num-classes --way"),
+    (main, MAIN, "--source unguided", "2 5 --source unguided guided --way"),
     (main, MAIN, "--recipe clusters --refresh-every 2 --max-epoch 2", "--max-epoch --refresh-every 2"),
     (main, MAIN, "--recipe clusters --refresh-every 1", "--refresh-every 1 2"),
     (main, MAIN, "--samples-per-class 2", "--samples-per-class 2 3"),

@@ -157,6 +157,15 @@ def test_probabilities_are_as_sure_as_the_images_left_out_are_right():
     assert few_shot.sharpness(100 * logits, 3 - labels) == pytest.approx(1.0)  # never less sure than the head
 
 
+@pytest.mark.parametrize("names", [(1, "a"), ("a", "a\0"), (2**53 + 1, 0.5), (True, 2)])
+def test_labels_and_parameters_are_loaded_as_they_were(classifier, tmp_path, names):
+    classifier.set_params(head_steps=np.int64(3), head_scale=np.float64(2))
+    classifier.fit(pictures({"a": 4})[0], [*names, *names]).save(tmp_path / "mine.pt")
+    again = FewShotClassifier.load(tmp_path / "mine.pt")
+    found, wanted = again.classes_.tolist(), classifier.classes_.tolist()
+    assert found == wanted and [*map(type, found)] == [*map(type, wanted)] and again.head_steps == 3
+
+
 def test_save_and_load(classifier, tmp_path):
     images, labels = pictures({"a": 3, "b": 2, "c": 1})
     expected = classifier.fit(images, labels).predict_proba(images)

@@ -123,6 +123,19 @@ def test_from_data_to_table(place, call, monkeypatch, few_rounds, enough_memory)
         assert {Pool(pools / name).load(m).class_cond for m in range(2)} == {conditional}
 
 
+def test_no_row_of_mixes_without_mixes(made, call):
+    assert call(paper, *GIVEN)[0] == 0
+    for file in Path("ckpt/runs/paper").rglob("results.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pool_models": 0}))
+    status, out, _ = call(paper, *GIVEN, "--table")
+    assert status == 0 and "with mixes" not in out and "without mixes" in out
+
+
+@pytest.mark.parametrize("flags", [("--dry-run",), ("--test", "--support", "x", "--query", "y")])
+def test_flags_of_other_work_are_refused(made, call, flags):
+    assert call(paper, *GIVEN, *flags)[0] == 2 and not made
+
+
 def test_every_step_in_order_and_none_again(made, call):
     status, out, err = call(paper, *GIVEN, "--lr", "0.3", "--pretrain", "--steps", "9", "--test", "--episodes", "4")
     assert status == 0, err

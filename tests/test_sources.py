@@ -43,3 +43,13 @@ def test_domains_are_put_side_by_side(tmp_path):
     data = load_real("cifar_mini", [tmp_path / "a", tmp_path / "b"], "meta_val", 8)
     assert data.class_names == ["a/cat", "a/dog", "b/cat"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert [int(image.float().mean()) for image in data.images] == [10, 10, 20, 20, 30, 30]
+
+
+def test_a_given_folder_that_lacks_the_split_is_refused(picture_folder, tmp_path):
+    """Else another data set would be used in silence."""
+    picture_folder(tmp_path / "a" / "meta_train", {"b": [0]})
+    picture_folder(tmp_path / "b" / "meta_val", {"b": [0]})
+    with pytest.raises(ValueError, match="meta_val.*--data-root"):
+        load_real("glyphs", [tmp_path / "a"], "meta_val", 16)
+    with pytest.raises(ValueError, match="meta_val"):
+        load_real("glyphs", [tmp_path / "none", tmp_path / "b"], "meta_val", 16)

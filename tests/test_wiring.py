@@ -220,7 +220,7 @@ def test_training_prototypes_are_means_before_normalisation():
     torch.testing.assert_close(scores, 7 * cosine, rtol=0, atol=1e-4)
 
 
-def test_validation_is_on_features_before_normalisation():
+def test_validation_is_on_features_before_normalisation(monkeypatch):
     class Colours(torch.nn.Module):
         feature_dim = 3
 
@@ -237,6 +237,8 @@ def test_validation_is_on_features_before_normalisation():
         query=torch.tensor([[6], [6]])[:1], query_labels=torch.tensor([[0]]),
     )  # fmt: skip
     two = SimpleNamespace(**{name: value.repeat(2, 1) for name, value in vars(episodes).items()})
+    assert learners.validate(model, images, two, 2, 7.0)[0] == 100
+    monkeypatch.setattr(learners, "AT_ONCE", 1)  # an episode at a time
     assert learners.validate(model, images, two, 2, 7.0)[0] == 100
 
 

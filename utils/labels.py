@@ -59,14 +59,19 @@ def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
         ordered = sorted(found)
     except TypeError:  # types that do not compare
         ordered = sorted(found, key=lambda label: (type(label).__name__, repr(label)))
-    alike = len({type(label) for label in ordered}) == 1 and isinstance(ordered[0], str | int | float)
-    classes = np.array(ordered) if alike else None
-    if classes is None or classes.tolist() != ordered:  # NumPy rounds large integers and cuts trailing zero bytes
-        classes = np.empty(len(ordered), object)
-        for number, label in enumerate(ordered):  # one by one, as NumPy takes tuples for axes
-            classes[number] = label
     numbers_ = {label: number for number, label in enumerate(ordered)}
-    return classes, torch.tensor([numbers_[label] for label in labels])
+    return as_array(ordered), torch.tensor([numbers_[label] for label in labels])
+
+
+def as_array(labels: Sequence[Hashable]) -> np.ndarray:
+    """Return labels as an array (N,) that keeps each as it is: of their type, or of objects."""
+    plain = len({type(label) for label in labels}) == 1 and isinstance(labels[0], str | int | float)
+    array = np.array(labels) if plain else None
+    if array is None or array.tolist() != list(labels):  # NumPy rounds large integers and cuts trailing zero bytes
+        array = np.empty(len(labels), object)
+        for number, label in enumerate(labels):  # one by one, as NumPy takes tuples for axes
+            array[number] = label
+    return array
 
 
 def check_kinds(labels: Sequence[Hashable], classes: Sequence[Hashable]) -> None:
