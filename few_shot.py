@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from config import BARE, Settings, that_affect
@@ -459,6 +461,10 @@ def _read(images: Iterable, size: int, value_range: Sequence[float] | None) -> T
         except ImageError as error:
             return str(error)
 
+    for image in images:
+        if isinstance(image, Image.Image):  # the same one may be there twice, and two threads cannot load it
+            with suppress(Exception):  # `read` says what is wrong
+                image.load()
     with ThreadPoolExecutor() as threads:
         done = list(threads.map(read, images))
     for number, (image, result) in enumerate(zip(images, done, strict=True)):

@@ -70,6 +70,12 @@ def main() -> None:
     for flag in ("data_dir", "held_out_dir"):
         if getattr(s, flag):
             _refuse_splits(flag, Path(getattr(s, flag)))
+    place = Path(s.pool or s.save_dir)
+    if place.resolve().is_relative_to(Path(s.data_dir).resolve()):
+        raise ValueError(
+            f"{shown(place)}: is in --data_dir, where its samples would be training images; give another "
+            f"--{'pool' if s.pool else 'save_dir'}"
+        )
     device = pick_device(s.device)
     say("mirrors half of the images (--random_flip True)" if s.random_flip else "mirrors no images; give "
         "--random_flip True if left and right are interchangeable")  # fmt: skip

@@ -241,6 +241,7 @@ CASES = [
     # pretraining
     (image_train, TRAIN, "--data_dir nowhere", "nowhere --data_dir"),
     (image_train, TRAIN, "--data_dir empty", "empty"),
+    (image_train, TRAIN, "--save_dir data/meta_train/out", "data/meta_train/out --data_dir --save_dir"),
     (image_train, TRAIN, "--data_dir all-bad", "all-bad c0/0.png"),
     (image_train, TRAIN, "--frob 1", "--frob --help"),
     (image_train, TRAIN, "--class_cond maybe", "--class_cond maybe True False --help"),
@@ -254,6 +255,7 @@ CASES = [
     (image_train, TRAIN, "--schedule_sampler best", "schedule_sampler best uniform loss-second-moment"),
     (image_train, TRAIN, "--precision fp8", "precision fp8 auto float32 bf16"),
     (image_train, POOL, "--data_dir flat", "flat"),
+    (image_train, POOL, "--pool data/meta_train/pool", "data/meta_train/pool --data_dir --pool"),
     (image_train, POOL, "--subsets 2,9", "--subsets 2,9 1"),
     (image_train, POOL, "--subsets one", "--subsets one"),
     (image_train, POOL, "--classes_per_model 0", "classes_per_model 0 1"),

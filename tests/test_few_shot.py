@@ -166,6 +166,14 @@ def test_labels_and_parameters_are_loaded_as_they_were(classifier, tmp_path, nam
     assert found == wanted and [*map(type, found)] == [*map(type, wanted)] and again.head_steps == 3
 
 
+def test_an_open_image_may_be_there_twice(tmp_path):
+    pixels = pictures({"a": 1})[0][0]
+    Image.fromarray(np.asarray(pixels)).resize((600, 600)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        found = few_shot._read([image] * 16, 16, None)
+    assert (found == found[0]).all()
+
+
 def test_save_and_load(classifier, tmp_path):
     images, labels = pictures({"a": 3, "b": 2, "c": 1})
     expected = classifier.fit(images, labels).predict_proba(images)
