@@ -71,6 +71,7 @@ def test_another_batch_gives_the_same_accuracies(test_run):
 def test_no_test_takes_the_place_of_another(test_run, tmp_path):
     kept = tmp_path / "run" / "results"
     first, out = test_run("--mix", "False")
+    assert "with mixes" not in out and " % without mixes" in out
     assert "meta_test-5way-1shot.json" in out
     test_run("--mix", "False")  # the same again
     assert [path.name for path in kept.iterdir()] == ["meta_test-5way-1shot.json"]

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import main
+from config import Settings
+from few_shot import HeadFitter
 from guided_diffusion import pool as pools
 from guided_diffusion.pool import Pool, PoolModel
 from tests.conftest import TINY
+from utils import processes
 
 CPU = torch.device("cpu")
 
@@ -71,3 +74,11 @@ def test_a_resumed_run_draws_as_it_began(machine, call, toy_pool, tmp_path, monk
     status, _, err = call(main, *flags, "--source", "unguided", "--max-epoch", 1)
     assert status == 0 and not timed, err
     assert json.loads(config.read_text())["drawn_in"] == "bf16"
+
+
+def test_all_processes_draw_in_the_format_of_the_first(monkeypatch, trained, toy_pool):
+    """Each has timed for itself, so they may differ."""
+    monkeypatch.setattr(Pool, "precision", lambda *_: "bf16")
+    monkeypatch.setattr(processes, "broadcast", lambda value: {"bf16": "float32"}.get(value, value))  # the first's
+    fitter = HeadFitter(Settings(resume=str(trained / "best_model.pt"), pool=str(toy_pool), device="cpu"))
+    assert fitter.precision == "float32"
