@@ -271,7 +271,7 @@ class Settings:
         counted = {
             f"{place}/{split}": each
             for split, each in real.items()
-            if split == "meta_val" or not capped and self.recipe == "paper"
+            if split == "meta_val" or (self.recipe == "paper" and not capped)
         }
         lacks = [self._lacking(counted)]
         if self.support:
@@ -394,9 +394,9 @@ class Settings:
         return {name: getattr(self, name) for name in BARE}
 
     def given_for_bare_checkpoints(self) -> dict[str, Any]:
-        """Return those of these flags that differ from the preset and from the default."""
-        usual = {name: (self.preset()[name], getattr(Settings, name)) for name in BARE}
-        return {name: value for name, value in self.bare_checkpoint_flags().items() if value not in usual[name]}
+        """Return the flags for bare checkpoints that differ from both the preset and the default."""
+        preset, given = self.preset(), self.bare_checkpoint_flags()
+        return {name: value for name, value in given.items() if value not in (preset[name], getattr(Settings, name))}
 
     def notes(self) -> dict[str, Any]:
         """Return what to note of a run that starts: its settings, those of its preset, and where its pool is."""

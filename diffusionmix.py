@@ -240,12 +240,12 @@ def say(settings: Settings, results: dict) -> None:
     Board(settings.run_folder, wanted=settings.tensorboard).scalars(
         {f"test/{name}": results[name] for name in names}, 0
     )
+    mixed = results["pool_models"] > 0
     for name, part in results.get("domains", {}).items():
-        print(f"{name}: {accuracies(part, bool(results['pool_models']))}")
+        print(f"{name}: {accuracies(part, mixed)}")
     print(
-        f"{results['way']}-way {results['shot']}-shot on {results['split']}: "
-        f"{accuracies(results, bool(results['pool_models']))}, {results['episodes']} episodes, "
-        f"{results['seconds']:.0f} s; {kept}"
+        f"{results['way']}-way {results['shot']}-shot on {results['split']}: {accuracies(results, mixed)}, "
+        f"{results['episodes']} episodes, {results['seconds']:.0f} s; {kept}"
     )
 
 

@@ -84,11 +84,11 @@ def opening(training: Any) -> str:
         )
     if training.real:
         images = f"{len(training.real.labels):,} real images of {classes} classes, {images}"
-    mirrored = "mirrors images" if s.flip else "mirrors no images"
-    epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps, {mirrored}"
-    if not training.phases:
-        epochs = f"weights of {s.resume}" if s.resume else "random weights"
-        epochs += ", nothing to train"
+    if training.phases:
+        mirrored = "mirrors images" if s.flip else "mirrors no images"
+        epochs = f"{len(training.phases)} epochs of {s.epoch_steps} steps, {mirrored}"
+    else:
+        epochs = (f"weights of {s.resume}" if s.resume else "random weights") + ", nothing to train"
     device = f"{training.device}, {training.precision}" if s.draws else training.device
     return f"{s.dataset}, --source {s.source}: {images}; {epochs}, {device}, {s.run_folder}"
 

@@ -35,7 +35,7 @@ from models.class_learner import load_statistics
 from models.episode_head import Heads, fit_heads, meta_test_stages, predict
 from models.meta_model import MetaModel
 from models.saved import MODEL_ENTRIES, WHAT
-from utils import checkpoint, processes
+from utils import checkpoint
 from utils.images import ImageError, pixels_of, resized, shown, to_float, to_uint8
 from utils.labels import as_array, check_kinds, encoded, plain_labels
 from utils.pieces import Pieces, digest_of
@@ -75,9 +75,7 @@ class HeadFitter:
         self.path = local(s.resume) if s.resume else s.run_folder / "best_model.pt"
         self.model, self.size, self.trained = load_model(self.path, self.device)
         self.pool = Pool.of(s) if s.mix else None
-        self.precision = s.precision
-        if self.pool:  # each process has timed for itself
-            self.precision = processes.broadcast(self.pool.precision(s.precision, self.device))
+        self.precision = self.pool.precision(s.precision, self.device) if self.pool else s.precision
         for m in range(len(self.pool) if self.pool else 0):  # fail on a bad model before any starts work
             timesteps_of(self.pool.load(m), s.mix_level, s.mix_steps)
 
@@ -462,7 +460,7 @@ def _read(images: Iterable, size: int, value_range: Sequence[float] | None) -> T
             return str(error)
 
     for image in images:
-        if isinstance(image, Image.Image):  # the same one may be there twice, and two threads cannot load it
+        if isinstance(image, Image.Image):  # two threads cannot load one image that is listed twice
             with suppress(Exception):  # `read` says what is wrong
                 image.load()
     with ThreadPoolExecutor() as threads:

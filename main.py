@@ -67,8 +67,7 @@ class Training:
         if self.per_model:
             contents["pool"] = processes.broadcast(self.pool.digest())
             self.pool.check(self.per_model, s.sample_steps, s.finds_classes)
-            found = recorded_precision(s) or self.pool.precision(s.precision, self.device)
-            self.precision = processes.broadcast(found)  # each process has timed for itself
+            self.precision = recorded_precision(s) or self.pool.precision(s.precision, self.device)
         sampler = EpisodeSampler(self.validation.labels, s.way, s.shot, s.nTestNovel // s.way)
         self.val_episodes = sampler.sample_indexed(0, s.epoch_size, s.seed, "validation")
         self.data, self.data_key = None, None

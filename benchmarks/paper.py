@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.measure import PAPER
-from benchmarks.table import INTERVALS, ROOT, execute, figure
+from benchmarks.table import INTERVALS, ROOT, execute, figure, flags_among
 from config import SCENARIOS, parse
 from datasets import prepare, published
 from guided_diffusion import train_flags
@@ -201,7 +201,7 @@ def arguments(argv: list[str]) -> Namespace:
         raise ValueError(f"got --data {a.data}, expected the place of {' and, after a comma, that of '.join(domains)}")
     if a.gpus < 1:
         raise ValueError(f"got --gpus {a.gpus}, expected 1 or more")
-    if taken := [word for word in (*a.train, *a.test) if word.partition("=")[0].replace("_", "-") in OWN]:
+    if taken := flags_among([*a.train, *a.test], OWN):
         raise ValueError(f"got {taken[0]}, which this command sets itself; leave it out, or see --seeds and --folder")
     parse(["--dataset", a.scenario, *a.train, *a.test], description="")
     train_flags.parse([*NETWORK, *a.pretrain])

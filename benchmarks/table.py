@@ -15,6 +15,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -329,10 +330,7 @@ def main() -> None:
     if args.small:
         train = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + train
     settings = parse(train, description="table")
-    given = [word.partition("=")[0].replace("_", "-") for word in train]
-    own = ("--source", "--save-dir", "--seed", "--nExemplars", "--shot", "--dry-run")
-    taken = [flag for flag in own if flag in given]
-    if taken:
+    if taken := flags_among(train, ("--source", "--save-dir", "--seed", "--nExemplars", "--shot", "--dry-run")):
         raise ValueError(
             f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --folder"
         )
@@ -365,6 +363,11 @@ def _training_seconds(path: Path) -> float:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     last = {line["epoch"]: line for line in lines}  # an epoch that was repeated after a kill counts once
     return sum(line.get("seconds", 0) + line.get("synthesis_seconds", 0) for line in last.values())
+
+
+def flags_among(words: Sequence[str], own: Collection[str]) -> list[str]:
+    """Return the words of a command line that give a flag of `own`, also as --flag=value or with underscores."""
+    return [word for word in words if word.partition("=")[0].replace("_", "-") in own]
 
 
 def call(script: str, *flags: str) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from datasets.folder import LabelledImages, load_split
-from datasets.fontchars import load_fontchars
+from datasets.fontchars import SPLITS, load_fontchars
 from datasets.glyphs import make_split
 
-SPLITS = ("meta_train", "meta_val", "meta_test")
 GLYPHS_PER_CLASS = 100  # images per class to draw episodes from
 # Sets that need no folder: name -> function (split, images per class or None, size) -> images.
 EMBEDDED: dict[str, Callable[[str, int | None, int], LabelledImages]] = {

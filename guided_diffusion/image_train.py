@@ -71,7 +71,7 @@ def main() -> None:
         if getattr(s, flag):
             _refuse_splits(flag, Path(getattr(s, flag)))
     place = Path(s.pool or s.save_dir)
-    if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(s.data_dir)):  # a loop of links does not stop it
+    if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(s.data_dir)):  # which survive a loop of links
         raise ValueError(
             f"{shown(place)}: is in --data_dir, where its samples would be training images; give another "
             f"--{'pool' if s.pool else 'save_dir'}"

@@ -23,7 +23,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     unwrapped,
 )
-from utils import checkpoint
+from utils import checkpoint, processes
 from utils.remote import local
 
 _DEFAULTS = model_and_diffusion_defaults()
@@ -159,7 +159,7 @@ class Pool:
     def of(cls, settings: Any) -> "Pool":
         """Return the pool that `config.Settings` name.
 
-        Raises ValueError as the constructor does, and for a flag that all models contradict: it would change nothing.
+        Raises ValueError as the constructor does, and for a flag that every model contradicts: it would have no effect.
         """
         pool = cls(local(settings.pool_place), settings.bare_checkpoint_flags())
         if given := settings.given_for_bare_checkpoints():
@@ -234,7 +234,8 @@ class Pool:
             return "bf16" if inference_dtype(asked, device) == torch.bfloat16 else "float32"
         exact, half = (self.load(0, device, each) for each in ("float32", "bf16"))
         images = 2 if exact.seconds(2) > 0.1 else 32  # few for a large network
-        return "bf16" if half.seconds(images) < SURELY * exact.seconds(images) else "float32"
+        faster = "bf16" if half.seconds(images) < SURELY * exact.seconds(images) else "float32"
+        return processes.broadcast(faster)  # each process has timed for itself
 
     def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
         """Return how many of `batch` images fit in memory at once with `model`, by the memory free at the first call.

@@ -76,9 +76,9 @@ def test_a_resumed_run_draws_as_it_began(machine, call, toy_pool, tmp_path, monk
     assert json.loads(config.read_text())["drawn_in"] == "bf16"
 
 
-def test_all_processes_draw_in_the_format_of_the_first(monkeypatch, trained, toy_pool):
+def test_all_processes_draw_in_the_format_of_the_first(machine, monkeypatch, trained, toy_pool):
     """Each has timed for itself, so they may differ."""
-    monkeypatch.setattr(Pool, "precision", lambda *_: "bf16")
+    machine(1.0, 0.3)
     monkeypatch.setattr(processes, "broadcast", lambda value: {"bf16": "float32"}.get(value, value))  # the first's
     fitter = HeadFitter(Settings(resume=str(trained / "best_model.pt"), pool=str(toy_pool), device="cpu"))
     assert fitter.precision == "float32"

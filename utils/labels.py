@@ -64,7 +64,7 @@ def encoded(labels: Sequence[Hashable]) -> tuple[np.ndarray, torch.Tensor]:
 
 
 def as_array(labels: Sequence[Hashable]) -> np.ndarray:
-    """Return labels as an array (N,) that keeps each as it is: of their type, or of objects."""
+    """Return labels as an array (N,) that changes none of them; an array of objects if NumPy would change some."""
     plain = len({type(label) for label in labels}) == 1 and isinstance(labels[0], str | int | float)
     array = np.array(labels) if plain else None
     if array is None or array.tolist() != list(labels):  # NumPy rounds large integers and cuts trailing zero bytes
