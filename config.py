@@ -300,7 +300,7 @@ class Settings:
             raise ValueError(lacks)
 
     def _lacking(self, real: Mapping[str, Mapping[str, int]]) -> str:
-        """Return what the real images have too few of, and the flags with which they would do; "" if they do.
+        """Return what the real images lack, and flags that would make them enough; "" if nothing is lacking.
 
         real: what the images are, by the name of their split -> class -> how many images it has.
         """
@@ -399,7 +399,7 @@ class Settings:
         return {name: value for name, value in given.items() if value not in (preset[name], getattr(Settings, name))}
 
     def notes(self) -> dict[str, Any]:
-        """Return what to note of a run that starts: its settings, those of its preset, and where its pool is."""
+        """Return what to record when a run starts: its settings, those of its preset, and where its pool is."""
         return {"settings": self.as_dict(), "preset": self.preset(), "pool": self.pool_place}
 
     def as_dict(self) -> dict[str, Any]:
