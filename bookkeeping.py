@@ -22,7 +22,13 @@ PRECISION = "drawn_in"  # entry of config.json: the number format that the run d
 
 def recorded_precision(s: Settings) -> str | None:
     """Return the format that --precision auto chose when the run began; None if new, or with another --precision."""
-    kept = (read_json(s.run_folder / "config.json", dict) or {}).get(PRECISION) if s.precision == "auto" else None
+    if s.precision != "auto":
+        return None
+    config = read_json(s.run_folder / "config.json", dict)
+    if config is None:  # damaged, or never written: last.pt holds the same entry
+        state = checkpoint.load_newest(s.run_folder / "last.pt")
+        config = state if isinstance(state, Mapping) else {}
+    kept = config.get(PRECISION)
     return kept if kept in ("float32", "bf16") else None
 
 
@@ -52,7 +58,8 @@ class Bookkeeping:
             path = last
         else:
             path = local(self.s.resume) if self.s.resume else None
-        made_with = read_json(config, dict, "rewriting it and drawing the pseudo images again")
+        instead = "rewriting it" + " and drawing the pseudo images again" * (path != last)
+        made_with = read_json(config, dict, instead)
         self.images_of_unknown_settings = made_with is None and path != last and config.exists()
         if path != last:  # a run killed in its first epoch leaves pseudo images but no last.pt
             check_same(config, made_with or {}, self.resolved(), self.may_change - {"resume"})

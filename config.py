@@ -220,6 +220,11 @@ class Settings:
             )
         if self.start_epoch >= self.max_epoch:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
+        if self.start_epoch and not self.resume:
+            raise ValueError(
+                f"got --start-epoch {self.start_epoch} without --resume, the weights to start from; give both, or "
+                "neither: the same command resumes a stopped run by itself"
+            )
         nearest = next((p for p in (self.run_folder, *self.run_folder.parents) if p.exists()), None)
         if self.save_dir and nearest and not nearest.is_dir():
             raise ValueError(f"got --save-dir {self.save_dir}, but {nearest} is a file; give another folder")

@@ -40,7 +40,7 @@ from utils.run_log import read_json, write_json, write_skipped
 from utils.tensorboard import Board
 
 SAME = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # of two tests on the same episodes
-METHOD = ("model", "mix_steps", "mix_level", "pool_models", "head_steps", "head_init", "head_scale")  # what is tested
+METHOD = ("model", "mix_steps", "mix_level", "pool", "pool_models", "head_steps", "head_init", "head_scale")  # tested
 TRAINED = ("source", "dataset", "recipe", "seed", "num_classes", "samples_per_class")  # told in results.json
 SHOWN = 4  # support images whose mixes, and pool models whose mixes of them, mixes.npz keeps for the report
 
@@ -145,6 +145,7 @@ def evaluate(settings: Settings, tests: list[Testing]) -> dict:
         "head_scale": s.head_scale,
         "mix_level": s.mix_level if pool else 0,
         "mix_steps": s.mix_steps if pool else 0,
+        "pool": pool.digest() if pool else "",
         "pool_models": len(pool) if pool else 0,
         "precision": tests[0].fitter.precision,
         "device": str(device),
@@ -291,14 +292,14 @@ def compare(settings: Settings) -> None:
     Raises ValueError if one is missing, or their episodes differ.
     """
     paths, found = [settings.run_folder, Path(settings.compare)], []
-    for path in paths:
-        file = path / "results.json" if path.is_dir() else path
+    files = [path / "results.json" if path.is_dir() else path for path in paths]
+    for file in files:
         results = read_json(file, dict)
         if results is None or not {"by_episode", *SAME} <= results.keys():
             raise ValueError(f"{file}: no results of a test; run diffusionmix.py there, or name another file")
         found.append(results)
     one, other = found
-    if paths[0].resolve() == paths[1].resolve():
+    if files[0].resolve() == files[1].resolve():
         raise ValueError(f"got --compare {paths[1]}, which is this run; name another, or give this one --save-dir")
     if differ := [f"{name} {one[name]!r} and {other[name]!r}" for name in SAME if one[name] != other[name]]:
         raise ValueError(f"got tests of other episodes: {', '.join(differ)}; test both with the same settings")

@@ -48,7 +48,8 @@ def of_training(training: Any) -> None:
         guided = sum(phase.guided for phase in rounds)
         twice = guided if s.finds_classes else 0
         each = s.samples_per_class * s.sample_steps
-        work = measure(pool, [count * each * (len(rounds) + twice) for count in classes], s, training.precision)
+        per_class = each * (len(rounds) + twice) + training.calibration * s.sample_steps
+        work = measure(pool, [count * per_class for count in classes], s, training.precision)
         guiding = guided * sum(classes) * each * _guidance_seconds(training) if guided else 0.0
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [

@@ -50,7 +50,7 @@ class Training:
         s = self.s = settings
         self.device = pick_device(s.device_name)
         self.phases = phases(s)
-        needs_pool = s.draws or Path(s.pool_place).exists()
+        needs_pool = s.draws or s.pool or Path(s.pool_place).exists()
         self.pool = Pool.of(s) if needs_pool else None
         self.size = size = s.height or (self.pool.load(0).image_size if self.pool else s.image_size)
         self.per_model = self.pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model) if s.draws else []
@@ -87,8 +87,7 @@ class Training:
             books.log.line(dry_run.opening(self))
         if s.source == "none" and not books.restored:
             books.record({"epoch": 0, "round": 0, **self.accuracy()}, self.learners)
-        untrained = not books.restored and not s.resume
-        if untrained and s.recipe == "paper" and s.source == "guided":
+        if self.calibration:
             self.calibrate_guide()
         for phase in left:
             started = time.perf_counter()
@@ -113,9 +112,15 @@ class Training:
             return PaperLearners(self.s, self.num_classes, self.size, self.device, shared_process())
         return ClusterLearners(self.s, self.num_classes, self.size, self.device)
 
+    @property
+    def calibration(self) -> int:
+        """How many unguided images per class to draw first; 0 unless an untrained class-learner guides round 0."""
+        untrained = not self.books.restored and not self.s.resume
+        return CALIBRATION * (untrained and self.s.recipe == "paper" and self.s.source == "guided")
+
     def calibrate_guide(self) -> None:
         """Set the running statistics of the untrained networks from a few unguided images, to guide round 0."""
-        few = replace(self.plan("calibration"), per_class=CALIBRATION, folder=None)
+        few = replace(self.plan("calibration"), per_class=self.calibration, folder=None)
         images, _, _ = synthesise(self.pool, few, self.device)
         guides.calibrate(self.learners.model, self.learners.learner, images)
 

@@ -166,9 +166,15 @@ def learnt(run: str | os.PathLike) -> PseudoDataset:
     parts = []
     for folder in rounds:
         data = PseudoDataset.load(folder)
-        newer = [*folder.glob("clusters.npy"), *sorted(folder.glob("labels[0-9]*.npy"))]
+        newer = [*folder.glob("clusters.npy"), *sorted(folder.glob("labels[0-9]*.npy"), key=_number)]
         parts.append(PseudoDataset(data.images, _labels(newer[-1]), data.num_classes) if newer else data)
     return parts[0].joined(parts[1:])
+
+
+def _number(path: Path) -> int:
+    """Return the round in the name labelsNN.npy, which has more digits from round 100 on."""
+    digits = path.stem.removeprefix("labels")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _labels(path: Path) -> torch.Tensor:

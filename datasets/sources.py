@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from datasets.folder import LabelledImages, load_split
-from datasets.fontchars import SPLITS, load_fontchars
+from datasets.fontchars import load_fontchars
 from datasets.glyphs import make_split
 
 GLYPHS_PER_CLASS = 100  # images per class to draw episodes from
@@ -34,14 +34,14 @@ def load_real(
 
     roots: one data folder per domain; with several, classes are named <root's name>/<class>.
     size: side in pixels; per_class: most images per class, None for all (100 for embedded glyphs); workers: threads.
-    Raises ValueError if a folder is missing or empty, or if a folder other than data/<dataset> has only other splits.
+    Raises ValueError if a folder is missing or empty. An `EMBEDDED` set accepts an empty folder, and a missing
+    data/<dataset>.
     """
     if embedded(dataset, roots, split):
         for root in roots:
-            if root != Path("data", dataset) and any((root / other).is_dir() for other in SPLITS):
-                raise ValueError(
-                    f"{root}: got no folder {split}; add it, or leave --data-root out to use the images of {dataset}"
-                )
+            if root != Path("data", dataset) and (not root.is_dir() or any(root.iterdir())):
+                lacks = f"got no folder {split}; add it" if root.is_dir() else "no such folder; give another"
+                raise ValueError(f"{root}: {lacks}, or leave --data-root out to use the images of {dataset}")
         return EMBEDDED[dataset](split, per_class, size)
     domains = [load_split(root, split, size, per_class, workers=workers) for root in roots]
     if len(domains) == 1:

@@ -36,10 +36,16 @@ def image_bytes(flags: Mapping[str, Any], *, training: bool = False) -> int:
 
 @functools.cache  # pool models often share their flags, and each count takes a second
 def _image_bytes(items: tuple[tuple[str, Any], ...], training: bool) -> int:
-    flags, peaks = dict(items), []
-    for images in (7, 8):  # enough for the peak to be in the images, not in the gradients of the weights
+    flags = dict(items)  # with 7 images the peak is in the images, not in the gradients of the weights
+    return peak_bytes(lambda images: _pass(flags, images, training), 7)
+
+
+def peak_bytes(work: Callable[[int], object], images: int) -> int:
+    """Return the peak bytes that `work` (number of images -> anything) needs for one more image than `images`."""
+    peaks = []
+    for count in (images, images + 1):
         with _Alive() as alive:
-            _pass(flags, images, training)
+            work(count)
         peaks.append(alive.most)
     return peaks[1] - peaks[0]
 
@@ -62,16 +68,20 @@ def _pass(flags: Mapping[str, Any], images: int, training: bool) -> None:
             out.sum().backward()
 
 
-def that_fit(flags: Mapping[str, Any], most: int, device: torch.device, *, training: bool = False) -> int:
+def that_fit(
+    flags: Mapping[str, Any], most: int, device: torch.device, *, training: bool = False, other: int = 0
+) -> int:
     """Return how many images at once, up to `most`, fit into free memory in the network of `flags`.
 
+    other: peak bytes per image of other work that takes turns with the network, such as the guide's gradient.
     Returns `most` on a GPU, which raises when memory runs out, and where the system does not report free memory.
     """
     free = free_memory() if device.type == "cpu" else None
     if free is None:
         return most
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-    fitting = max(1, min(most, int(free / here / (_SPARE * image_bytes(flags, training=training)))))
+    each = max(other, image_bytes(flags, training=training))
+    fitting = max(1, min(most, int(free / here / (_SPARE * each))))
     if fitting < most and processes.is_first() and not is_quiet():
         tqdm.write(f"{free / 1e9:,.1f} GB of memory: batches of {fitting}", file=sys.stderr)
     return fitting

@@ -121,7 +121,7 @@ class Pool:
         Raises ValueError if path is none of these, or if the numbers have a gap.
         """
         self.path, self._flags = Path(path), dict(flags or {})
-        self._room: dict[str, int] = {}  # flags of a network -> how many images at once fit in memory
+        self._room: dict[str, int] = {}  # flags of a network and `other` -> how many images fit in memory
         if self.path.is_file():
             self.files = [self.path]
             return
@@ -237,16 +237,19 @@ class Pool:
         faster = "bf16" if half.seconds(images) < SURELY * exact.seconds(images) else "float32"
         return processes.broadcast(faster)  # each process has timed for itself
 
-    def room(self, model: PoolModel, batch: int, device: torch.device, *, found: int | None = None) -> int:
+    def room(
+        self, model: PoolModel, batch: int, device: torch.device, *, other: int = 0, found: int | None = None
+    ) -> int:
         """Return how many of `batch` images fit in memory at once with `model`, by the memory free at the first call.
 
-        Models with the same flags share the answer. found: a number that turned out to fit, used from now on.
+        Models with the same flags share the answer. other: as for `costs.that_fit`. found: a number that turned out to
+        fit, used from now on.
         """
-        kind = repr(sorted(model.flags.items()))
+        kind = f"{other} {sorted(model.flags.items())}"
         if found is not None:
             self._room[kind] = found
         elif kind not in self._room:
-            self._room[kind] = that_fit(model.flags, batch, device)
+            self._room[kind] = that_fit(model.flags, batch, device, other=other)
         return min(batch, self._room[kind])
 
     def share_classes(self, num_classes: int = 0, per_model: int = 0) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from guided_diffusion.costs import peak_bytes
 from guided_diffusion.guidance import LogProbability, classifier_guidance, sample
 from guided_diffusion.pool import Pool, PoolModel
 from guided_diffusion.pool_work import work_through
@@ -81,8 +82,19 @@ def synthesise(
         device=device,
         precision=plan.precision,
         desc="synthesis",
+        other=_guide_bytes(log_probability, plan.size) if guided and device.type == "cpu" else 0,
     )
     return drawn["images"], asked, drawn.get("hits")
+
+
+def _guide_bytes(log_probability: LogProbability, size: int) -> int:
+    """Return the peak bytes per image of the guide's gradient, on the CPU."""
+
+    def once(images: int) -> None:
+        zeros = torch.zeros(images, dtype=torch.int64)
+        classifier_guidance(log_probability, zeros, 1.0)(torch.zeros(images, 3, size, size), zeros)
+
+    return peak_bytes(once, 1)
 
 
 def _draw(

@@ -74,8 +74,8 @@ class Chart:
 
     def rounds(self, epochs: Sequence[Mapping[str, Any]]) -> None:
         """Draw a dotted line where each round starts, with its number."""
-        starts = round_starts([each for each in epochs if number(each.get("round")) is not None])
-        of = {each["epoch"]: each["round"] for each in epochs}
+        known = [each for each in epochs if number(each.get("round")) is not None]
+        starts, of = round_starts(known), {each["epoch"]: each["round"] for each in known}
 
         def draw(px, py) -> list[Html]:
             drawn = []

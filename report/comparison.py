@@ -236,6 +236,7 @@ def _plain(value: Any) -> str | int | None:
 def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
     """Return the methods that were tested so, in the order of the runs, each without mixes and then with them."""
     found: dict[tuple, Method] = {}
+    first: dict[tuple, Any] = {}  # the test seed of a run's first test
     for name, run in named.items():
         key = json.dumps({k: v for k, v in run.settings.items() if k not in _ASIDE}, default=str)
         tests = {test: result for test, result in run.results.items() if _kind(result) == kind}
@@ -247,10 +248,17 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
                     continue
                 counted = (*_HEAD, *(_MIXES if mixed else ()), "episodes", "query", "images")
                 tested = tuple(_plain(result.get(n)) for n in counted)
-                method = found.setdefault((key, tested, mixed), Method("", str(run.settings.get("source", ""))))
+                same, drawn = (key, tested, mixed), _plain(result.get("seed"))
+                again = (
+                    first.setdefault((*same, name), drawn) != drawn
+                )  # the same run on other episodes: no second seed
+                method = found.setdefault(
+                    (*same, drawn) if again else same, Method("", str(run.settings.get("source", "")))
+                )
                 seed, label = _plain(run.settings.get("seed")), name + (" + mixes" if mixed else "")
                 if mixed and len(tests) > 1:
                     label += f" ({' '.join(filter(None, test))})"
+                label += f", test seed {drawn}" * again
                 if method.runs.get(seed) == label:
                     continue  # without mixes it is the same test again
                 seed = (seed, name) if seed in method.results else seed

@@ -1,6 +1,6 @@
 """Read a run folder with care: the run may be unfinished, old or killed, and its files may come from anyone."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,8 +197,9 @@ def scores(result: Mapping[str, Any], mixed: bool) -> list[float] | None:
 
 def number(value: Any) -> float | None:
     """Return `value` if it is a finite number, else None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return value if abs(value) <= sys.float_info.max else None  # also false of NaN, and of integers beyond floats
 
 
 def total(epochs: list[dict[str, Any]], name: str) -> float:

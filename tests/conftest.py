@@ -1,8 +1,10 @@
 """Fixtures shared by all tests: golden values, and the weights and inputs that they were made with."""
 
+import atexit
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +28,8 @@ from utils import checkpoint
 from utils.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_IMAGES = Path(tempfile.mkdtemp(prefix="no-images-"))  # a --data-root for which the embedded images are used
+atexit.register(shutil.rmtree, NO_IMAGES, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +153,7 @@ def trained(toy_pool, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
-        flags = ("--source", "none", "--save-dir", folder, "--pool", toy_pool, "--data-root", folder.parent / "none")
+        flags = ("--source", "none", "--save-dir", folder, "--pool", toy_pool, "--data-root", NO_IMAGES)
         patch.setattr("sys.argv", ["main.py", *TINY, *map(str, flags)])
         main.main()
     return folder

@@ -104,6 +104,7 @@ def test_ranges(field):
         ("--height 64 --width 84", "square"),
         ("--mix-steps 20 --mix-level 10", "at most --mix-level"),
         ("--start-epoch 40", "less than --max-epoch, 40"),
+        ("--start-epoch 4", "without --resume"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
         ("--features both", "'pooled', 'map'"),

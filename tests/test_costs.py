@@ -36,6 +36,10 @@ def test_alive_counts_what_is_alive():
         out.sum().backward()
 
 
+def test_bytes_of_one_more_image():
+    assert costs.peak_bytes(lambda images: torch.zeros(images, 1000).exp(), 1) == 8000
+
+
 @pytest.mark.parametrize("class_cond", [False, True])
 def test_bytes_are_those_of_the_maps(class_cond):
     flags = FLAGS | dict(class_cond=class_cond, num_classes=3)
@@ -83,6 +87,10 @@ def test_how_many_images_fit(monkeypatch, capsys, free, here, fits):
     assert costs.that_fit(FLAGS, 250, CPU) == fits
     assert (f"batches of {fits}" in capsys.readouterr().err) == (fits < 250)
     assert costs.that_fit(FLAGS, 250, torch.device("cuda")) == 250
+    assert costs.that_fit(FLAGS, 250, CPU, other=500_000) == fits  # they take turns
+    capsys.readouterr()
+    assert costs.that_fit(FLAGS, 250, CPU, other=2_000_000) == (fits if fits in (1, 250) else fits // 2)
+    capsys.readouterr()
     hush(True)
     costs.that_fit(FLAGS, 250, CPU)
     hush(False)
@@ -125,7 +133,7 @@ def test_memory_of_a_job_counts(monkeypatch):
 def test_room_is_found_once_for_networks_alike(make_pool, tmp_path, monkeypatch):
     asked = []
 
-    def few(flags, most, device):
+    def few(flags, most, device, **_):
         asked.append(flags["num_res_blocks"])
         return 5
 

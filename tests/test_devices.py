@@ -7,7 +7,7 @@ import main
 from datasets.pseudo import PseudoDataset
 from guided_diffusion.dist_util import autocast, inference_dtype, pick_device
 from guided_diffusion.resample import LossSecondMomentResampler
-from tests.conftest import TINY
+from tests.conftest import NO_IMAGES, TINY
 from tests.fake_cuda import fake_cuda
 
 CARDS = {0: (9, 0), 1: (7, 0), 2: (7, 5), 3: (8, 0)}  # H100, V100, T4, A100
@@ -61,7 +61,7 @@ def test_all_processes_ask_for_what_the_first_one_says(call, two_models, tmp_pat
 
     monkeypatch.setattr("utils.processes.broadcast", broadcast)
     flags = (*TINY, "--recipe", "clusters", "--max-epoch", 3, "--refresh-every", 2)
-    flags += ("--pool", two_models, "--data-root", tmp_path / "none")
+    flags += ("--pool", two_models, "--data-root", NO_IMAGES)
     status, _, err = call(main, *flags, "--save-dir", tmp_path / "run")
     assert status == 0, err
     assert torch.equal(PseudoDataset.load(tmp_path / "run" / "pseudo" / "round01").labels, said)

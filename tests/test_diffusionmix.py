@@ -9,6 +9,7 @@ import torch
 
 import diffusionmix
 import few_shot
+from tests.conftest import NO_IMAGES
 from utils.images import to_float
 from utils.metrics import mean_confidence_interval, paired_difference
 
@@ -29,7 +30,7 @@ def test_run(call, two_models, trained, tmp_path):
         folder = tmp_path / "run"
         if not folder.exists():
             shutil.copytree(trained, folder)
-        shared = ("--save-dir", folder, "--pool", pool, "--data-root", tmp_path / "none", *QUICK)
+        shared = ("--save-dir", folder, "--pool", pool, "--data-root", NO_IMAGES, *QUICK)
         status, out, err = call(diffusionmix, *shared, *flags)
         assert status == 0, err
         return json.loads((folder / "results.json").read_text()), out
@@ -83,6 +84,14 @@ def test_no_test_takes_the_place_of_another(test_run, tmp_path):
     assert json.loads((kept / names[0]).read_text())["seed"] == 5
 
 
+def test_another_pool_of_as_many_models_is_another_test(test_run, make_pool, tmp_path):
+    first, _ = test_run()
+    other = make_pool(tmp_path / "other", [4, 4], lambda network, m: network.out[2].bias.data.fill_(0.5))
+    assert test_run(pool=other)[0]["pool"] != first["pool"]
+    kept = sorted((tmp_path / "run" / "results").iterdir())
+    assert [json.loads(path.read_text())["pool"] for path in reversed(kept)][0] == first["pool"] and len(kept) == 2
+
+
 def test_compare(test_run, call, trained, two_models, tmp_path):
     results, _ = test_run("--mix", "False")
     other = dict(results, accuracy=50.0, by_episode=[value - 10 - i for i, value in enumerate(results["by_episode"])])
@@ -94,7 +103,8 @@ def test_compare(test_run, call, trained, two_models, tmp_path):
     status, _, err = call(diffusionmix, *flags)
     assert status == 2 and "seed 1 and 2" in err
     assert call(diffusionmix, *flags[:3], tmp_path / "none")[0] == 2
-    assert call(diffusionmix, *flags[:3], tmp_path / "run")[0] == 2  # itself
+    for itself in (tmp_path / "run", tmp_path / "run" / "results.json"):
+        assert call(diffusionmix, *flags[:3], itself)[0] == 2
 
 
 def test_episodes_are_there_for_another_method(test_run, tmp_path):
@@ -134,7 +144,7 @@ def test_partners_and_labels_of_mixes_agree(trained, two_models, tmp_path, monke
         return x_a
 
     monkeypatch.setattr(few_shot, "diffusion_mixes", spy)
-    flags = ("--save-dir", trained, "--pool", two_models, "--data-root", tmp_path, *QUICK, "--nExemplars", 2)
+    flags = ("--save-dir", trained, "--pool", two_models, "--data-root", NO_IMAGES, *QUICK, "--nExemplars", 2)
     settings = diffusionmix.parse([str(flag) for flag in flags], description="test")
     testing = diffusionmix.Testing(settings, settings.data_paths[0])
     e = testing.episodes

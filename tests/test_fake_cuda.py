@@ -27,7 +27,7 @@ from guided_diffusion.train_flags import TrainSettings
 from guided_diffusion.train_util import TrainLoop
 from models import episode_head
 from models.learners import ClusterLearners, PaperLearners
-from tests.conftest import TINY, UNET, same
+from tests.conftest import NO_IMAGES, TINY, UNET, same
 from tests.fake_cuda import CPU, GPU, fake_cuda
 from utils import checkpoint
 
@@ -56,7 +56,7 @@ def test_training_gives_what_it_gives_on_a_cpu(call, two_models, labelled_models
     if recipe == "clusters":
         more = ("--precision", "float32", "--max-epoch", 3, "--refresh-every", 2, "--views", 2)
         pool = two_models
-    flags = (*TINY, "--recipe", recipe, *more, "--pool", pool, "--data-root", tmp_path / "none")
+    flags = (*TINY, "--recipe", recipe, *more, "--pool", pool, "--data-root", NO_IMAGES)
     epochs, weights = [], []
     for device in PAIR:
         folder = tmp_path / device
@@ -76,7 +76,7 @@ def test_testing_gives_what_it_gives_on_a_cpu(call, trained, two_models, tmp_pat
     for device in PAIR:
         shutil.copytree(trained, tmp_path / device)
         flags = ("--episodes", 4, "--nTestNovel", 10, "--mix-steps", 2, "--head-steps", 5, "--sample-batch", 7)
-        place = ("--pool", two_models, "--data-root", tmp_path / "none", "--save-dir", tmp_path / device)
+        place = ("--pool", two_models, "--data-root", NO_IMAGES, "--save-dir", tmp_path / device)
         with there(device):
             status, _, err = call(diffusionmix, *flags, *place, "--device", device, "--precision", "float32")
         assert status == 0, err

@@ -17,7 +17,7 @@ import own_images
 from few_shot import RATES, FewShotClassifier
 from guided_diffusion.pool import subset_path
 from models.episode_head import predict
-from tests.conftest import slow
+from tests.conftest import NO_IMAGES, slow
 from utils import checkpoint
 from utils.images import to_float
 from utils.pieces import Pieces
@@ -70,7 +70,7 @@ def probabilities(rows):
 @pytest.mark.usefixtures("few_glyphs")
 @pytest.mark.parametrize("init", ["prototypes", slow("zeros"), slow("random")])
 def test_equal_shots_give_the_head_of_the_first_test_episode(classifier, model, two_models, tmp_path, init):
-    flags = ("--resume", model, "--pool", two_models, "--data-root", tmp_path, "--save-dir", tmp_path / "run", *FLAGS,
+    flags = ("--resume", model, "--pool", two_models, "--data-root", NO_IMAGES, "--save-dir", tmp_path / "run", *FLAGS,
              "--episodes", 2, "--nTestNovel", 10, "--nExemplars", 3, "--head-init", init)  # fmt: skip
     settings = diffusionmix.parse(list(map(str, flags)), description="test")
     testing = diffusionmix.Testing(settings, settings.data_paths[0])
@@ -181,6 +181,8 @@ def test_save_and_load(classifier, tmp_path):
     again = FewShotClassifier.load(tmp_path / "mine.pt")
     assert (again.predict_proba(images) == expected).all() and again.classes_.tolist() == ["a", "b", "c"]
     assert again.get_params()["mix_steps"] == QUICK["mix_steps"]
+    classifier.set_params(model="for/the/next/fit.pt").save(tmp_path / "mine.pt")
+    assert (FewShotClassifier.load(tmp_path / "mine.pt").predict_proba(images) == expected).all()
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"other\.pt"):
         FewShotClassifier.load(tmp_path / "other.pt")

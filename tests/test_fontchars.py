@@ -19,7 +19,7 @@ from datasets.folder import load_split
 from datasets.fonts import class_name
 from datasets.sources import load_real
 from guided_diffusion.train_util import TrainLoop
-from tests.conftest import ROOT, TINY, UNET
+from tests.conftest import NO_IMAGES, ROOT, TINY, UNET
 
 FILE = ROOT / "datasets" / "fontchars.npz"
 DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -32,7 +32,7 @@ SPLITS = {  # split -> classes, images
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_is_what_the_file_holds(split, tmp_path):
-    data = load_real("fontchars", [tmp_path / "none"], split, 32)
+    data = load_real("fontchars", [NO_IMAGES], split, 32)
     names, count = SPLITS[split]
     assert data.class_names == names.split() and len(data.images) == count
     assert data.images.shape == (count, 3, 32, 32) and data.images.dtype == torch.uint8
@@ -46,12 +46,12 @@ def test_a_split_is_what_the_file_holds(split, tmp_path):
 
 
 def test_no_class_is_in_two_splits():
-    names = [name for split in SPLITS for name in load_real("fontchars", [Path("none")], split, 32, 1).class_names]
+    names = [name for split in SPLITS for name in load_real("fontchars", [NO_IMAGES], split, 32, 1).class_names]
     assert len(names) == len({name.lower() for name in names}) == 53
 
 
 def test_a_few_a_class():
-    few, every = (load_real("fontchars", [Path("none")], "meta_val", 32, count) for count in (2, None))
+    few, every = (load_real("fontchars", [NO_IMAGES], "meta_val", 32, count) for count in (2, None))
     assert few.labels.tolist() == [label for label in range(9) for _ in range(2)]
     for label in range(9):
         assert torch.equal(few.images[few.labels == label], every.images[every.labels == label][:2])

@@ -10,7 +10,7 @@ from guided_diffusion import costs, image_train
 from guided_diffusion.pool import Pool
 from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.synthesis import Synthesis, synthesise
-from tests.conftest import TINY, UNET
+from tests.conftest import NO_IMAGES, TINY, UNET
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_pool_trained_in_fp16_draws_what_another_draws(half_pool, toy_pool):
 
 @pytest.mark.slow
 def test_such_a_pool_in_every_command(call, half_pool, tmp_path, few_glyphs, picture_folder):
-    place = ("--pool", half_pool, "--data-root", tmp_path / "none", "--save-dir", tmp_path / "out")
+    place = ("--pool", half_pool, "--data-root", NO_IMAGES, "--save-dir", tmp_path / "out")
     for more in (("--dry-run",), ()):
         status, _, err = call(main, *place, *TINY, "--max-epoch", 1, *more)
         assert status == 0, err

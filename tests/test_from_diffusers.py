@@ -17,7 +17,7 @@ from guided_diffusion.mix import diffusion_mixes
 from guided_diffusion.pool import Pool
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.synthesis import Synthesis, synthesise
-from tests.conftest import TINY
+from tests.conftest import NO_IMAGES, TINY
 from utils import checkpoint
 
 diffusers = pytest.importorskip("diffusers")
@@ -138,7 +138,7 @@ def test_the_digest_is_of_weights_and_settings(alone, tmp_path):
 
 @pytest.mark.usefixtures("few_glyphs", "enough_memory")
 def test_main_trains_from_it_and_writes_nothing_there(call, three, tmp_path):
-    flags = ("--pool", three, "--data-root", tmp_path, "--save-dir", tmp_path / "run", "--num-classes", 6)
+    flags = ("--pool", three, "--data-root", NO_IMAGES, "--save-dir", tmp_path / "run", "--num-classes", 6)
     before = tree(three)
     status, out, err = call(main, *TINY, *flags)
     assert status == 0, err

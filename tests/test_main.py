@@ -10,7 +10,7 @@ import torch
 import main
 from datasets.pseudo import PseudoDataset
 from models.learners import ClusterLearners, PaperLearners
-from tests.conftest import TINY, same, slow
+from tests.conftest import NO_IMAGES, TINY, same, slow
 from utils import checkpoint
 
 pytestmark = pytest.mark.usefixtures("few_glyphs", "few_rounds")
@@ -21,7 +21,7 @@ def train(call, toy_pool, tmp_path):
     """train(folder, *flags): run main.py on few glyphs with the toy pool; returns its output."""
 
     def go(folder, *flags, pool=toy_pool, status=0):
-        arguments = ("--save-dir", folder, "--pool", pool, "--data-root", tmp_path / "none", *TINY, *flags)
+        arguments = ("--save-dir", folder, "--pool", pool, "--data-root", NO_IMAGES, *TINY, *flags)
         got, out, err = call(main, *arguments)
         assert got == status, err
         return out if status == 0 else err

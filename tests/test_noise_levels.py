@@ -19,7 +19,7 @@ from guided_diffusion.script_util import create_model_and_diffusion, model_and_d
 from guided_diffusion.synthesis import Synthesis, synthesise
 from guided_diffusion.train_util import TrainLoop, TrainSettings
 from guided_diffusion.unet import UNetModel
-from tests.conftest import TINY, UNET
+from tests.conftest import NO_IMAGES, TINY, UNET
 
 pytestmark = pytest.mark.usefixtures("enough_memory")
 CPU = torch.device("cpu")
@@ -152,7 +152,7 @@ def test_level_200_is_that_of_1000_whatever_the_pool(call, make_pool, trained, t
     pool = make_pool(tmp_path / "pool", [4] * 2, diffusion_steps=steps)
     levels = alpha_bars("cosine", steps)
     assert abs(own - nearest(COSINE[199], levels)) <= 1
-    command = ("--save-dir", trained, "--resume", trained / "best_model.pt", "--pool", pool, "--data-root", tmp_path,
+    command = ("--save-dir", trained, "--resume", trained / "best_model.pt", "--pool", pool, "--data-root", NO_IMAGES,
                "--episodes", 2, "--nTestNovel", 10, "--device", "cpu", "--save-dir", tmp_path / "out")  # fmt: skip
     status, _, err = call(diffusionmix, *command)
     assert status == 0, err
@@ -163,7 +163,7 @@ def test_more_mix_steps_than_the_model_has(call, make_pool, trained, tmp_path, t
     monkeypatch.setattr("dry_run.TRIAL", 0.0)
     pool = make_pool(tmp_path / "pool", [4] * 2, diffusion_steps=100)
     most = 1 + nearest(COSINE[199], alpha_bars("cosine", 100))
-    command = ("--resume", trained / "best_model.pt", "--pool", pool, "--data-root", tmp_path, "--episodes", 2,
+    command = ("--resume", trained / "best_model.pt", "--pool", pool, "--data-root", NO_IMAGES, "--episodes", 2,
                "--nTestNovel", 10, "--device", "cpu", "--save-dir", tmp_path / "out")  # fmt: skip
     status, _, err = call(diffusionmix, *command, "--mix-steps", most + 1)
     assert status == 2 and err.count("\n") == 1 and not (tmp_path / "out").exists() and not timesteps
@@ -210,7 +210,7 @@ def test_a_pool_is_sampled_only_at_timesteps_that_it_was_trained_on(make_pool, t
 
 def test_more_steps_than_it_was_trained_on_are_refused(call, make_pool, tmp_path, few_glyphs):
     pool = make_pool(tmp_path / "pool", [4] * 5, **RESPACED)
-    command = ("--pool", pool, "--data-root", tmp_path, "--save-dir", tmp_path / "out", *TINY, "--sample-steps", 20)
+    command = ("--pool", pool, "--data-root", NO_IMAGES, "--save-dir", tmp_path / "out", *TINY, "--sample-steps", 20)
     status, _, err = call(main, *command)
     assert status == 2 and err.count("\n") == 1 and "subset1" in err and "--sample-steps" in err
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from config import Settings
 from few_shot import HeadFitter
 from guided_diffusion import pool as pools
 from guided_diffusion.pool import Pool, PoolModel
-from tests.conftest import TINY
+from tests.conftest import NO_IMAGES, TINY
 from utils import processes
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_a_resumed_run_draws_as_it_began(machine, call, toy_pool, tmp_path, monk
     monkeypatch.setattr(
         main, "synthesise", lambda pool, plan, *rest: used.append(plan.precision) or real(pool, plan, *rest)
     )
-    flags = ("--save-dir", tmp_path / "run", "--pool", toy_pool, "--data-root", tmp_path / "none", *TINY)
+    flags = ("--save-dir", tmp_path / "run", "--pool", toy_pool, "--data-root", NO_IMAGES, *TINY)
     timed = machine(1.0, 0.3)
     status, out, err = call(main, *flags, "--source", "unguided", "--max-epoch", 1)
     assert status == 0 and "bf16" in out and set(used) == {"bf16"}, err
@@ -73,6 +73,10 @@ def test_a_resumed_run_draws_as_it_began(machine, call, toy_pool, tmp_path, monk
     timed = machine(1.0, 2.0)  # this time float32 would win
     status, _, err = call(main, *flags, "--source", "unguided", "--max-epoch", 1)
     assert status == 0 and not timed, err
+    assert json.loads(config.read_text())["drawn_in"] == "bf16"
+    config.write_text("{")  # last.pt says it too
+    status, _, err = call(main, *flags, "--source", "unguided", "--max-epoch", 1)
+    assert status == 0 and not timed and "config.json" in err and "drawing" not in err
     assert json.loads(config.read_text())["drawn_in"] == "bf16"
 
 

@@ -90,6 +90,12 @@ def test_what_a_run_learnt_as_folders(tmp_path, call):
         data.save(run / "pseudo" / name, {})
     np.save(run / "pseudo" / "round00" / "clusters.npy", (data.labels + 1).numpy() % 13)
     np.save(run / "pseudo" / "round00" / "labels01.npy", (data.labels + 2).numpy() % 13)
+    for number, more in ((99, 3), (100, 4)):  # the name has three digits from here on
+        np.save(run / "pseudo" / "round01" / f"labels{number}.npy", (data.labels + more).numpy() % 13)
+    assert torch.equal(learnt(run).labels[26:], (data.labels + 4) % 13)
+    for path in (run / "pseudo" / "round01").glob("labels*0.npy"):
+        path.unlink()
+    (run / "pseudo" / "round01" / "labels99.npy").unlink()
     found = learnt(run)
     assert torch.equal(found.images, torch.cat([data.images] * 2))
     assert torch.equal(found.labels, torch.cat([(data.labels + 2) % 13, data.labels]))

@@ -23,7 +23,7 @@ from report import predictions
 from report.folder import Run
 from report.page import element
 from report.pictures import contact_sheet, shown_rounds
-from tests.conftest import TINY
+from tests.conftest import NO_IMAGES, TINY
 from utils.environment import note_start
 from utils.metrics import rate_by_class
 
@@ -43,7 +43,7 @@ def made(toy_pool, tmp_path_factory):
     pool, folder = shutil.copytree(toy_pool, place / "pool"), place / "run"
     for m in (1, 2):
         Image.new("RGB", (60, 40), (200, 60 * m, 0)).save(pool / f"subset{m}" / "ckpt" / "samples.png")
-    shared = ("--pool", pool, "--data-root", place / "none")
+    shared = ("--pool", pool, "--data-root", NO_IMAGES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.sources.GLYPHS_PER_CLASS", 10)
         patch.setattr("sys.argv", ["main.py", *TINY, *map(str, (*shared, "--save-dir", folder))])
@@ -64,9 +64,7 @@ def train(call, two_models, tmp_path):
     """train(folder, *flags): run main.py, tiny; returns its status and stderr."""
 
     def go(folder, *flags):
-        status, _, err = call(
-            main, "--save-dir", folder, "--pool", two_models, "--data-root", tmp_path / "none", *TINY, *flags
-        )
+        status, _, err = call(main, "--save-dir", folder, "--pool", two_models, "--data-root", NO_IMAGES, *TINY, *flags)
         return status, err
 
     return go

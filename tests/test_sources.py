@@ -1,15 +1,18 @@
 """Where real images come from."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 from datasets.glyphs import make_split
 from datasets.sources import GLYPHS_PER_CLASS, load_real
+from tests.conftest import NO_IMAGES
 
 
-def test_glyphs_are_drawn_where_there_is_no_folder(tmp_path):
-    data = load_real("glyphs", [tmp_path], "meta_val", 16, per_class=2)
+def test_glyphs_are_drawn_where_there_is_no_folder():
+    data = load_real("glyphs", [NO_IMAGES], "meta_val", 16, per_class=2)
     assert torch.equal(data.images, make_split("meta_val", 2, size=16).images)
 
 
@@ -53,3 +56,12 @@ def test_a_given_folder_that_lacks_the_split_is_refused(picture_folder, tmp_path
         load_real("glyphs", [tmp_path / "a"], "meta_val", 16)
     with pytest.raises(ValueError, match="meta_val"):
         load_real("glyphs", [tmp_path / "none", tmp_path / "b"], "meta_val", 16)
+
+
+def test_a_given_folder_without_splits_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    for wrong in ("nowhere", "photos"):
+        with pytest.raises(ValueError, match=f"{wrong}: .*--data-root"):
+            load_real("glyphs", [tmp_path / wrong], "meta_val", 16)
+    monkeypatch.chdir(tmp_path)
+    assert len(load_real("glyphs", [Path("data", "glyphs")], "meta_val", 16, per_class=1).labels) > 4  # the default

@@ -49,6 +49,15 @@ def test_a_guide_sees_images_of_the_size_it_learns_from(two_models, guide_on):
     assert images.shape[-1] == 32 and set(seen) == {32}
 
 
+def test_memory_of_the_guide_counts(two_models, monkeypatch):
+    asked, room = [], Pool.room
+    monkeypatch.setattr(Pool, "room", lambda *a, other, **more: asked.append(other) or room(*a, other=other, **more))
+    synthesise(Pool(two_models), plan(), CPU)
+    synthesise(Pool(two_models), plan(), CPU, guide())
+    of_a_map = 16 * 16 * 64 * 4  # side, side, channels, bytes, of the first of four blocks
+    assert asked[:2] == [0, 0] and all(of_a_map < other < 20 * of_a_map for other in asked[2:]) and len(asked) == 4
+
+
 def test_seed_stream_and_model_matter(two_models):
     pool = Pool(two_models)
     first, _, hits = synthesise(pool, plan(), CPU)

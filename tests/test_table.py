@@ -143,7 +143,8 @@ def test_paper_row_is_the_published_recipe_whatever_is_given(calls, call, tmp_pa
     assert call(table, "--recipe", "clusters", *given)[0] == 0
     by_run = {flags["--save-dir"].rpartition("/")[2]: flags for script, flags in calls if script == "main.py"}
     assert by_run["guided"]["--renoise"] == "0.5" and by_run["paper"]["--renoise"] == "0.0"
-    assert by_run["paper"]["--features"] == "map" and by_run["paper"]["--optim"] == "sgd"
+    assert by_run["paper"]["--features"] == "map" and by_run["paper"]["--optim"] == "adamw"
+    assert by_run["paper"]["--guidance-scale"] == "1.0" and by_run["paper"]["--refresh-every"] == "10"
     calls.clear()
     assert call(table, "--dataset", "custom", "--recipe", "paper", *given)[0] == 0  # the guided row is the paper's
     assert len(calls) == 4

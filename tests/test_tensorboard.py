@@ -10,7 +10,7 @@ from PIL import Image
 import config
 import diffusionmix
 import main
-from tests.conftest import TINY
+from tests.conftest import NO_IMAGES, TINY
 from utils.tensorboard import FOLDER, Board
 
 
@@ -76,7 +76,7 @@ def test_not_wanted(written, tmp_path):
 
 def test_a_run_writes_what_its_log_has(written, call, few_glyphs, two_models, tmp_path):
     folder = tmp_path / "run"
-    flags = (*TINY, "--pool", two_models, "--data-root", tmp_path / "none", "--save-dir", folder)
+    flags = (*TINY, "--pool", two_models, "--data-root", NO_IMAGES, "--save-dir", folder)
     assert call(main, *flags, "--tensorboard")[0] == 0
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         entries = json.loads(line)

@@ -6,7 +6,7 @@ import pytest
 
 import diffusionmix
 import main
-from tests.conftest import TINY, slow
+from tests.conftest import NO_IMAGES, TINY, slow
 
 pytestmark = [pytest.mark.usefixtures("few_glyphs"), pytest.mark.pictures]
 TEST = "--episodes 4 --nTestNovel 10 --head-steps 3 --device cpu --mix False".split()
@@ -20,7 +20,7 @@ TRAININGS = {
 @pytest.mark.parametrize("name", ["none", "real", slow("unguided")])
 def test_the_report_tells_of_the_training(call, toy_pool, tmp_path, name):
     flags, source, classes, per_class = TRAININGS[name]
-    shared = ("--pool", toy_pool, "--data-root", tmp_path / "no")
+    shared = ("--pool", toy_pool, "--data-root", NO_IMAGES)
     status, _, err = call(main, *TINY, *shared, "--seed", 7, "--save-dir", tmp_path / "run", *flags)
     assert status == 0, err
     weights = tmp_path / "run" / "best_model.pt"

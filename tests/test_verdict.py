@@ -303,6 +303,27 @@ def test_runs_on_other_episodes_are_not_paired(write):
     assert "–" in page.text and not any("± 0.00" in text for text in page.text)
 
 
+def test_a_run_tested_on_other_episodes_is_no_second_seed(write):
+    folders = [write("a", lr=1), write("b", lr=2)]
+    for folder in folders:
+        test_folder(folder, [50.0, 60.0, 70.0, 80.0], seed=1)
+    again = json.loads((folders[0] / "1-shot" / "results.json").read_text()) | {"seed": 2, "accuracy_without_mix": 99.0}
+    (folders[0] / "1-shot-again").mkdir()
+    (folders[0] / "1-shot-again" / "results.json").write_text(json.dumps(again))
+    page = Reader(report.render_several([Run.read(folder) for folder in folders], folders[0]))
+    assert page.text.count("one seed") == 3 and not any("(2 seeds)" in text for text in page.text)
+
+
+def test_entries_that_no_float_holds_and_lines_without_a_round(write):
+    folder = write()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    del lines[1]["round"]
+    lines[2]["loss"] = 10**400
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report.render(Run.read(folder))
+    assert "accuracy on meta_val" in text and "training loss" in text
+
+
 def test_chance_and_kept_epoch_are_in_the_curves(write):
     text = report.render(Run.read(write(accuracies=(40, 50, 75, 70, 71, 72))))
     assert "epoch 3, kept" in text and "<title>meta_val, epoch 3: 75 ± 1</title>" in text and "chance 20.0" in text

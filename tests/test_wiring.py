@@ -25,7 +25,7 @@ from guided_diffusion.synthesis import synthesise
 from models import clusters, guides, learners
 from models.class_learner import statistics
 from models.meta_model import MetaModel
-from tests.conftest import TINY
+from tests.conftest import NO_IMAGES, TINY
 from tests.test_image_train import FLAGS, folder, loop_of, train  # noqa: F401
 from tests.test_synthesis import plan
 from utils import checkpoint
@@ -43,7 +43,7 @@ def training(two_models, toy_pool, tmp_path, few_glyphs, few_rounds, monkeypatch
 
     def make(*flags):
         pool = toy_pool if "unguided" in flags else two_models  # without guidance, a model is a class of the five
-        places = ("--save-dir", tmp_path / "run", "--pool", pool, "--data-root", tmp_path / "none")
+        places = ("--save-dir", tmp_path / "run", "--pool", pool, "--data-root", NO_IMAGES)
         return main.Training(parse([*map(str, places), *TINY, *flags], description=""))
 
     return make

@@ -14,7 +14,7 @@ from PIL import Image
 from utils.atomic import atomic_file
 from utils.images import shown, to_float, to_uint8
 from utils.plots import MADE_BY, contact_sheet
-from utils.run_log import cell
+from utils.run_log import SKIPPED, cell
 
 PAGE = f"{MADE_BY}: predictions"  # written into the page of predictions, to recognise it
 _AGAIN = "give another --out"
@@ -27,6 +27,8 @@ def check_place(path: Path, *folders: str | os.PathLike) -> None:
     `path`, its sheet, its page and the skipped_images.csv beside it never replace a file that this program did not
     write. They may not be in `folders`, where the sheet would be one of the images.
     """
+    if path.name == SKIPPED:
+        raise ValueError(f"{shown(path)}: is where the images that cannot be read are listed; {_AGAIN}")
     try:
         for folder in map(Path, folders):
             if folder.is_dir() and path.parent.resolve().is_relative_to(folder.resolve()):
@@ -34,7 +36,7 @@ def check_place(path: Path, *folders: str | os.PathLike) -> None:
                     f"{shown(path)}: lies in {shown(folder)}, where its sheet would be one of the images; {_AGAIN}"
                 )
         ours = {path: _is_table, path.with_suffix(".png"): _is_sheet, path.with_suffix(".html"): _is_page,
-                path.with_name("skipped_images.csv"): _is_list}  # fmt: skip
+                path.with_name(SKIPPED): _is_list}  # fmt: skip
         for file, is_ours in ours.items():
             if file.is_dir():
                 raise ValueError(f"{shown(file)}: is a folder, expected room for a file; {_AGAIN}")

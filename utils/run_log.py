@@ -20,6 +20,8 @@ from utils.images import Skipped
 from utils.progress import is_quiet, progress
 from utils.tensorboard import Board
 
+SKIPPED = "skipped_images.csv"
+
 
 class RunLog:
     """The log of a run folder, which is made if it is missing. Opening it again appends."""
@@ -146,7 +148,7 @@ def write_skipped(folder: str | os.PathLike, *scans: Skipped) -> None:
     """
     if not processes.is_first():
         return
-    path = Path(folder) / "skipped_images.csv"
+    path = Path(folder) / SKIPPED
     rows: list[tuple[str, str]] = []
     if path.exists():
         try:
