@@ -30,7 +30,7 @@ from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"  # folder of RESULTS.md and results.csv
-# Settings of the clusters recipe that the paper's row uses too: with its own optimiser on whole maps it would not learn.
+# Settings of the clusters recipe that the paper's row uses too: on whole maps its own optimiser learns nothing.
 SAME = {"features", "optim", "lr", "weight_decay"}
 PUBLISHED = [  # flags that undo the clusters recipe; given last, so that they override the flags of the other rows
     word
