@@ -59,12 +59,12 @@ mutants: $(STAMP)
 	$(VENV)/bin/python tests/mutants.py
 
 table: $(STAMP)
+ifdef DATA_ROOT
+	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root "$(DATA_ROOT)" \
+		$(if $(POOL),--pool "$(POOL)") --test --split meta_val
+endif
 	$(VENV)/bin/python -m benchmarks.table --publish --dataset glyphs
 	$(VENV)/bin/python -m benchmarks.table --publish --dataset fontchars
-ifdef DATA_ROOT
-	$(VENV)/bin/python -m benchmarks.table --publish --small --dataset custom --data-root $(DATA_ROOT) \
-		$(if $(POOL),--pool $(POOL)) --test --split meta_val
-endif
 
 paper: $(STAMP)
 	@$(VENV)/bin/python -m benchmarks.paper --scenario $(SCENARIO) $(if $(DATA),--data "$(DATA)") \

@@ -220,7 +220,7 @@ class Settings:
             )
         if self.start_epoch >= self.max_epoch:
             raise ValueError(f"got --start-epoch {self.start_epoch}, expected less than --max-epoch, {self.max_epoch}")
-        if self.start_epoch and not self.resume:
+        if self.start_epoch and not self.resume and not (self.run_folder / "last.pt").exists():
             raise ValueError(
                 f"got --start-epoch {self.start_epoch} without --resume, the weights to start from; give both, or "
                 "neither: the same command resumes a stopped run by itself"

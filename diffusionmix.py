@@ -282,8 +282,8 @@ def place_of(folder: Path, results: dict) -> Path:
     for number in count(1):
         path = folder / (f"{name}.json" if number == 1 else f"{name}-{number}.json")
         old = read_json(path, dict)
-        if old is None or all(old.get(key) == results[key] for key in (*SAME, *METHOD)):
-            return path
+        if old is None or all({"pool": results["pool"], **old}.get(key) == results[key] for key in (*SAME, *METHOD)):
+            return path  # older files do not name the pool
 
 
 def compare(settings: Settings) -> None:

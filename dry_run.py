@@ -54,7 +54,8 @@ def of_training(training: Any) -> None:
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [
             f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"
-            + "; guided rounds are drawn twice: unguided, then guided" * bool(twice),
+            + "; guided rounds are drawn twice: unguided, then guided" * bool(twice)
+            + f"; before, {training.calibration} images per class to calibrate" * bool(training.calibration),
             _work(work),
             f"disk: {_bytes(images * 3 * training.size**2)} of images in {s.run_folder / 'pseudo'}",
         ]

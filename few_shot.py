@@ -307,7 +307,7 @@ class FewShotClassifier:
             raise ValueError(f"got {len(pixels)} images and {len(numbers)} labels, expected one label per image")
         self.heads_, self.left_out_ = fitter.learn(pixels, numbers, len(classes), Pieces())
         self.sharpness_ = sharpness(*self.left_out_)
-        self.fitter_, self.classes_, self._saved = fitter, classes, self.get_params()
+        self.fitter_, self.classes_ = fitter, classes
         return self
 
     def predict_proba(self, images: Iterable) -> np.ndarray:
@@ -329,7 +329,8 @@ class FewShotClassifier:
         classes = self.classes_.tolist()
         if odd := [label for label in classes if not isinstance(label, str | int | float)]:
             raise ValueError(f"got the label {odd[0]!r}, expected texts or numbers; use pickle for others")
-        params = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in self._saved.items()}
+        params = self.get_params() | {"model": self.fitter_.s.resume}  # set_params may have named another one since
+        params = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in params.items()}
         params = {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
         head = {"weight": self.heads_.weight, "bias": self.heads_.bias, "scale": float(self.heads_.scale)}
         checkpoint.save(Path(path), {"params": params, "classes": classes, "sharpness": self.sharpness_, **head})
@@ -343,7 +344,6 @@ class FewShotClassifier:
         state = checkpoint.load(Path(path))
         checkpoint.entries(state, Path(path), _SAVED, "file of FewShotClassifier.save")
         classifier = cls(**state["params"])
-        classifier._saved = classifier.get_params()
         classifier.fitter_ = HeadFitter(replace(classifier.settings(), mix=False))
         classifier.heads_ = Heads(state["weight"], state["bias"], state["scale"])
         classifier.sharpness_, classifier.classes_ = state["sharpness"], as_array(state["classes"])

@@ -122,18 +122,25 @@ def sbatch(a: Namespace) -> list[str]:
 
 
 def run_all(a: Namespace) -> None:
-    """Run the steps that are not done, noting each in done.json. Exit with the status of a step that fails."""
-    *stages, _ = plan(a).values()
-    notes = ROOT / a.folder / "done.json"
-    for step in sum(stages, []):
-        done = read_json(notes, list, "its steps are run again") or []
-        data = step.makes.parts[0] == "data" and prepare.is_complete(ROOT / step.makes, classes_of(step.makes.name))
-        if data or (step.line in done and os.path.lexists(ROOT / step.makes)):
-            print(f"\n{step.makes}: is there", flush=True)
-            continue
-        print(f"\n$ {step.line}", flush=True)
-        call(step.words)
-        write_json(notes, [*done, step.line])
+    """Run the steps that are not done, and exit with the status of a step that fails.
+
+    done.json notes for each file or folder the command that made it last, after the commands that made its pool.
+    """
+    stages, notes = plan(a), ROOT / a.folder / "done.json"
+    del stages["table"]
+    for stage, steps in stages.items():
+        pools = [pool.line for pool in stages["pool"]] if stage in ("train", "test") else []
+        for step in steps:
+            done, made_by = read_json(notes, dict, "its steps are run again") or {}, [*pools, step.line]
+            data = step.makes.parts[0] == "data" and prepare.is_complete(ROOT / step.makes, classes_of(step.makes.name))
+            if data or (done.get(str(step.makes)) == made_by and os.path.lexists(ROOT / step.makes)):
+                print(f"\n{step.makes}: is there", flush=True)
+                continue
+            print(f"\n$ {step.line}", flush=True)
+            if done.pop(str(step.makes), None):  # a command that is cut leaves what neither made
+                write_json(notes, done)
+            call(step.words)
+            write_json(notes, done | {str(step.makes): made_by})
 
 
 def call(words: list[str]) -> None:
@@ -149,12 +156,19 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
         found[shot] = [read_json(path, dict) for path in paths]
         if None in found[shot]:
             raise ValueError(f"{paths[found[shot].index(None)]}: no results; give the command without --table")
-    way, seeds, rows = found[1][0]["way"], " ".join(map(str, a.seeds)), []
+    for name in ("split", "way", "episodes", "images", "mix_steps", "mix_level", "head_steps"):
+        if len(values := {str(each.get(name)) for shot in SHOTS for each in found[shot]}) > 1:
+            raise ValueError(
+                f"{a.folder}: got tests of {name} {' and '.join(sorted(values))}; give the command without --table, so "
+                "that all are tested with the same flags"
+            )
+    way, split, rows = found[1][0]["way"], found[1][0].get("split", "meta_test"), []
+    seeds = " ".join(map(str, a.seeds))
     kinds = [("ours, with mixes", "by_episode"), ("ours, without mixes", "by_episode_without_mix")]
     mixed = all(each.get("pool_models", 1) for shot in SHOTS for each in found[shot])
     for name, key in kinds if mixed else kinds[1:]:
         cells = (figure(*over_seeds([each[key] for each in found[shot]]), ".2f") for shot in SHOTS)
-        rows.append((name, *cells, f"{way}-way, seeds {seeds}, {a.folder}"))
+        rows.append((name, *cells, f"{way}-way, {split}, seeds {seeds}, {a.folder}"))
     known: dict[tuple[str, str], dict[int, str]] = {}
     for each in (read_json(FIGURES, dict, "no figures are taken") or {}).get(a.scenario, []):
         key = (each["method"], f"{each['paper']}, {each['table']}, {each['url']}")

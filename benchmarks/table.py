@@ -5,8 +5,8 @@
 
 For every row and seed, it runs `main.py` once and `diffusionmix.py` once per shot. All rows of a seed are tested on the
 same episodes. Runs stay in --folder, so a killed command resumes. With --publish, the accuracy of every episode is also
-saved in benchmarks/kept/DATASET.jsonl, and RESULTS.md is written from all results there with the same settings, so that
-seeds and rows can be added on another machine. Other flags go to `main.py`, flags after --test to `diffusionmix.py`.
+saved in benchmarks/kept/DATASET.jsonl, and RESULTS.md is written from all results there, so that seeds and rows can be
+added on another machine, with the same settings. Other flags go to `main.py`, flags after --test to `diffusionmix.py`.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, parse
+from config import BARE, RECIPES, SCENARIOS, Settings, check_same, flag_of, parse, that_affect
 from utils.atomic import atomic_file
 from utils.cli import run as run_command
 from utils.environment import commit, hardware
@@ -30,9 +31,9 @@ from utils.run_log import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"  # folder of RESULTS.md and results.csv
-# Settings of the clusters recipe that the paper's row uses too: on whole maps its own optimiser learns nothing.
+# Settings of the clusters recipe that the paper's row uses too: at its own rate it falls to chance on whole maps.
 SAME = {"features", "optim", "lr", "weight_decay"}
-PUBLISHED = [  # flags that undo the clusters recipe; given last, so that they override the flags of the other rows
+PUBLISHED = [  # flags that undo the rest of that recipe; given last, so that they override the flags of the other rows
     word
     for f in fields(Settings)
     if f.name in RECIPES["clusters"]
@@ -68,7 +69,12 @@ INTERVALS = (
 )
 TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
           "sample_batch", "precision", "device", *BARE)  # fmt: skip
-KEPT = ("dataset", "split", "torch", "hardware", "commit", "training_seconds", "flags", "trained_with")
+KEPT = ("dataset", "split", "way", "torch", "hardware", "commit", "training_seconds", "flags", "trained_with",
+        "trained_shot", "images")  # fmt: skip
+OWN = (
+    "--source --save-dir --seed --nExemplars --shot --dry-run --resume --mix --support --query --out --compare".split()
+)
+VARY = {"seed", "nExemplars", "mix", "data_root", "pool", "sample_batch"}  # may differ; images are compared by digest
 SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip")}
 
 
@@ -106,6 +112,7 @@ class Row:
     difference_seeds_ci95: float | str = ""
     closed_ci95: float | str = ""
     closed_seeds_ci95: float | str = ""
+    way: int | str = 5
 
 
 Results = dict[tuple[int, str, int], dict]  # (seed, run, shot) -> results of a test, with their origin
@@ -130,36 +137,66 @@ def run_all(
             for shot in shots:
                 mix = mix_shots is None or shot in mix_shots
                 mix = mix and any(ROWS[row] == (name, True) for row in ROWS)
-                flags = [*test, "--nExemplars", str(shot), "--seed", str(seed), "--mix", str(mix)]
-                results[seed, name, shot] = _tested(run, shot, train, flags) | {"trained_with": train}
+                flags = [*for_testing(train, test), "--nExemplars", str(shot), "--seed", str(seed), "--mix", str(mix)]
+                results[seed, name, shot] = _tested(run, shot, flags) | {
+                    "trained_with": train,
+                    "trained_shot": shots[0],
+                }
+    check_images(results.values())
     return results
 
 
 def keep(results: Results, path: Path) -> Results:
     """Add results to the file `path`, one line each, and return all results in it.
 
-    Lines with other settings than the new results are dropped, as a table cannot mix them.
+    Raises ValueError, as `read_kept` does, for results that a table cannot mix with those in the file.
     """
-    settings = next(([one["trained_with"], _method(one["flags"])] for one in results.values()), None)
-    kept = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        one = json.loads(line)
-        if [one["trained_with"], _method(one["flags"])] == settings:
-            kept[one["seed"], one["run"], one["shot"]] = one
+    kept = read_kept(path, next(iter(results.values())))
     for (seed, run, shot), one in results.items():
-        short = {name: one[name] for name in KEPT} | {"seed": seed, "run": run, "shot": shot}
+        short = {name: one.get(name) for name in KEPT} | {"seed": seed, "run": run, "shot": shot}
         for name in ("by_episode", "by_episode_without_mix"):
             short[name] = [round(value, 2) for value in one[name]]
         kept[seed, run, shot] = short
+    check_images(kept.values())
     text = "".join(json.dumps(kept[key]) + "\n" for key in sorted(kept))
     with atomic_file(path) as file:
         file.write(text.encode())
     return kept
 
 
-def _method(flags: dict[str, str]) -> dict[str, str]:
-    """Return the flags of a test that must be the same in all rows, seeds and shots."""
-    return {k: v for k, v in flags.items() if k not in ("--nExemplars", "--seed", "--mix", "--device")}
+def read_kept(path: Path, new: Mapping[str, Any]) -> Results:
+    """Return the results in the file `path`; none if it is missing.
+
+    new: a result with trained_with, trained_shot and flags, made with the settings that all must have.
+    Raises ValueError if a line has other settings.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    kept, here = [json.loads(line) for line in lines], settings_of(new)
+    for one in kept:
+        there = settings_of(one)
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        if other := [f"{name} {there.get(name)!r} (got {here.get(name)!r})" for name in names]:
+            raise ValueError(f"{path}: was made with {', '.join(other)}; give the same settings, or move the file away")
+    return {(one["seed"], one["run"], one["shot"]): one for one in kept}
+
+
+def settings_of(one: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a result that must be the same in all rows, seeds and shots of a table."""
+    aside = VARY | that_affect("nothing")
+    trained = parse(one["trained_with"], description="table").as_dict()
+    tested = {k.strip("-").replace("-", "_"): v for k, v in one["flags"].items()}
+    kept = {k: v for k, v in trained.items() if k in that_affect("training", "both")} | {
+        k: v for k, v in tested.items() if k not in trained or k in that_affect("testing")
+    }
+    return {k: v for k, v in kept.items() if k not in aside} | {"shot of training": one.get("trained_shot") or 1}
+
+
+def check_images(results: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError if results were tested on different images. Those kept by an older version do not say which."""
+    if len({one.get("images") for one in results} - {None}) > 1:
+        raise ValueError(
+            "got results of different test images, which do not compare; restore the images, or give another --folder"
+        )
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -167,11 +204,10 @@ def rows_of(results: Results) -> list[Row]:
     return [row for shot in sorted({key[2] for key in results}) for row in _rows_of(results, shot)]
 
 
-def _tested(run: Path, shot: int, train: list[str], test: list[str]) -> dict:
+def _tested(run: Path, shot: int, flags: list[str]) -> dict:
     """Return the results of a run at one shot, with training seconds and machine. Run the test if they are missing."""
     place, weights = run / f"{shot}-shot", run / "best_model.pt"
-    flags = [*_for_testing(train), *test]
-    given = dict(zip(flags[::2], flags[1::2], strict=True))  # a flag given twice has its last value
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
     notes, results = ROOT / place / "made.json", ROOT / place / "results.json"
     if not results.exists() or results.stat().st_mtime < (ROOT / weights).stat().st_mtime:
         call("diffusionmix.py", *flags, "--resume", str(weights), "--save-dir", str(place))
@@ -224,6 +260,7 @@ def _rows_of(results: Results, shot: int) -> list[Row]:
                 seeds_ci95=seeds_ci95,
                 against=other,
                 difference_seeds_ci95=difference[2],
+                way=made[0].get("way") or 5,
             )  # fmt: skip
         )
     return rows
@@ -294,7 +331,7 @@ def publish(rows: list[Row], folder: Path) -> None:
         r, each = own[0], int(own[0].episodes) // int(own[0].seeds)
         commits = ", ".join(dict.fromkeys(one for row in own for one in row.commit.split(" / ")))
         parts += [
-            f"## {dataset}, {r.split}, 5-way",
+            f"## {dataset}, {r.split}, {r.way}-way",
             "",
             f"{_seeds(own)}, {each} episodes each. {r.hardware}, torch {r.torch}, commit {commits}.",
             "",
@@ -331,33 +368,45 @@ def main() -> None:
     if args.small:
         train = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + train
     settings = parse(train, description="table")
-    if taken := flags_among(train, ("--source", "--save-dir", "--seed", "--nExemplars", "--shot", "--dry-run")):
+    if taken := flags_among([*train, *args.test], OWN):
         raise ValueError(
-            f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --folder"
+            f"got {taken[0]}, which the table sets itself; leave it out, or see --seeds, --shots, --mix-shots"
         )
     runs = [name for name in RUNS if name in args.runs]
     if settings.recipe == "paper":  # then these equal the rows "guided" and "unguided"
         runs = [name for name in runs if name not in ("paper", "by_model")]
+    if not runs:
+        raise ValueError(
+            f"got --runs {' '.join(args.runs)} with --recipe paper, where these are the row guided; name it"
+        )
     for name in runs:  # refuse wrong flags before hours of work
         parse([*train, *RUNS[name], *args.test], description="table")
-    dataset = settings.dataset
-    folder = args.folder or Path("ckpt/runs/table") / dataset
-    results = run_all(folder, args.seeds, args.shots, runs, train, args.test, args.mix_shots)
+    dataset, folder = settings.dataset, args.folder or Path("ckpt/runs/table") / settings.dataset
     if dataset == "custom":  # use the folder's name, which says more
-        dataset = "+".join(path.name for path in settings.data_paths)
-        results = {key: one | {"dataset": dataset} for key, one in results.items()}
+        dataset = "+".join(path.resolve().name for path in settings.data_paths)
+        if args.publish and dataset in SCENARIOS:
+            raise ValueError(
+                f"got the folder {dataset}, where a data set has that name; rename it, or leave --publish out"
+            )
+    path, words = RESULTS / "kept" / f"{dataset}.jsonl", for_testing(train, args.test)
     if args.publish:
-        results = keep(results, RESULTS / "kept" / f"{dataset}.jsonl")
+        flags = dict(zip(words[::2], words[1::2], strict=True))
+        read_kept(path, {"trained_with": train, "trained_shot": args.shots[0], "flags": flags})
+    results = run_all(folder, args.seeds, args.shots, runs, train, args.test, args.mix_shots)
+    results = {key: one | {"dataset": dataset} for key, one in results.items()}
+    if args.publish:
+        results = keep(results, path)
     rows = rows_of(results)
     if args.publish:
         publish(rows, RESULTS)
     print(f"\n{rows[0].seeds} seed(s), {rows[0].episodes} episodes in all. {INTERVALS}\n\n{as_text(rows)}")
 
 
-def _for_testing(train: list[str]) -> list[str]:
-    """Return the training flags that testing needs too, with their resolved values."""
-    settings = parse(train, description="table")
-    return [word for name in TESTED for word in (f"--{name}", str(getattr(settings, name)))]
+def for_testing(train: list[str], test: list[str]) -> list[str]:
+    """Return the flags of `diffusionmix.py`: the training flags that it needs too, and all that `test` changes."""
+    trained, s = (parse(words, description="table") for words in (train, [*train, *test]))
+    changed = [f.name for f in fields(s) if f.name not in TESTED and getattr(s, f.name) != getattr(trained, f.name)]
+    return [word for name in (*TESTED, *changed) for word in (f"--{name}", str(getattr(s, name)))]
 
 
 def _training_seconds(path: Path) -> float:

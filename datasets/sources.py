@@ -8,6 +8,7 @@ import torch
 from datasets.folder import LabelledImages, load_split
 from datasets.fontchars import load_fontchars
 from datasets.glyphs import make_split
+from utils.class_folders import is_leftover, require_folder
 
 GLYPHS_PER_CLASS = 100  # images per class to draw episodes from
 # Sets that need no folder: name -> function (split, images per class or None, size) -> images.
@@ -30,18 +31,20 @@ def load_real(
     per_class: int | None = None,
     workers: int | None = None,
 ) -> LabelledImages:
-    """Return the images of a split, read from <root>/<split>; an `EMBEDDED` set without that folder needs none.
+    """Return the images of a split, read from <root>/<split>, or those of an `EMBEDDED` set.
 
     roots: one data folder per domain; with several, classes are named <root's name>/<class>.
     size: side in pixels; per_class: most images per class, None for all (100 for embedded glyphs); workers: threads.
-    Raises ValueError if a folder is missing or empty. An `EMBEDDED` set accepts an empty folder, and a missing
-    data/<dataset>.
+    An `EMBEDDED` set is used if data/<dataset> is missing or lacks the split, and if `roots` are empty folders.
+    Raises ValueError for a folder that is missing, empty or without the split in any other case.
     """
     if embedded(dataset, roots, split):
+        instead = f"leave --data-root out to use the images of {dataset}"
         for root in roots:
-            if root != Path("data", dataset) and (not root.is_dir() or any(root.iterdir())):
-                lacks = f"got no folder {split}; add it" if root.is_dir() else "no such folder; give another"
-                raise ValueError(f"{root}: {lacks}, or leave --data-root out to use the images of {dataset}")
+            if root == Path("data", dataset):
+                continue
+            if any(not is_leftover(path.name) for path in require_folder(root, instead).iterdir()):
+                raise ValueError(f"{root}: got no folder {split}; add it, or {instead}")
         return EMBEDDED[dataset](split, per_class, size)
     domains = [load_split(root, split, size, per_class, workers=workers) for root in roots]
     if len(domains) == 1:

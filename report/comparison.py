@@ -18,7 +18,8 @@ from utils.metrics import gap_closed, over_seeds
 from utils.progress import duration
 
 _ASIDE = that_affect("nothing", "testing") | {"seed", "contents"}  # settings that make no other method
-_HEAD, _MIXES = ("head_steps", "head_init", "head_scale"), ("mix_steps", "mix_level", "pool_models")  # of a test
+_HEAD = ("head_steps", "head_init", "head_scale")  # of a test
+_MIXES = ("mix_steps", "mix_level", "pool", "pool_models")
 _MOST_COLUMNS = 8  # of the table of differences
 _ROWS, _IMAGES = 8, 6  # of the images side by side
 
@@ -153,7 +154,10 @@ def _differences(methods: Sequence[Method]) -> list[Content]:
 
 def _closed(each: Method, methods: Sequence[Method]) -> str:
     """Return the share of the gap from random weights to real images that a method closes."""
-    floor, real = (next((other for other in methods if other.source == source), None) for source in ("none", "real"))
+    floor, real = (
+        next((other for other in methods if other.source == source and each.shared(other)), None)
+        for source in ("none", "real")
+    )
     shared = each.shared(floor, real) if floor and real else None
     if shared is None:
         return ""
@@ -249,9 +253,8 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
                 counted = (*_HEAD, *(_MIXES if mixed else ()), "episodes", "query", "images")
                 tested = tuple(_plain(result.get(n)) for n in counted)
                 same, drawn = (key, tested, mixed), _plain(result.get("seed"))
-                again = (
-                    first.setdefault((*same, name), drawn) != drawn
-                )  # the same run on other episodes: no second seed
+                # the same run, tested on other episodes: no second training seed
+                again = first.setdefault((*same, name), drawn) != drawn
                 method = found.setdefault(
                     (*same, drawn) if again else same, Method("", str(run.settings.get("source", "")))
                 )

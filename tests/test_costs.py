@@ -141,5 +141,6 @@ def test_room_is_found_once_for_networks_alike(make_pool, tmp_path, monkeypatch)
     pool = Pool(make_pool(tmp_path / "pool", [4, 4, 4], lambda network, m: None))
     models = [pool.load(m) for m in range(3)]
     assert [pool.room(model, 9, CPU) for model in models] == [5, 5, 5] and asked == [1]
+    assert pool.room(models[0], 9, CPU, other=1) == 5 and asked == [1, 1]  # guided, after an unguided round
     assert pool.room(models[0], 3, CPU) == 3
     assert pool.room(models[0], 9, CPU, found=2) == 2 and pool.room(models[1], 9, CPU) == 2

@@ -9,6 +9,8 @@ import torch
 
 import diffusionmix
 import few_shot
+from report import render_several
+from report.folder import Run
 from tests.conftest import NO_IMAGES
 from utils.images import to_float
 from utils.metrics import mean_confidence_interval, paired_difference
@@ -90,6 +92,17 @@ def test_another_pool_of_as_many_models_is_another_test(test_run, make_pool, tmp
     assert test_run(pool=other)[0]["pool"] != first["pool"]
     kept = sorted((tmp_path / "run" / "results").iterdir())
     assert [json.loads(path.read_text())["pool"] for path in reversed(kept)][0] == first["pool"] and len(kept) == 2
+    page = render_several([Run.read(tmp_path / "run")] * 2, tmp_path)
+    assert "(2 seeds)" not in page
+
+
+def test_a_result_that_does_not_name_its_pool_is_the_same_test(test_run, tmp_path):
+    kept = tmp_path / "run" / "results" / "meta_test-5way-1shot.json"
+    results, _ = test_run("--mix", "False")
+    del results["pool"]
+    kept.write_text(json.dumps(results))
+    assert test_run("--mix", "False")[0]["pool"] == ""
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
 def test_compare(test_run, call, trained, two_models, tmp_path):

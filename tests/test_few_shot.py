@@ -181,7 +181,8 @@ def test_save_and_load(classifier, tmp_path):
     again = FewShotClassifier.load(tmp_path / "mine.pt")
     assert (again.predict_proba(images) == expected).all() and again.classes_.tolist() == ["a", "b", "c"]
     assert again.get_params()["mix_steps"] == QUICK["mix_steps"]
-    classifier.set_params(model="for/the/next/fit.pt").save(tmp_path / "mine.pt")
+    classifier.set_params(model="for/the/next/fit.pt", value_range=(0, 1)).save(tmp_path / "mine.pt")
+    assert FewShotClassifier.load(tmp_path / "mine.pt").value_range == (0, 1)
     assert (FewShotClassifier.load(tmp_path / "mine.pt").predict_proba(images) == expected).all()
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"other\.pt"):

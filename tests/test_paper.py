@@ -131,6 +131,15 @@ def test_no_row_of_mixes_without_mixes(made, call):
     assert status == 0 and "with mixes" not in out and "without mixes" in out
 
 
+@pytest.mark.parametrize("entry", [{"split": "meta_val"}, {"mix_steps": 200}, {"images": "other"}])
+def test_tests_that_differ_make_no_row(made, call, entry):
+    assert call(paper, *GIVEN)[0] == 0
+    file = sorted(Path("ckpt/runs/paper").rglob("results.json"))[0]
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    status, out, err = call(paper, *GIVEN, "--table")
+    assert status == 2 and not out and [*entry][0] in err and str([*entry.values()][0]) in err
+
+
 @pytest.mark.parametrize("flags", [("--dry-run",), ("--test", "--support", "x", "--query", "y")])
 def test_flags_of_other_work_are_refused(made, call, flags):
     assert call(paper, *GIVEN, *flags)[0] == 2 and not made
@@ -153,6 +162,13 @@ def test_every_step_in_order_and_none_again(made, call):
     assert call(paper, *given, "--head-steps", "3")[0] == 0
     assert [words[1] for words in made] == ["diffusionmix.py"] * 4
     made.clear()
+    assert call(paper, *given)[0] == 0  # the files are those of other flags by now
+    assert [words[1] for words in made] == ["diffusionmix.py"] * 4
+    made.clear()
+    longer = (*GIVEN, "--lr", "0.3", "--pretrain", "--steps", "10", "--test", "--episodes", "4")
+    assert call(paper, *longer)[0] == 0  # another pool: all that was made from the old one is made again
+    assert [words[1] for words in made] == names[1:]
+    made.clear()
     assert "43.00" in call(paper, *GIVEN, "--table")[1] and not made
 
 
@@ -164,6 +180,11 @@ def test_a_step_that_fails_stops_the_run_and_is_taken_up_again(made, call, monke
     made.clear()
     assert call(paper, *GIVEN)[0] == 0
     assert made[0][1] == "main.py" and len(made) == 6
+    monkeypatch.setenv("FAIL", "main.py")
+    assert call(paper, *GIVEN, "--lr", "0.3")[0] == 7
+    monkeypatch.delenv("FAIL")
+    made.clear()
+    assert call(paper, *GIVEN)[0] == 0 and made[0][1] == "main.py"  # the other command may have changed the run
 
 
 @pytest.mark.parametrize("program", ["python", "torchrun", "sh"])

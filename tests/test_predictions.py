@@ -171,6 +171,11 @@ def test_a_file_of_somebody_else_stays(label, few, monkeypatch, kind):
     assert os.path.lexists(few / name) and (before is None or snapshot(few) == before) and not (few / "run").exists()
 
 
+def test_answers_do_not_take_the_place_of_the_skipped_images(label, few):
+    status, err = label("--out", "out/skipped_images.csv")
+    assert status == 2 and "skipped_images.csv" in err and not (few / "out").exists() and not (few / "run").exists()
+
+
 def test_the_own_file_of_an_earlier_run_is_replaced(label, few):
     assert label("--out", "out/cat.csv")[0] == 0
     first = snapshot(few / "out")

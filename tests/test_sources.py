@@ -63,5 +63,8 @@ def test_a_given_folder_without_splits_is_refused(tmp_path, monkeypatch):
     for wrong in ("nowhere", "photos"):
         with pytest.raises(ValueError, match=f"{wrong}: .*--data-root"):
             load_real("glyphs", [tmp_path / wrong], "meta_val", 16)
+    (tmp_path / "mini.zip").touch()
+    with pytest.raises(ValueError, match="mini.zip: is a file.*--data-root"):
+        load_real("glyphs", [tmp_path / "mini.zip"], "meta_val", 16)
     monkeypatch.chdir(tmp_path)
     assert len(load_real("glyphs", [Path("data", "glyphs")], "meta_val", 16, per_class=1).labels) > 4  # the default

@@ -33,6 +33,7 @@ def calls(tmp_path, monkeypatch):
         results = {
             "by_episode": [value + 2 for value in plain] if given["--mix"] == "True" else plain,
             "by_episode_without_mix": plain, "dataset": "custom", "split": "meta_val", "device": "cpu", "torch": "2",
+            "way": 5, "images": "digest",
         }  # fmt: skip
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -130,6 +131,9 @@ def test_results_of_other_settings_or_older_than_the_weights_are_not_taken(calls
     [
         ("--seed 3", "got --seed, which"),
         ("--source real", "got --source"),
+        ("--test --mix False", "got --mix"),
+        ("--test --shot 10", "got --shot"),
+        ("--dataset co_cifarfs --runs paper", "--runs paper"),
         ("--refresh-every 1", "--refresh-every"),
     ],
 )
@@ -138,7 +142,7 @@ def test_refused_before_anything_runs(calls, call, flags, words):
     assert status == 2 and words in err and not calls
 
 
-def test_paper_row_is_the_published_recipe_whatever_is_given(calls, call, tmp_path):
+def test_paper_row_samples_and_guides_as_published_whatever_is_given(calls, call, tmp_path):
     given = ("--runs", "none", "paper", "guided", "--shots", "1", "--seeds", "1", "--renoise", "0.5")
     assert call(table, "--recipe", "clusters", *given)[0] == 0
     by_run = {flags["--save-dir"].rpartition("/")[2]: flags for script, flags in calls if script == "main.py"}
@@ -177,11 +181,46 @@ def test_seeds_and_rows_are_added_to_what_is_kept(calls, tmp_path):
     assert "2 training seeds (real reference: 1, unguided: 1), 5 episodes each" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_what_is_kept_of_other_settings_is_dropped(calls, tmp_path):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"trained_with": ["--dataset", "custom", "--lr", "2"]}, r"lr 1.0 \(got 2.0\)"),
+        ({"trained_shot": 5}, r"shot of training 1 \(got 5\)"),
+        ({"flags": {"--mix-steps": "9"}}, r"mix_steps '1' \(got '9'\)"),
+        ({"images": "other"}, "different test images"),
+    ],
+)
+def test_what_is_kept_of_other_settings_stays(calls, tmp_path, change, words):
     path = tmp_path / "kept" / "custom.jsonl"
     table.keep(run_all(tmp_path, seeds=[1]), path)
-    other = {key: one | {"trained_with": ["--lr", "2"]} for key, one in run_all(tmp_path, seeds=[3]).items()}
-    assert {key[0] for key in table.keep(other, path)} == {3}
+    before = path.read_bytes()
+    other = {key: one | change for key, one in run_all(tmp_path, seeds=[3]).items()}
+    with pytest.raises(ValueError, match=words):
+        table.keep(other, path)
+    assert path.read_bytes() == before
+
+
+def test_flags_that_change_no_result_are_no_other_settings(calls, tmp_path):
+    path = tmp_path / "kept" / "custom.jsonl"
+    table.keep(run_all(tmp_path, seeds=[1]), path)
+    words = ["-d", "custom", "--workers", "2", "--lr", "1.0", "--quiet"]
+    other = {key: one | {"trained_with": words} for key, one in run_all(tmp_path, seeds=[3]).items()}
+    assert {key[0] for key in table.keep(other, path)} == {1, 3}
+
+
+def test_flags_of_tests_in_any_spelling(calls, tmp_path):
+    rows(tmp_path, "--split=meta_val", "--quiet", "--way", "10")
+    flags = [flags for script, flags in calls if script == "diffusionmix.py"]
+    assert {(f["--split"], f["--quiet"], f["--nKnovel"], f["--nTestNovel"]) for f in flags} == {
+        ("meta_val", "True", "10", "150")
+    }
+    assert {f["--mix"] for f in flags} == {"True", "False"}
+
+
+def test_the_name_of_a_data_set_is_not_taken_by_a_folder(calls, call, tmp_path):
+    flags = ("--publish", "--dataset", "custom", "--data-root", tmp_path / "fontchars")
+    status, _, err = call(table, *flags)
+    assert status == 2 and "fontchars" in err and not calls
 
 
 def test_no_row_of_mixes_at_shots_that_are_not_mixed(calls, tmp_path):
