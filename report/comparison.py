@@ -20,6 +20,7 @@ from utils.progress import duration
 _ASIDE = that_affect("nothing", "testing") | {"seed", "contents"}  # settings that make no other method
 _HEAD = ("head_steps", "head_init", "head_scale")  # of a test
 _MIXES = ("mix_steps", "mix_level", "pool", "pool_models")
+_NETWORK = ("backbone", "features")  # what random weights can do depends on these
 _MOST_COLUMNS = 8  # of the table of differences
 _ROWS, _IMAGES = 8, 6  # of the images side by side
 
@@ -31,18 +32,22 @@ class Method:
     Attributes:
         name: what the tables call it.
         source: the images that it was trained on.
+        network: settings that decide what its random weights can do.
         runs: seed -> name of the run.
         results: seed -> (accuracy, half-width of its interval) in percent.
         values: seed -> accuracy of each episode, if noted.
         keys: seed -> what drew the episodes.
+        tests: seed -> name of the run, and what drew the episodes.
     """
 
     name: str
     source: str
+    network: tuple
     runs: dict[Any, str] = field(default_factory=dict)
     results: dict[Any, tuple[float, float | None]] = field(default_factory=dict)
     values: dict[Any, list[float]] = field(default_factory=dict)
     keys: dict[Any, tuple] = field(default_factory=dict)
+    tests: dict[Any, tuple] = field(default_factory=dict)
 
     def mean(self) -> tuple[float, float | None, float | str]:
         """Return the mean accuracy, and its half-widths over episodes and over seeds ("" with one seed)."""
@@ -155,7 +160,7 @@ def _differences(methods: Sequence[Method]) -> list[Content]:
 def _closed(each: Method, methods: Sequence[Method]) -> str:
     """Return the share of the gap from random weights to real images that a method closes."""
     floor, real = (
-        next((other for other in methods if other.source == source and each.shared(other)), None)
+        next((m for m in methods if (m.source, m.network) == (source, each.network) and each.shared(m)), None)
         for source in ("none", "real")
     )
     shared = each.shared(floor, real) if floor and real else None
@@ -240,9 +245,9 @@ def _plain(value: Any) -> str | int | None:
 def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
     """Return the methods that were tested so, in the order of the runs, each without mixes and then with them."""
     found: dict[tuple, Method] = {}
-    first: dict[tuple, Any] = {}  # the test seed of a run's first test
     for name, run in named.items():
         key = json.dumps({k: v for k, v in run.settings.items() if k not in _ASIDE}, default=str)
+        network = tuple(_plain(run.settings.get(n)) for n in _NETWORK)
         tests = {test: result for test, result in run.results.items() if _kind(result) == kind}
         for test, result in tests.items():
             for mixed in (False, True)[: 1 + bool(result.get("pool_models"))]:
@@ -252,22 +257,22 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
                     continue
                 counted = (*_HEAD, *(_MIXES if mixed else ()), "episodes", "query", "images")
                 tested = tuple(_plain(result.get(n)) for n in counted)
-                same, drawn = (key, tested, mixed), _plain(result.get("seed"))
-                # the same run, tested on other episodes: no second training seed
-                again = first.setdefault((*same, name), drawn) != drawn
-                method = found.setdefault(
-                    (*same, drawn) if again else same, Method("", str(run.settings.get("source", "")))
-                )
-                seed, label = _plain(run.settings.get("seed")), name + (" + mixes" if mixed else "")
+                same, drawn = (key, tested, mixed), tuple(_plain(result.get(n)) for n in SAME_EPISODES)
+                seed = _plain(result.get("trained_seed", run.settings.get("seed")))
+                label = name + (" + mixes" if mixed else "")
                 if mixed and len(tests) > 1:
                     label += f" ({' '.join(filter(None, test))})"
-                label += f", test seed {drawn}" * again
+                alone = Method("", str(run.settings.get("source", "")), network)
+                method = found.setdefault(same, alone)
+                if seed in method.results and method.tests[seed] != (name, drawn):  # no other training seed
+                    if method.tests[seed][0] == name:
+                        label += f", test seed {result.get('seed')}"
+                    method = found.setdefault((*same, name, drawn), alone)
                 if method.runs.get(seed) == label:
                     continue  # without mixes it is the same test again
-                seed = (seed, name) if seed in method.results else seed
-                method.runs[seed] = label
+                method.runs[seed], method.tests[seed] = label, (name, drawn)
                 method.results[seed] = (mean, half)
-                method.keys[seed] = tuple(result.get(n) for n in SAME_EPISODES)
+                method.keys[seed] = drawn
                 if values := scores(result, mixed):
                     method.values[seed] = values
     for method in found.values():

@@ -312,6 +312,34 @@ def test_a_run_tested_on_other_episodes_is_no_second_seed(write):
     (folders[0] / "1-shot-again" / "results.json").write_text(json.dumps(again))
     page = Reader(report.render_several([Run.read(folder) for folder in folders], folders[0]))
     assert page.text.count("one seed") == 3 and not any("(2 seeds)" in text for text in page.text)
+    assert "a, test seed 2" in page.text
+
+
+def test_one_checkpoint_tested_thrice_is_one_seed(write):
+    folders = [write(name, seed=seed) for seed, name in enumerate("abc")]
+    for seed, folder in enumerate(folders):
+        test_folder(folder, [50.0, 60.0, 70.0, 80.0 + seed], seed=seed, trained_seed=7)
+    page = Reader(report.render_several([Run.read(folder) for folder in folders], folders[0]))
+    assert page.text.count("one seed") == 3 and not any("seeds)" in text for text in page.text)
+
+
+def test_runs_of_the_same_seed_are_compared(write):
+    """Of another pool at the same place, for example, which the settings do not tell."""
+    folders = [write("a"), write("b")]
+    for folder, score in zip(folders, (50.0, 60.0), strict=True):
+        test_folder(folder, [score, score + 1, score, score + 1], seed=1)
+    text = report.render_several([Run.read(folder) for folder in folders], folders[0])
+    assert "(2 seeds)" not in text and "b minus a: +10.00 ± 0.00 points" in text
+
+
+def test_the_gap_is_that_of_the_same_network(write):
+    scores, folders = {"none": (10, 40), "guided": (50, 70), "real": (60, 80)}, []
+    for source, pair in scores.items():
+        for backbone, score in zip(("conv4", "resnet12"), pair, strict=True):
+            folders.append(write(f"{backbone}-{source}", source=source, backbone=backbone))
+            test_folder(folders[-1], [float(score)] * 4, seed=1)
+    text = report.render_several([Run.read(folder) for folder in folders], folders[0])
+    assert "80 ± 0" in text and "75 ± 0" in text  # 40 of 50 points, and 30 of 40
 
 
 def test_entries_that_no_float_holds_and_lines_without_a_round(write):
