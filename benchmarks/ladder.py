@@ -106,6 +106,7 @@ def main() -> None:
     device, pool = pick_device(s.device_name), Pool.of(s)
     judge, _, trained = load_model(folder / "judge" / "last.pt", device)
     counts = pool.share_classes(s.num_classes, SCENARIOS[s.dataset].per_model)
+    real = base_classes(pool, trained["num_classes"], counts)
     for name in args.rungs:
         place, extra = folder / name, ("", "")
         if name == "judged":
@@ -118,21 +119,28 @@ def main() -> None:
             _train(flags, place, name, s.seed)
         if name in ("by_model", "unguided", "guided"):
             data = learnt(place)
-            found = purity(
-                classes(judge, data.images, device), data.labels, counts, _shared(trained["num_classes"], counts)
-            )
+            found = purity(classes(judge, data.images, device), data.labels, counts, real)
             extra = (f"{found[0]:.1f}", f"{found[1]:.1f}" if name != "by_model" else "")
         one, five = accuracy(s, place / "last.pt")
         lines.append(f"| {RUNGS[name]} | {one:.1f} / {five:.1f} | {extra[0]} | {extra[1]} |")
     print("", *lines, sep="\n")
 
 
-def _shared(total: int, counts: list[int]) -> list[int]:
-    """Return the number of base classes of each model, shared evenly in order, as `image_train.py` does."""
-    if sum(counts) == total:
-        return counts
-    each = -(-total // len(counts))
-    return [min(each, total - each * m) for m in range(len(counts))]
+def base_classes(pool: Pool, total: int, counts: list[int]) -> list[int]:
+    """Return the number of base classes of each pool model, in order: as its checkpoint says, or its pseudo classes.
+
+    total: classes of the judge; counts: pseudo classes of each model. Raises ValueError if they are not `total` in all.
+    """
+    try:
+        real = pool.share_classes()
+    except ValueError:  # a public checkpoint does not say
+        real = counts
+    if sum(real) != total:
+        raise ValueError(
+            f"{pool.path}: its models were trained on {sum(real)} classes, meta_train has {total}; give the images "
+            "that they were trained on"
+        )
+    return real
 
 
 def _train(flags: list[str], folder: Path, source: str, seed: int) -> None:

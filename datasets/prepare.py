@@ -97,6 +97,11 @@ def fonts(source: Path, out: Path, characters: str) -> None:
     paths = [out / name / f"{font}.png" for name, by_font in drawn.items() for font in by_font]
     pixels = [image for by_font in drawn.values() for image in by_font.values()]
     written = _write_missing(paths, pixels)
+    if others := sorted({*out.glob("*/*.png")} - {*paths}):
+        print(
+            f"{out}: also holds {len(others)} images of other characters or fonts, the first {others[0]}; take them "
+            "away, or training uses them too", file=sys.stderr,
+        )  # fmt: skip
     readable = found.keys() - {name for name, path in found.items() if path in dict(unreadable)}
     for character, (name, by_font) in zip(wanted, drawn.items(), strict=True):
         if lacking := sorted(readable - by_font.keys()):

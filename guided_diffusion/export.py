@@ -169,8 +169,11 @@ def main() -> None:
     parser.add_argument("out", help="folder to write; it must not be there yet")
     args = parser.parse_args()
     pool = Pool(args.model)
+    path = pool.files[0]
     if len(pool) > 1:
-        raise ValueError(f"{args.model}: got {len(pool)} models, expected one; give one of them, as {pool.files[0]}")
+        raise ValueError(f"{args.model}: got {len(pool)} models, expected one; give one of them, as {path}")
+    if path.is_file() and not {"model", "flags"} <= set(checkpoint.load(path)):
+        raise ValueError(f"{path}: does not hold its image size, noise schedule and heads; give one of image_train.py")
     export(pool.load(0), args.out)
     print(f"wrote {args.out}")
 

@@ -180,6 +180,13 @@ def test_given_again_it_draws_what_is_missing(call, own_fonts, tmp_path):
     assert status == 2 and first.name in err and "--out" in err
 
 
+def test_what_else_is_there_is_named(call, own_fonts, tmp_path):
+    assert draw(call, own_fonts, tmp_path / "out", "AB")[2] == ""
+    (own_fonts / "DejaVuSans.ttf").unlink()
+    status, _, err = draw(call, own_fonts, tmp_path / "out", "A")
+    assert status == 0 and "3 images of other" in err and "dejavusans.png" in err and err.count("\n") == 1
+
+
 def test_a_font_without_a_character_is_left_out(call, own_fonts, tmp_path):
     shutil.copyfile(DEJAVU / "DejaVuSansDisplay.ttf", own_fonts / "display.ttf")  # integrals and sums, no letters
     status, _, err = draw(call, own_fonts, tmp_path / "out", "A∫क")

@@ -320,6 +320,13 @@ def test_export_names_what_it_cannot_express(call, fill, tmp_path, changes, word
     assert status == 2 and word in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_export_refuses_a_checkpoint_without_settings(call, fill, tmp_path):
+    path = own(tmp_path, fill)
+    checkpoint.save(path, checkpoint.load(path)["model"])
+    status, _, err = call(export, path, tmp_path / "out")
+    assert status == 2 and "noise schedule" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_export_keeps_what_is_there(call, fill, tmp_path):
     path = own(tmp_path, fill)
     status, _, err = call(export, path, tmp_path)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from benchmarks.ladder import purity
+from benchmarks.ladder import base_classes, purity
+from guided_diffusion.pool import Pool
+
+
+def test_base_classes_are_those_of_the_checkpoints(make_pool, tmp_path):
+    pool = Pool(make_pool(tmp_path / "pool", [5, 2, 4], lambda network, m: None))
+    assert base_classes(pool, 11, [3, 3, 3]) == [5, 2, 4]
+    with pytest.raises(ValueError, match="11 classes.*has 12"):
+        base_classes(pool, 12, [4, 4, 4])
 
 
 def test_own_and_purity():

@@ -26,6 +26,10 @@ class Handler(SimpleHTTPRequestHandler):
         self.asked.append(self.path)
         if "broken" in self.path:
             self.send_error(500)
+        elif "page" in self.path:  # whatever is asked for
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"\n<!DOCTYPE html><title>Log in</title>")
         elif "short" in self.path:
             self.send_response(200)
             self.send_header("Content-Length", "100")
@@ -89,6 +93,18 @@ def test_a_pool_is_read_once_and_trained_on(web, tmp_path, call, picture_folder)
     assert same(*({k: v for k, v in state.items() if k != "settings"} for state in (far, near)))
 
 
+def test_without_a_bar(web, monkeypatch):
+    monkeypatch.setattr("utils.progress._quiet", True)
+    assert checkpoint.load(local(f"{web}/pool/subset1/ckpt/model.pt"))
+
+
+def test_a_pool_that_is_numbered_from_0(web, tmp_path):
+    there = tmp_path / "there" / "pool"
+    (there / "subset3").rename(there / "subset0")
+    found = local(f"{web}/pool")
+    assert sorted(path.name for path in found.glob("subset*")) == ["subset0", "subset1", "subset2"]
+
+
 def test_a_run_starts_from_weights_at_an_address(web, tmp_path, call, picture_folder, trained):
     picture_folder(tmp_path / "here" / "data" / "meta_val", {f"c{i}": [50 * i] * 12 for i in range(5)})
     shutil.copytree(trained, tmp_path / "there" / "run")
@@ -106,6 +122,8 @@ def test_a_run_starts_from_weights_at_an_address(web, tmp_path, call, picture_fo
         ("/broken", "cannot be read (HTTP Error 500"),
         ("/short.pt", "ended after 40 of 100 bytes"),
         ("/../x.pt", "without .."),
+        ("/page/of/login.pt", "got a web page"),
+        ("/page/pool", "got a web page"),
     ],
 )
 def test_what_cannot_be_read_is_a_line_and_leaves_nothing(web, path, words, tmp_path):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.error import HTTPError
@@ -24,6 +25,7 @@ _NAMES = ("model.pt", "model.safetensors")  # file names of a pool model
 _PATIENCE = 30  # seconds to wait for an answer
 _TRIES = 4  # retries of blobfile, which would otherwise retry forever
 _PIECE = 1 << 20  # bytes
+_PAGE = (b"<!doctype", b"<html", b"<?xml")  # how a login page, or that of a missing file, begins
 
 
 def local(place: str) -> Path:
@@ -64,8 +66,11 @@ def _listed(place: str, target: Path) -> list[str]:
         names = [path[len(place) + 1 :] for path in found if path.endswith(_NAMES)]
     else:
         names = []
-        while name := _next_name(place, len(names) + 1, target):
-            names.append(name)
+        for m in count():
+            if name := _name_of(place, m, target):
+                names.append(name)
+            elif m:  # pools are numbered from 0 or 1
+                break
     if not names:
         raise ValueError(f"{place}: got no diffusion models there, expected subset1/ckpt/model.pt and so on")
     with atomic_file(kept) as file:
@@ -73,7 +78,7 @@ def _listed(place: str, target: Path) -> list[str]:
     return names
 
 
-def _next_name(place: str, m: int, target: Path) -> str:
+def _name_of(place: str, m: int, target: Path) -> str:
     """Download model m and return its name, or "". Each name is tried, as a plain web server lists no files."""
     for name in _NAMES:
         try:
@@ -92,16 +97,19 @@ def _fetch(place: str, target: Path) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() == checksum.read_text(errors="replace").split(" ")[0]:
                 return
         print(f"{target}: does not match its checksum, reading {place} again", file=sys.stderr)
-    digest = hashlib.sha256()
+    digest, read = hashlib.sha256(), 0  # not bar.n, which stays 0 with --quiet
     with _in_one_line(place), _opened(place) as (source, size):
         with atomic_file(target, size=size or 0) as file:
             with progress(total=size, desc=target.name, unit="B", unit_scale=True) as bar:
                 while piece := source.read(_PIECE):
+                    if not read and piece.lstrip()[:9].lower().startswith(_PAGE):
+                        raise ValueError(f"{place}: got a web page, expected a model; check address and login")
                     digest.update(piece)
                     file.write(piece)
                     bar.update(len(piece))
-                if size is not None and bar.n != size:
-                    raise ValueError(f"{place}: ended after {bar.n:,} of {size:,} bytes; give the same command again")
+                    read += len(piece)
+                if size is not None and read != size:
+                    raise ValueError(f"{place}: ended after {read:,} of {size:,} bytes; give the same command again")
     with atomic_file(checksum) as file:
         file.write(f"{digest.hexdigest()}  {target.name}\n".encode())
 
