@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.class_learner import ClassLearner, unit_means
+from models.class_learner import ClassLearner, InductiveBatchNorm, unit_means
 from models.meta_model import MetaModel
 from utils.images import to_float
 
@@ -56,17 +56,27 @@ def clean_scores(guide: LogProbability, images: Tensor, device: torch.device) ->
 
 @torch.no_grad()
 def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
-    """Set the running statistics of untrained networks from images (N, 3, H, W) uint8.
+    """Set the running statistics of untrained networks to those of images (N, 3, H, W) uint8.
 
     Without them an untrained network in eval mode does not normalise: its outputs hardly differ between images, and its
     gradient steers nothing. Published code normalises by the batch, which makes an image depend on the rest of it.
     """
     device = next(model.parameters()).device
     clean = to_float(images).to(device)
-    t = torch.zeros(len(clean), device=device)  # one t, as in guidance: with many, e(t) would drown the images
-    model.train()
-    learner.train()
-    for _ in range(10):
-        maps = model.maps(clean)
-        model.base_logits(maps)
-        learner(unit_means(maps), t)
+    t = torch.zeros(
+        len(clean), device=device
+    )  # one t, as in a step of guidance: with many, e(t) would drown the images
+    model.eval()
+    learner.eval()
+    layers = [layer for network in (model, learner) for layer in network.modules()]
+    batch_norms = {layer: layer.momentum for layer in layers if isinstance(layer, nn.BatchNorm2d)}
+    for layer in batch_norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # the statistics of the only batch, not a tenth of them
+    for layer in layers:
+        layer.train(isinstance(layer, nn.BatchNorm2d | InductiveBatchNorm))
+    maps = model.maps(clean)
+    model.base_logits(maps)
+    learner(unit_means(maps), t)
+    for layer, momentum in batch_norms.items():
+        layer.momentum = momentum

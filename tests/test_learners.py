@@ -11,7 +11,7 @@ from config import Settings
 from datasets.pseudo import PseudoDataset
 from guided_diffusion.script_util import create_gaussian_diffusion
 from models.class_learner import ClassLearner
-from models.guides import class_learner_guide, views_guide
+from models.guides import calibrate, class_learner_guide, views_guide
 from models.learners import ClusterLearners, Learners, PaperLearners, check_finite
 from models.losses import class_learner_loss, meta_loss
 from models.meta_model import MetaModel
@@ -153,6 +153,27 @@ def test_classifier_learns_colours_at_the_rates_given(monkeypatch):
     model = learners.model.eval()
     assert float((model.classify(to_float(images)).argmax(1) == labels).float().mean()) > 0.9
     assert learners.train_class_learner(None, given, rng) == {}  # g itself guides
+
+
+@pytest.mark.parametrize("backbone", ["conv4", "resnet12"])
+def test_calibration_gives_the_statistics_of_the_images(backbone):
+    rng = torch.Generator().manual_seed(1)
+    model = MetaModel(8, backbone=backbone, drop_rate=0.5 * (backbone == "resnet12"), generator=rng)
+    learner = ClassLearner(8, model.channels, generator=rng)
+    images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8, generator=rng)
+    before = torch.get_rng_state()
+    calibrate(model, learner, images)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is dropped
+    guide = class_learner_guide(model, learner)
+    inputs = {}
+    for layer in (layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
+        assert layer.momentum == 0.1
+        layer.register_forward_hook(lambda layer, args, out: inputs.setdefault(layer, out.detach()))
+    guide(to_float(images), torch.zeros(40))
+    for out in inputs.values():  # normalised by the statistics of these very images
+        assert float(out.mean((0, 2, 3)).abs().max()) < 0.02
+        assert float((out.var((0, 2, 3)) - 1).abs().max()) < 0.05  # epsilon counts where the variance is small
+    assert len(inputs) >= 4
 
 
 def test_views_are_averaged_and_change_with_t():

@@ -204,7 +204,7 @@ def test_a_new_class_learner_is_calibrated(training, spy):
 
     seen = spy(main, "synthesise", look)
     run.train()
-    assert [updates for updates in seen if updates] == [[10]]
+    assert [updates for updates in seen if updates] == [[1]]
 
 
 def test_training_prototypes_are_means_before_normalisation():
