@@ -49,11 +49,16 @@ class Method:
     keys: dict[Any, tuple] = field(default_factory=dict)
     tests: dict[Any, tuple] = field(default_factory=dict)
 
+    @property
+    def same_episodes(self) -> bool:
+        """Whether all seeds were tested on the same episodes."""
+        return len(set(self.keys.values())) == 1
+
     def mean(self) -> tuple[float, float | None, float | str]:
         """Return the mean accuracy, and its half-widths over episodes and over seeds ("" with one seed)."""
         rows = _table(self.values, [*self.results])
         if rows is not None:
-            return over_seeds(rows)
+            return over_seeds(rows, self.same_episodes)
         halves = [half for _, half in self.results.values()]
         return float(np.mean([mean for mean, _ in self.results.values()])), halves[0] if len(halves) == 1 else None, ""
 
@@ -140,7 +145,7 @@ def _differences(methods: Sequence[Method]) -> list[Content]:
             if both is None:
                 cells.append("" if row is column else "–")
                 continue
-            mean, half, over = over_seeds(both[0] - both[1])
+            mean, half, over = over_seeds(both[0] - both[1], row.same_episodes)
             any_seeds |= over != ""
             clear = abs(mean) > (half if over == "" else over)
             text = f"{mean:+.2f} ± {half:.2f}" + (f" ± {over:.2f}" if over != "" else "")
@@ -171,7 +176,7 @@ def _closed(each: Method, methods: Sequence[Method]) -> str:
         return ""  # there is nothing to close
     if each in (floor, real):
         return "0" if each is floor else "100"
-    share, half, over = gap_closed(own - low, high - low)
+    share, half, over = gap_closed(own - low, high - low, each.same_episodes)
     return f"{share:.0f} ± {half:.0f}" + (f" ± {over:.0f}" if over != "" else "")
 
 
@@ -262,7 +267,7 @@ def _methods(named: Mapping[str, Run], kind: tuple) -> list[Method]:
                 label = name + (" + mixes" if mixed else "")
                 if mixed and len(tests) > 1:
                     label += f" ({' '.join(filter(None, test))})"
-                alone = Method("", str(run.settings.get("source", "")), network)
+                alone = Method("", str(run.weights or run.settings.get("source", "")), network)
                 method = found.setdefault(same, alone)
                 if seed in method.results and method.tests[seed] != (name, drawn):  # no other training seed
                     if method.tests[seed][0] == name:

@@ -13,6 +13,7 @@ DAMAGED = (  # what reading damaged files raises
 )  # fmt: skip
 HERE = ""  # the place of results that lie in the run folder itself
 SAME_EPISODES = ("dataset", "split", "way", "shot", "query", "episodes", "seed", "images")  # equal: the same
+SAME_NETWORK = ("dataset", "seed", "backbone", "features")  # equal: as good with random weights, for one seed
 SAME_NOISE = ("dataset", "seed", "recipe", "num_classes", "samples_per_class", "sample_steps", "renoise", "image_size")
 
 
@@ -108,6 +109,12 @@ class Run:
         """The last epoch, {} before the first."""
         return self.epochs[-1] if self.epochs else {}
 
+    @property
+    def weights(self) -> str:
+        """The checkpoint whose weights a run of --source none only validates; "" for random weights and other runs."""
+        only = self.settings.get("source") == "none" and (self.folder / "config.json").is_file()
+        return str(self.settings.get("resume") or "") if only else ""
+
     def best(self) -> dict[str, Any] | None:
         """Return the epoch that was best on meta_val, the first of equals; None without a validation."""
         seen = [each for each in self.epochs if number(each.get("val_accuracy")) is not None]
@@ -136,15 +143,18 @@ class Run:
         alone = (self.folder / "config.json").is_file() or not (above / "config.json").is_file()
         return self if alone else Run.read(above)
 
-    def beside(self, source: str, same: tuple[str, ...] = ("dataset", "seed")) -> "Run | None":
+    def beside(self, source: str, same: tuple[str, ...] = ()) -> "Run | None":
         """Return a run of `source` on the same data in the folder that this run's training is in; None without one.
 
-        same: settings that must be equal.
+        same: settings that must be equal, besides the data set, the seed and the network.
         """
         own = self.training
         for path in sorted(own.folder.resolve().parent.glob("*/config.json")):
             other = read_json(path, dict) or {}
-            if other.get("source") == source and all(other.get(name) == own.settings.get(name) for name in same):
+            if source == "none" and other.get("resume"):
+                continue  # the weights of another run, which are not random
+            equal = all(other.get(name) == own.settings.get(name) for name in (*SAME_NETWORK, *same))
+            if other.get("source") == source and equal:
                 if _content(other, "meta_val") == _content(own.settings, "meta_val"):
                     return Run.read(path.parent)
         return None

@@ -42,7 +42,7 @@ def heading(run: Run, written: str, comparison: Path | None = None) -> Html:
     done, most = (number(value) or 0 for value in (run.last.get("epoch"), run.settings.get("max_epoch")))
     far = f"epoch {done} of {most}, {'finished' if run.finished else 'not finished yet'}"
     if run.settings.get("source") == "none":
-        far = "random weights, nothing to train"
+        far = (f"weights of {run.weights}" if run.weights else "random weights") + ", nothing to train"
     elif not (run.folder / "config.json").exists():
         far = "a test"
     damaged = element("p", f"Cannot be read: {', '.join(sorted(set(run.damaged)))}", class_="warn")
@@ -353,8 +353,8 @@ def settings(run: Run) -> Html | None:
         return None
     s, changed = run.settings, run.changed()
     rows = [(name, s[name]) for name in _MAIN if s.get(name) not in (None, "")]
-    facts = [(name, f"{value}: {_SOURCES[value]}" if name == "source" and value in _SOURCES else value)
-             for name, value in rows]  # fmt: skip
+    source = f"nothing (weights of {run.weights})" if run.weights else _SOURCES.get(s.get("source"))
+    facts = [(name, f"{value}: {source}" if name == "source" and source else value) for name, value in rows]
     parts: list[Content] = [
         element("dl", *(element("div", element("dt", a), element("dd", b)) for a, b in facts), class_="facts")
     ]

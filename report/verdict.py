@@ -235,7 +235,7 @@ def levels(run: Run) -> dict[str, float]:
     found, way = {}, number(run.settings.get("nKnovel"))
     if way:
         found["chance"] = 100 / way
-    same = ("dataset", "seed", "nKnovel", "nExemplars", "nTestNovel", "epoch_size", "image_size")
+    same = ("nKnovel", "nExemplars", "nTestNovel", "epoch_size", "image_size")
     floor = run.beside("none", same) if run.settings.get("source") != "none" else None
     value = number((floor.best() or {}).get("val_accuracy")) if floor else None
     return found | ({"random weights": value} if value is not None else {})

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from utils.metrics import accuracy, mean_confidence_interval, over_seeds, paired_difference, student_t_quantile
+from utils.metrics import (
+    accuracy,
+    gap_closed,
+    mean_confidence_interval,
+    over_seeds,
+    paired_difference,
+    student_t_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,13 @@ def test_a_difference_by_seed_and_one_seed():
     mean, _, seeds = over_seeds([[4.4], [3.4], [1.9]])
     assert (mean, seeds) == (pytest.approx(3.2333, abs=1e-4), pytest.approx(3.1258, abs=1e-4))
     assert over_seeds([[1, 3]])[2] == ""
+
+
+def test_the_same_episodes_are_not_new_ones():
+    """Three networks that agree say no more of the episodes than one."""
+    one = over_seeds([[1, 3, 5, 3]])[1]
+    assert over_seeds([[1, 3, 5, 3]] * 3, same_episodes=True)[1] == pytest.approx(one)
+    assert over_seeds([[1, 3, 5, 3]] * 3)[1] < 0.6 * one
+    low, high = np.zeros((3, 4)), np.array([[2, 6, 10, 6]] * 3) / 1.0
+    same = gap_closed(high / 2 - low, high - low, same_episodes=True)
+    assert same[0] == 50 and same[1] == pytest.approx(0, abs=1e-9)

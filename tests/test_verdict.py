@@ -332,6 +332,21 @@ def test_runs_of_the_same_seed_are_compared(write):
     assert "(2 seeds)" not in text and "b minus a: +10.00 ± 0.00 points" in text
 
 
+def test_given_weights_are_no_random_weights(write):
+    trained, floor = write("trained"), write("floor", source="none", resume="W.pt")
+    for folder in (trained, floor):
+        test_folder(folder, [50.0, 60.0], seed=1)
+    page = Reader(report.render(Run.read(floor))).text
+    assert any("weights of W.pt, nothing to train" in text for text in page)
+    assert not any("random weights" in text for text in Reader(report.render(Run.read(trained))).text)
+
+
+def test_random_weights_of_another_network_are_not_beside(write):
+    trained = write("trained", backbone="conv4")
+    write("floor", source="none", backbone="resnet12", accuracies=(99,))
+    assert Run.read(trained).beside("none") is None and verdict.levels(Run.read(trained)).keys() == {"chance"}
+
+
 def test_the_gap_is_that_of_the_same_network(write):
     scores, folders = {"none": (10, 40), "guided": (50, 70), "real": (60, 80)}, []
     for source, pair in scores.items():

@@ -69,7 +69,9 @@ def paired_difference(
     return mean_confidence_interval(left - right)
 
 
-def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, float, float | str]:
+def over_seeds(
+    values: Sequence[Sequence[float]] | np.ndarray, same_episodes: bool = False
+) -> tuple[float, float, float | str]:
     """Return the mean over training seeds, with its 95 % intervals over episodes and over seeds.
 
     The interval over episodes holds for these trained networks only. A claim about a method needs the interval over
@@ -77,6 +79,9 @@ def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, f
 
     Args:
         values: (seeds, episodes).
+        same_episodes: whether all seeds were tested on the same episodes. Then the interval over episodes is that of
+            the means over seeds, as an easy episode is easy for all networks; and the interval over seeds is for these
+            episodes only.
 
     Returns:
         (mean, half_width over all episodes, half_width over the seeds' means). The last is "" with one seed; the one
@@ -84,11 +89,12 @@ def over_seeds(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, f
     """
     table = np.asarray(values, dtype=np.float64)
     means = table.mean(1)
-    episodes = mean_confidence_interval(table)[1] if table.shape[1] > 1 else 0.0
+    drawn = table.mean(0) if same_episodes else table
+    episodes = mean_confidence_interval(drawn)[1] if table.shape[1] > 1 else 0.0
     return float(table.mean()), episodes, mean_confidence_interval(means)[1] if len(means) > 1 else ""
 
 
-def gap_closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float | str]:
+def gap_closed(gained: np.ndarray, gap: np.ndarray, same_episodes: bool = False) -> tuple[float, float, float | str]:
     """Return how much of the gap between two methods a third one closes, in percent, with 95 % intervals.
 
     The interval over episodes is for a ratio of means: that of (gained - share * gap) / mean gap. The interval over
@@ -97,12 +103,13 @@ def gap_closed(gained: np.ndarray, gap: np.ndarray) -> tuple[float, float, float
     Args:
         gained: (seeds, episodes), accuracy of the third method minus the lower one's, on the same episodes.
         gap: (seeds, episodes), accuracy of the upper method minus the lower one's; its mean is above 0.
+        same_episodes: as for `over_seeds`.
 
     Returns:
         (share, half_width over episodes, half_width over seeds); the last is "" with one seed.
     """
     share = gained.mean() / gap.mean()
-    _, ci95, _ = over_seeds((gained - share * gap) / gap.mean())
+    _, ci95, _ = over_seeds((gained - share * gap) / gap.mean(), same_episodes)
     _, _, seeds_ci95 = over_seeds(gained.mean(1, keepdims=True) / gap.mean(1, keepdims=True))
     return 100 * share, 100 * ci95, "" if seeds_ci95 == "" else 100 * seeds_ci95
 
