@@ -70,7 +70,8 @@ class Bookkeeping:
         if path == last:
             made_with = {**state["settings"], "contents": state.get("contents", {})}
             here = {**self.s.as_dict(), "contents": self.found["contents"]}
-            check_same(last, made_with, here, self.may_change)
+            other = self.s.resume and Path(self.s.resume).resolve() != last.resolve()  # weights it did not start from
+            check_same(last, made_with, here, self.may_change - ({"resume"} if other else set()))
             checkpoint.entries(state, last, run_entries(self.s.max_epoch), WHAT)
         learners.load(state, path)
         if path == last:

@@ -112,7 +112,7 @@ class Settings:
     refresh_every: int = setting(10, "epochs per round; 2 or more in the clusters recipe", low=1, group="synthesis")
 
     # pools whose checkpoints do not record their settings
-    image_size: int = setting(64, "pixels per side", low=8, high=4096, group="bare checkpoints", affects="training")
+    image_size: int = setting(64, "pixels per side", low=8, high=4096, group="bare checkpoints")
     num_heads: int = setting(4, "attention heads", low=1, group="bare checkpoints")
     num_heads_upsample: int = setting(-1, "attention heads in the decoder; -1: as in the encoder", low=-1,
                                       group="bare checkpoints")  # fmt: skip
@@ -214,7 +214,8 @@ class Settings:
             raise ValueError("got --source by_model with --recipe paper, expected --source unguided, which is the same")
         self._check_names()
         roots = self.data_root.split(",") if self.data_root else []
-        if "" in roots or len({Path(root).resolve().name for root in roots}) < len(roots):
+        names = [{Path(root).resolve().name, os.path.basename(os.path.abspath(root))} for root in roots]
+        if "" in roots or any(a & b for i, a in enumerate(names) for b in names[:i]):
             raise ValueError(
                 f"got --data-root {self.data_root!r}, expected folders with different names, separated by commas"
             )
@@ -255,16 +256,21 @@ class Settings:
 
     def check_memory(self, classes: int, size: int, free: int | None) -> None:
         """Refuse training that would not fit into the `free` bytes of memory: ValueError. size: pixels a side."""
-        images = classes * self.samples_per_class * 3 * size**2
-        step = self.train_batch * (self.way * self.shot + self.train_nTestNovel) * 3 * 4 * size**2
+        together = self.real_per_class // self.samples_per_class  # rounds, and their copy while they are joined
+        images = classes * self.samples_per_class * 3 * size**2 * (together + (together > 1))
+        paper = self.train_batch * (self.way * self.shot + self.train_nTestNovel)
+        step = (paper if self.recipe == "paper" else self.image_batch) * 3 * 4 * size**2
         needed = max(images, step, 8 * 4 * classes**2) * (self.source != "none")  # the last for the learners
         _refuse_above(free, needed, f"{classes} classes, --samples-per-class {self.samples_per_class}, --train-batch "
                       f"{self.train_batch} and images of {size} pixels")  # fmt: skip
 
     def check_episodes(self, models: int, features: int, free: int | None) -> None:
         """Refuse episodes whose features would not fit into the `free` bytes: ValueError. models: that mix."""
-        needed = self.episodes * self.way * self.shot * (1 + models) * (features + self.way) * 4
-        _refuse_above(free, needed, f"--episodes {self.episodes} of {self.way * self.shot} images")
+        images = self.way * self.shot * (1 + models) + 2 * self.nTestNovel  # the head copies the queries
+        needed = self.episodes * images * (features + self.way) * 4
+        _refuse_above(
+            free, needed, f"--episodes {self.episodes} of {self.way * self.shot} images and {self.nTestNovel} queries"
+        )
 
     def check_suffices(self, size: int, classes: int, real: Mapping[str, Mapping[str, int]]) -> None:
         """Refuse to train if no step could be made, by one ValueError that names all that is in the way.

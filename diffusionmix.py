@@ -206,8 +206,7 @@ def main() -> None:
         support = sum(test.episodes.support.numel() for test in tests)
         return dry_run.of_testing(settings, tests[0].fitter, support)
     with locked(settings.run_folder):
-        if processes.is_first() and not settings.quiet:
-            print(opening(settings, tests))
+        progress.say(opening(settings, tests))
         note_start(settings.run_folder, "diffusionmix.py", tests[0].fitter.device, notes_of(tests[0].fitter))
         results = evaluate(settings, tests)
         if processes.is_first():
@@ -243,7 +242,7 @@ def say(settings: Settings, results: dict) -> None:
     )
     mixed = results["pool_models"] > 0
     for name, part in results.get("domains", {}).items():
-        print(f"{name}: {accuracies(part, mixed)}")
+        progress.say(f"{name}: {accuracies(part, mixed)}")
     print(
         f"{results['way']}-way {results['shot']}-shot on {results['split']}: {accuracies(results, mixed)}, "
         f"{results['episodes']} episodes, {results['seconds']:.0f} s; {kept}"
@@ -305,8 +304,9 @@ def compare(settings: Settings) -> None:
         raise ValueError(f"got tests of other episodes: {', '.join(differ)}; test both with the same settings")
     difference, half = paired_difference(one["by_episode"], other["by_episode"])
     for path, results in zip(paths, found, strict=True):
-        print(f"{path}: {results['accuracy']:.2f} +- {results['ci95']:.2f} %")
-    print(f"first minus second: {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
+        progress.say(f"{path}: {results['accuracy']:.2f} +- {results['ci95']:.2f} %")
+    if processes.is_first():
+        print(f"first minus second: {difference:+.2f} +- {half:.2f}, paired over {one['episodes']} episodes")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def of_training(training: Any) -> None:
         each = s.samples_per_class * s.sample_steps
         per_class = each * (len(rounds) + twice) + training.calibration * s.sample_steps
         work = measure(pool, [count * per_class for count in classes], s, training.precision)
-        guiding = guided * sum(classes) * each * _guidance_seconds(training) if guided else 0.0
+        guiding = guided * sum(classes) * each * _guidance_seconds(training) / processes.count() if guided else 0.0
         images = len(rounds) * sum(classes) * s.samples_per_class
         lines += [
             f"{len(rounds)} rounds x {sum(classes)} classes x {s.samples_per_class} images x {s.sample_steps} steps"

@@ -200,7 +200,10 @@ class HeadFitter:
         pairs = (support.flatten()[part], support.gather(1, order).flatten()[part])
         x_a, x_b = (resized(to_float(images[index].to(self.device)), size) for index in pairs)
         eps = noise((3, size, size), part.tolist(), s.seed, "mix noise", m).to(self.device)
-        local_labels = part.to(self.device) % member.flags["num_classes"] if member.class_cond else None
+        local_labels = None
+        if member.class_cond:  # drawn, so that a mix's class says nothing about its label
+            drawn = numpy_generator(s.seed, "mix class", m).integers(member.flags["num_classes"], size=support.numel())
+            local_labels = torch.from_numpy(drawn)[part].to(self.device)
         return diffusion_mixes(
             member, x_a, x_b, weight.flatten()[part].to(self.device), eps,
             level=s.mix_level, steps=s.mix_steps, local_labels=local_labels,

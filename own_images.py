@@ -14,6 +14,7 @@ from report import predictions, write
 from utils.class_folders import find_images
 from utils.images import extensions, read_images, shown, to_float
 from utils.predictions import check_place, write_predictions
+from utils.progress import say
 
 SHEET = 100  # images on the sheet of answers
 
@@ -54,7 +55,7 @@ class OwnImages:
     def write(self, probabilities: np.ndarray) -> None:
         """Write predictions.csv and a sheet of the surest beside it, and say so."""
         on_sheet = write_predictions(self.path, self.paths, self.query, self.support.class_names, probabilities, SHEET)
-        print(
+        say(
             f"labelled {len(self.paths)} images with {len(self.support.class_names)} classes, learnt from "
             f"{len(self.support.labels)} images, {time.perf_counter() - self.started:.0f} s; {self.path}, "
             f"{self.path.with_suffix('.png')} (the {on_sheet} most confident, by label)"
@@ -75,7 +76,7 @@ class OwnImages:
 
             right = int((logits.argmax(1) == labels).sum())
             low, high = (100 * each for each in binomtest(right, len(labels)).proportion_ci(method="wilson"))
-            print(
+            say(
                 f"leave-one-out: {right} of {len(labels)} support images are labelled right (chance "
                 f"{100 / len(self.support.class_names):.0f} %); expect {low:.0f} to {high:.0f} % right on the others"
             )
@@ -86,5 +87,5 @@ def _with_a_model(s: Settings) -> Settings:
     ships = Path(s.pool_place) / "meta_model.pt"
     if s.resume or (s.run_folder / "best_model.pt").exists() or not ships.exists():
         return s
-    print(f"{s.run_folder} has no model yet; using {ships}, which ships with the pool")
+    say(f"{s.run_folder} has no model yet; using {ships}, which ships with the pool")
     return replace(s, resume=str(ships))

@@ -52,11 +52,20 @@ class Phase:
 
 
 def phases(settings: Settings) -> list[Phase]:
-    """Return the epochs of a run in order, from --start-epoch; an empty list if nothing is trained."""
+    """Return the epochs of a run in order, from --start-epoch; an empty list if nothing is trained.
+
+    Raises ValueError for weights of --resume that a later network would not start from.
+    """
     if settings.source == "none":
         return []
     make = _paper if settings.recipe == "paper" else _clusters
-    return [make(settings, epoch) for epoch in range(settings.start_epoch, settings.max_epoch)]
+    made = [make(settings, epoch) for epoch in range(settings.start_epoch, settings.max_epoch)]
+    if settings.resume and any(phase.fresh for phase in made) and not (settings.run_folder / "last.pt").exists():
+        raise ValueError(
+            "got --resume with --recipe clusters, which trains each network from random weights; give --recipe paper, "
+            "or a --start-epoch in the last round"
+        )
+    return made
 
 
 def _paper(s: Settings, epoch: int) -> Phase:

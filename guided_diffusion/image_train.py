@@ -133,7 +133,8 @@ def train_pool(s: TrainSettings, device: torch.device) -> None:
         "image_size": s.image_size, "steps": s.steps, "hold_out": s.hold_out, "models": models, ENTRY: record(s),
     }  # fmt: skip
     missing = [m for m in wanted if not subset_path(s.pool, m).exists()]
-    check_classes(s.data_dir, [name for m in missing for name in groups[m - 1]])  # before hours of training
+    for place in filter(None, (s.data_dir, s.held_out_dir)):  # before hours of training
+        check_classes(place, [name for m in missing for name in groups[m - 1]])
     own = {m: replace(s, seed=s.seed + m) for m in wanted}
     standing = {m: _standing(own[m], subset_path(s.pool, m).parent, groups[m - 1]) for m in wanted}
     to_train = [m for m in wanted if not standing[m].done]
@@ -183,8 +184,8 @@ def _standing(s: TrainSettings, folder: Path, names: list[str]) -> Kept:
 
 
 def _measured(s: TrainSettings, figure: Any) -> bool:
-    """Return whether `figure` is complete: measured, and against held-out images if --held_out_dir is given."""
-    return bool(isinstance(figure, dict) and figure) and not (s.held_out_dir and figure.get("held_out") is None)
+    """Return whether `figure` is complete: measured, and against the images of --held_out_dir if it is given."""
+    return bool(isinstance(figure, dict) and figure) and s.held_out_dir in ("", figure.get("held_out_dir"))
 
 
 def _check_pool(index: Path, known: dict[str, Any], here: dict[str, Any], wanted: list[int], count: int) -> None:
@@ -272,7 +273,8 @@ def _figure(s: TrainSettings, path: Path, loaded: Loaded, device: torch.device) 
         precision=s.precision, device=device,
     )  # fmt: skip
     say(f"{path}: {sentence(figure)}")
-    return figure | {"images": len(loaded.data.images)}
+    against = {"held_out_dir": s.held_out_dir} if s.held_out_dir else {}
+    return figure | {"images": len(loaded.data.images)} | against
 
 
 def say(text: str) -> None:

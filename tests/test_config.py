@@ -105,6 +105,7 @@ def test_ranges(field):
         ("--mix-steps 20 --mix-level 10", "at most --mix-level"),
         ("--start-epoch 40", "less than --max-epoch, 40"),
         ("--start-epoch 4", "without --resume"),
+        ("--data-root a/x,b/x", "different names"),
         ("--source stolen", "guided"),
         ("--split meta_train", "meta_val"),
         ("--features both", "'pooled', 'map'"),

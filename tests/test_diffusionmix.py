@@ -180,6 +180,24 @@ def test_partners_and_labels_of_mixes_agree(trained, two_models, tmp_path, monke
     assert 0 <= float(weight.min()) < 0.1 and 0.9 < float(weight.max()) <= 1
 
 
+def test_the_class_of_a_mix_says_nothing_about_its_label(trained, make_pool, tmp_path, monkeypatch):
+    """With 5-way 1-shot and 5 classes a model, image s of every episode would always be of class s."""
+    seen = []
+    monkeypatch.setattr(
+        few_shot, "diffusion_mixes", lambda m, a, *_, local_labels, **__: seen.append(local_labels) or a
+    )
+    pool = make_pool(tmp_path / "conditional", [5], class_cond=True, num_classes=5)
+    for batch in (7, 40):
+        flags = ("--save-dir", trained, "--pool", pool, "--data-root", NO_IMAGES, *QUICK, "--episodes", 40,
+                 "--sample-batch", batch)  # fmt: skip
+        testing = diffusionmix.Testing(diffusionmix.parse([str(f) for f in flags], description="test"), NO_IMAGES)
+        testing.mixes(torch.nn.functional.one_hot(testing.episodes.support_labels, 5).float())
+    labels = torch.cat(seen).view(2, 40, 5)
+    assert torch.equal(*labels)  # whatever the batch
+    for image in labels[0].T:
+        assert 3 <= len(image.unique()) and int(image.bincount().max()) < 24
+
+
 def test_pools_of_other_sizes_and_kinds(test_run, make_pool, tmp_path):
     make_pool(tmp_path / "mixed", [3], class_cond=True)
     make_pool(tmp_path / "large", [2], image_size=32, channel_mult="1,1,1")

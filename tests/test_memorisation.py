@@ -212,10 +212,15 @@ def test_images_of_another_folder_that_the_pool_never_saw(call, folder, tmp_path
     found = figures(out)["subset1"]
     assert found["ratio"] > 0 and found["held_out"] > 0
     assert "its samples" not in call(image_train, *command, "--held_out_dir", unseen)[1]  # measured once
+    others = picture_folder(tmp_path / "others", {name: [20, 60, 180] for name in "abc"})
+    assert call(image_train, *command, "--held_out_dir", others)[0] == 0
+    assert figures(out)["subset1"]["held_out"] != found["held_out"]
+    assert "its samples" not in call(image_train, *command)[1]
 
 
 def test_a_folder_of_held_out_images_without_a_class(call, folder, tmp_path, picture_folder):
-    unseen = picture_folder(tmp_path / "unseen", {"a": [10, 90]})
+    names = sorted(path.name for path in folder.iterdir())[:-1]  # the last model's only
+    unseen = picture_folder(tmp_path / "unseen", {name: [10, 90] for name in names})
     status, _, err = call(image_train, *pool_command(folder, tmp_path / "pool"), "--held_out_dir", unseen)
     assert status == 2 and "unseen" in err and err.count("\n") == 1
     assert not (tmp_path / "pool").exists()

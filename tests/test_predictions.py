@@ -130,6 +130,7 @@ def test_the_path_of_the_page_is_printed_last(call, few, trained):
     flags = ("--resume", trained / "best_model.pt", "--save-dir", few / "run", "--mix", "False", "--head-steps", 3)
     own = ("--support", few / "few", "--query", few / "more", "--device", "cpu")
     assert call(diffusionmix, *own, *flags)[1].splitlines()[-1] == str(few / "run" / "predictions.html")
+    assert call(diffusionmix, *own, *flags, "--quiet")[1].splitlines() == [str(few / "run" / "predictions.html")]
 
 
 # ---- what they never take the place of

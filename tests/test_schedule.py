@@ -73,6 +73,12 @@ def test_real_images_are_learnt_by_one_network():
     assert of("--source none") == []
 
 
+def test_weights_that_the_next_network_would_not_start_from_are_refused():
+    with pytest.raises(ValueError, match="--resume.*--start-epoch"):
+        of("--resume some.pt")
+    assert len(of("--resume some.pt --recipe paper")) == 40 and of("--resume some.pt --source none") == []
+
+
 def test_a_later_start_has_no_earlier_rounds():
     found = of("--start-epoch 25 --resume some.pt")
     assert [p.epoch for p in found] == list(range(25, 40)) and not any(p.fresh for p in found)

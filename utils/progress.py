@@ -24,6 +24,12 @@ def is_quiet() -> bool:
     return _quiet
 
 
+def say(text: str) -> None:
+    """Print a line in the first process, unless hushed. The last line of a command is printed in any case."""
+    if not _quiet and processes.is_first():
+        print(text)
+
+
 def progress(*items, total: int | None = None, desc: str, unit: str, **options) -> tqdm:
     """Return a tqdm bar (over `items`, if given) that only the first process shows.
 
