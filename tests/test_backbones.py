@@ -87,8 +87,7 @@ def test_timm_refuses_what_it_lacks_and_what_is_no_map(monkeypatch):
 @pytest.mark.usefixtures("few_glyphs")
 def test_a_run_with_timm_can_be_tested(call, tmp_path):
     pytest.importorskip("timm")
-    status, _, err = call(main, *TINY, "--source", "none", "--backbone", "timm:resnet10t", "--save-dir", tmp_path,
-                          "--pool", tmp_path / "none")  # fmt: skip
+    status, _, err = call(main, *TINY, "--source", "none", "--backbone", "timm:resnet10t", "--save-dir", tmp_path)
     assert status == 0, err
     model, _, settings = load_model(tmp_path / "best_model.pt", CPU)
     saved = checkpoint.load(tmp_path / "best_model.pt")

@@ -106,7 +106,8 @@ def test_guidance_gets_the_global_class_and_the_network_the_local_one(make_pool,
     plan = Synthesis(classes=counts, per_class=2, steps=3, size=16, seed=0, stream=0, batch=3)
     _, labels, _ = synthesise(pool, plan, CPU, pixel_of_its_class)
     asked = torch.arange(20).repeat_interleave(2)
-    assert torch.equal(torch.cat(steered), asked) and torch.equal(labels, asked)
+    assert torch.equal(torch.cat(steered[2:]), asked)  # after a trial of its memory with one and with two images
+    assert torch.equal(labels, asked)
     if class_cond:
         first = torch.tensor([0, 4, 9, 12, 17])
         assert torch.equal(torch.cat(local), asked - first[torch.bucketize(asked, first, right=True) - 1])
