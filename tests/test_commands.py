@@ -134,8 +134,9 @@ def run_tiny(module, place, toy_pool, monkeypatch):
 def test_runs(words, place, call, make_pool, toy_pool, trained, picture_folder, monkeypatch):
     name, flags = module_of(words)
     measures = name.startswith("benchmarks.")
+    tiny = make_pool(place / "whole", [20, 20]) if name == "benchmarks.ladder" else toy_pool  # of all 40 glyphs
     for pool in ("glyphs", "fontchars"):
-        (place / "ckpt" / pool).symlink_to(toy_pool if measures else ROOT / "ckpt" / pool)
+        (place / "ckpt" / pool).symlink_to(tiny if measures else ROOT / "ckpt" / pool)
     if name != "guided_diffusion.image_train":
         for pool in ("mine", "emojifs"):
             (place / "ckpt" / "pools" / pool).symlink_to(toy_pool)
