@@ -70,7 +70,9 @@ class Bookkeeping:
         if path == last:
             made_with = {**state["settings"], "contents": state.get("contents", {})}
             here = {**self.s.as_dict(), "contents": self.found["contents"]}
-            other = self.s.resume and Path(self.s.resume).resolve() != last.resolve()  # weights it did not start from
+            began = str(made_with.get("resume") or "")
+            same = {Path(each).resolve() for each in (began, last) if each}  # weights it started from, or its own
+            other = Path(self.s.resume).resolve() not in same if self.s.resume else self.s.source == "none" and began
             check_same(last, made_with, here, self.may_change - ({"resume"} if other else set()))
             checkpoint.entries(state, last, run_entries(self.s.max_epoch), WHAT)
         learners.load(state, path)

@@ -68,9 +68,9 @@ class Settings:
     pool: str = setting("", "pool folder or single checkpoint file, or a gs://, az:// or https:// URL of either; "
                         "'': ckpt/pools/DATASET, or ckpt/DATASET for glyphs and fontchars")  # fmt: skip
     save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot", affects="nothing")
-    resume: str = setting("", "checkpoint file or URL: diffusionmix.py tests it; main.py starts from it, "
-                        "with --recipe paper, --source none or --start-epoch",
-                          affects="nothing")  # fmt: skip
+    resume: str = setting("", "checkpoint file or URL: diffusionmix.py tests it; main.py starts from it "
+                        "if no later network has random weights, as with --recipe paper",
+                        affects="nothing")  # fmt: skip
     nKnovel: int = setting(5, "way: classes per episode", flags=("--way",), low=2)
     nExemplars: int = setting(1, "shot: support images per class", flags=("--shot",), low=1)
     samples_per_class: int = setting(600, "images per pseudo class in each round", low=1, affects="training")
@@ -257,7 +257,7 @@ class Settings:
 
     def check_memory(self, classes: int, size: int, free: int | None) -> None:
         """Refuse training that would not fit into the `free` bytes of memory: ValueError. size: pixels a side."""
-        together = self.real_per_class // self.samples_per_class  # rounds, and their copy while they are joined
+        together = self.real_per_class // self.samples_per_class if self.draws else 1  # rounds, copied to be joined
         images = classes * self.samples_per_class * 3 * size**2 * (together + (together > 1))
         paper = self.train_batch * (self.way * self.shot + self.train_nTestNovel)
         step = (paper if self.recipe == "paper" else self.image_batch) * 3 * 4 * size**2

@@ -63,7 +63,7 @@ def phases(settings: Settings) -> list[Phase]:
     if settings.resume and any(phase.fresh for phase in made) and not (settings.run_folder / "last.pt").exists():
         raise ValueError(
             "got --resume with --recipe clusters, which trains each network from random weights; give --recipe paper, "
-            "or a --start-epoch in the last round"
+            f"or --start-epoch {max(phase.epoch for phase in made if phase.fresh)} or more"
         )
     return made
 

@@ -27,7 +27,7 @@ from utils.atomic import atomic_file
 from utils.cli import run as run_command
 from utils.environment import commit, hardware
 from utils.metrics import gap_closed, over_seeds
-from utils.run_log import write_json
+from utils.run_log import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks"  # folder of RESULTS.md and results.csv
@@ -70,11 +70,11 @@ INTERVALS = (
 TESTED = ("dataset", "data_root", "pool", "height", "width", "nKnovel", "nTestNovel", "mix_steps", "mix_level",
           "sample_batch", "precision", "device", *BARE)  # fmt: skip
 KEPT = ("dataset", "split", "way", "torch", "hardware", "commit", "training_seconds", "flags", "trained_with",
-        "trained_shot", "images")  # fmt: skip
+        "trained_shot", "images", "pool_digest")  # fmt: skip
 OWN = (
     "--source --save-dir --seed --nExemplars --shot --dry-run --resume --mix --support --query --out --compare".split()
 )
-VARY = {"seed", "nExemplars", "mix", "data_root", "pool", "sample_batch"}  # may differ; images are compared by digest
+VARY = {"seed", "nExemplars", "mix", "sample_batch"}  # may differ between the rows, seeds and shots of a table
 SMALL = {k: v for k, v in SCENARIOS["glyphs"].defaults.items() if k not in ("image_size", "flip")}
 
 
@@ -185,18 +185,22 @@ def settings_of(one: Mapping[str, Any]) -> dict[str, Any]:
     aside = VARY | that_affect("nothing")
     trained = parse(one["trained_with"], description="table").as_dict()
     tested = {k.strip("-").replace("-", "_"): v for k, v in one["flags"].items()}
-    kept = {k: v for k, v in trained.items() if k in that_affect("training", "both")} | {
-        k: v for k, v in tested.items() if k not in trained or k in that_affect("testing")
-    }
-    return {k: v for k, v in kept.items() if k not in aside} | {"shot of training": one.get("trained_shot") or 1}
+    return (
+        {k: v for k, v in trained.items() if k in that_affect("training", "both") - aside}
+        | {f"{k} of tests": v for k, v in tested.items() if k not in aside}
+        | {"shot of training": one.get("trained_shot") or 1}
+    )
 
 
 def check_images(results: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError if results were tested on different images. Those kept by an older version do not say which."""
-    if len({one.get("images") for one in results} - {None}) > 1:
-        raise ValueError(
-            "got results of different test images, which do not compare; restore the images, or give another --folder"
-        )
+    """Raise ValueError if results are of different test images or pools. Those of an older version do not say which."""
+    results = list(results)
+    for name, what in (("images", "test images"), ("pool_digest", "pools")):
+        if len({one.get(name) for one in results} - {None}) > 1:
+            raise ValueError(
+                f"got results of different {what}, which do not compare; restore them, or give another --folder and "
+                "move the kept results away"
+            )
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -215,8 +219,10 @@ def _tested(run: Path, shot: int, flags: list[str]) -> dict:
         write_json(notes, {"flags": given, "hardware": hardware(device), "commit": commit()})
     made = json.loads(notes.read_text(encoding="utf-8"))
     check_same(results, dict.fromkeys(given) | made["flags"], given, set())
+    contents = (read_json(ROOT / run / "config.json", dict) or {}).get("contents", {})
     return {
         **made,
+        "pool_digest": contents.get("pool"),  # None for a run that draws nothing
         **json.loads(results.read_text(encoding="utf-8")),
         "training_seconds": _training_seconds(ROOT / run / "metrics.jsonl"),
     }
@@ -384,7 +390,7 @@ def main() -> None:
     dataset, folder = settings.dataset, args.folder or Path("ckpt/runs/table") / settings.dataset
     if dataset == "custom":  # use the folder's name, which says more
         dataset = "+".join(path.resolve().name for path in settings.data_paths)
-        if args.publish and dataset in SCENARIOS:
+        if args.publish and dataset in SCENARIOS.keys() - {"custom"}:
             raise ValueError(
                 f"got the folder {dataset}, where a data set has that name; rename it, or leave --publish out"
             )

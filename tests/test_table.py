@@ -25,6 +25,7 @@ def calls(tmp_path, monkeypatch):
             lines = ('{"epoch": 1, "seconds": 2, "synthesis_seconds": 1}', '{"epoch": 2, "seconds": 9}')
             (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 2, "seconds": 4}\n')
             (folder / "best_model.pt").touch()
+            (folder / "config.json").write_text('{"contents": {"pool": "p"}}')
             return
         run, seed, shot = folder.parent.name, int(given["--seed"]), int(given["--nExemplars"])
         base = {"none": 30, "by_model": 50, "unguided": 60, "paper": 61, "guided": 70, "real": 80}[run]
@@ -186,7 +187,10 @@ def test_seeds_and_rows_are_added_to_what_is_kept(calls, tmp_path):
     [
         ({"trained_with": ["--dataset", "custom", "--lr", "2"]}, r"lr 1.0 \(got 2.0\)"),
         ({"trained_shot": 5}, r"shot of training 1 \(got 5\)"),
-        ({"flags": {"--mix-steps": "9"}}, r"mix_steps '1' \(got '9'\)"),
+        ({"flags": {"--mix-steps": "9"}}, r"mix_steps of tests '1' \(got '9'\)"),
+        ({"flags": {"--nKnovel": "10"}}, r"nKnovel of tests '5' \(got '10'\)"),
+        ({"trained_with": ["--dataset", "custom", "--lr", "1", "--pool", "other"]}, r"pool '' \(got 'other'\)"),
+        ({"pool_digest": "other"}, "different pools"),
         ({"images": "other"}, "different test images"),
     ],
 )
