@@ -68,8 +68,8 @@ class Settings:
     pool: str = setting("", "pool folder or single checkpoint file, or a gs://, az:// or https:// URL of either; "
                         "'': ckpt/pools/DATASET, or ckpt/DATASET for glyphs and fontchars")  # fmt: skip
     save_dir: str = setting("", "run folder; '': ckpt/runs/DATASET/N-shot", affects="nothing")
-    resume: str = setting("", "checkpoint file or URL: diffusionmix.py tests it; main.py starts from it "
-                        "if no later network has random weights, as with --recipe paper",
+    resume: str = setting("", "checkpoint file or URL: diffusionmix.py tests it; main.py starts from it, in the "
+                        "clusters recipe only for the last network",
                         affects="nothing")  # fmt: skip
     nKnovel: int = setting(5, "way: classes per episode", flags=("--way",), low=2)
     nExemplars: int = setting(1, "shot: support images per class", flags=("--shot",), low=1)

@@ -127,7 +127,8 @@ def run_all(
     runs: keys of RUNS. shots: `main.py` runs once, with the first of them; tests of n shots are in
     <folder>/seed<k>/<run>/<n>-shot. mix_shots: the shots to test with mixes; None: all.
     """
-    results = {}
+    results, trained = {}, {"trained_with": train, "trained_shot": shots[0]}
+    resolved = for_testing(train, test)
     for seed in seeds:
         for name in runs:
             run = folder / f"seed{seed}" / name
@@ -137,12 +138,9 @@ def run_all(
             for shot in shots:
                 mix = mix_shots is None or shot in mix_shots
                 mix = mix and any(ROWS[row] == (name, True) for row in ROWS)
-                flags = [*for_testing(train, test), "--nExemplars", str(shot), "--seed", str(seed), "--mix", str(mix)]
-                results[seed, name, shot] = _tested(run, shot, flags) | {
-                    "trained_with": train,
-                    "trained_shot": shots[0],
-                }
-    check_images(results.values())
+                flags = [*resolved, "--nExemplars", str(shot), "--seed", str(seed), "--mix", str(mix)]
+                results[seed, name, shot] = _tested(run, shot, flags) | trained
+    check_contents(results.values())
     return results
 
 
@@ -157,7 +155,7 @@ def keep(results: Results, path: Path) -> Results:
         for name in ("by_episode", "by_episode_without_mix"):
             short[name] = [round(value, 2) for value in one[name]]
         kept[seed, run, shot] = short
-    check_images(kept.values())
+    check_contents(kept.values())
     text = "".join(json.dumps(kept[key]) + "\n" for key in sorted(kept))
     with atomic_file(path) as file:
         file.write(text.encode())
@@ -192,7 +190,7 @@ def settings_of(one: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def check_images(results: Iterable[Mapping[str, Any]]) -> None:
+def check_contents(results: Iterable[Mapping[str, Any]]) -> None:
     """Raise ValueError if results are of different test images or pools. Those of an older version do not say which."""
     results = list(results)
     for name, what in (("images", "test images"), ("pool_digest", "pools")):
@@ -352,7 +350,7 @@ def _seeds(rows: list[Row]) -> str:
     """Return the number of training seeds as text, and name the rows that have fewer."""
     most = max(int(row.seeds) for row in rows)
     fewer = ", ".join(sorted({f"{row.row}: {row.seeds}" for row in rows if int(row.seeds) < most}))
-    return f"{most} training seeds" + f" ({fewer})" * bool(fewer)
+    return f"{most} training seed{'s' * (most != 1)}" + f" ({fewer})" * bool(fewer)
 
 
 def main() -> None:

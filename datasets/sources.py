@@ -35,7 +35,7 @@ def load_real(
 
     roots: one data folder per domain; with several, classes are named <root's name>/<class>.
     size: side in pixels; per_class: most images per class, None for all (100 for embedded glyphs); workers: threads.
-    An `EMBEDDED` set is used if data/<dataset> is missing or lacks the split, and if `roots` are empty folders.
+    An `EMBEDDED` set is used if each root is an empty folder, or data/<dataset> without the split.
     Raises ValueError for a folder that is missing, empty or without the split in any other case.
     """
     if embedded(dataset, roots, split):

@@ -25,7 +25,7 @@ def is_quiet() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line in the first process, unless hushed. The last line of a command is printed in any case."""
+    """Print a line in the first process, unless hushed. A command prints its last line by itself, hushed or not."""
     if not _quiet and processes.is_first():
         print(text)
 
