@@ -28,7 +28,7 @@ from guided_diffusion.noise_levels import shared_process
 from guided_diffusion.pool import Pool
 from guided_diffusion.synthesis import Synthesis, synthesise
 from models import guides
-from models.clusters import cluster_classes, share_out
+from models.clusters import cluster_classes, likeliest_classes
 from models.learners import ClusterLearners, Learners, PaperLearners, check_finite, features, validate
 from schedule import Phase, phases
 from utils import processes
@@ -183,15 +183,15 @@ class Training:
         return PseudoDataset(images, plan.first_of(classes), self.num_classes)
 
     def clusters(self, data: PseudoDataset) -> Tensor:
-        """Return new labels (N,): balanced clusters of features within each model. data: images labelled by model."""
+        """Return new labels (N,): clusters of features within each model. data: images labelled by model."""
         seen = features(self.learners.model, data.images)
         return cluster_classes(seen, data.labels, self.per_model, generator(self.s.seed, "clusters"))
 
     def likeliest(self, data: PseudoDataset) -> Tensor:
-        """Return new labels (N,): each image's likeliest class of its model, with equally many images per class."""
+        """Return new labels (N,): each image's likeliest class of its model."""
         scores = guides.clean_scores(self.learners.guide(), data.images, self.device)
         by_model = self.plan(0).first_of(data.labels)
-        return processes.broadcast(share_out(scores, by_model, self.per_model))
+        return processes.broadcast(likeliest_classes(scores, by_model, self.per_model))
 
     def plan(self, stream: int | str) -> Synthesis:
         """Return the settings for drawing images. stream: the round, or a name; each has its own noise."""

@@ -28,8 +28,8 @@ class Phase:
         epoch: its number, from 0. The log counts from 1: it calls epoch 10 "epoch 11".
         labels: where the labels come from. "model": the model that drew the image. "asked": the class that guidance
             asked for, each class equally often. "clusters": clusters of features. "likeliest": the class
-            of its model that the previous network finds likeliest, balanced so that all classes get equally many
-            images; guidance asks for the same class. "real": the image folder.
+            of its model that the previous network finds likeliest; guidance asks for the same class. "real": the
+            image folder.
         rates: the learning rate of each step.
         rounds: the rounds whose images it trains on; the last one is the newest.
         guided: whether the images of the newest round are guided.
