@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,13 +132,15 @@ def test_no_row_of_mixes_without_mixes(made, call):
     assert status == 0 and "with mixes" not in out and "without mixes" in out
 
 
-@pytest.mark.parametrize("entry", [{"split": "meta_val"}, {"mix_steps": 200}, {"images": "other"}])
+@pytest.mark.parametrize("entry", [{"split": "meta_val"}, {"query": 3}, {"head_scale": 2.5}, {"images": "o"}])
 def test_tests_that_differ_make_no_row(made, call, entry):
     assert call(paper, *GIVEN)[0] == 0
     file = sorted(Path("ckpt/runs/paper").rglob("results.json"))[0]
     file.write_text(json.dumps(json.loads(file.read_text()) | entry))
     status, out, err = call(paper, *GIVEN, "--table")
     assert status == 2 and not out and [*entry][0] in err and str([*entry.values()][0]) in err
+    shutil.rmtree(file.parent)  # as the error says
+    assert call(paper, *GIVEN)[0] == 0 and file.exists()
 
 
 @pytest.mark.parametrize("flags", [("--dry-run",), ("--test", "--support", "x", "--query", "y")])
