@@ -73,7 +73,8 @@ class Settings:
                         affects="nothing")  # fmt: skip
     nKnovel: int = setting(5, "way: classes per episode", flags=("--way",), low=2)
     nExemplars: int = setting(1, "shot: support images per class", flags=("--shot",), low=1)
-    samples_per_class: int = setting(600, "images per pseudo class in each round", low=1, affects="training")
+    samples_per_class: int = setting(600, "images per pseudo class in each round, on average in the clusters recipe",
+                                     low=1, affects="training")  # fmt: skip
     max_epoch: int = setting(90, "epochs", low=1, affects="training")
     split: str = setting("", "classes to test on; '': as given by --phase", choices=("", *SPLITS), affects="testing")
     mix: bool = setting(True, "also test heads fitted on diffusion mixes", affects="testing")

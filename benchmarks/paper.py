@@ -31,8 +31,8 @@ from utils.run_log import read_json, write_json
 
 NAMES = [name for name, scenario in SCENARIOS.items() if {*scenario.images} <= {"cifarfs", "miniimagenet"}]
 SHOTS = (1, 5)  # shots of the tests; one training serves both, as in benchmarks.table
-SAME = (  # of all tests of a table
-    "split", "way", "query", "episodes", "images", "pool", "pool_models", "mix_steps", "mix_level", "head_steps",
+TESTED_ALIKE = (  # what all tests of a table share
+    "split", "way", "query", "episodes", "images", "pool_models", "mix_steps", "mix_level", "pool", "head_steps",
     "head_init", "head_scale",
 )  # fmt: skip
 PER_MODEL = 5  # classes per pool model; with 64 classes, the last of 13 models has 4
@@ -160,11 +160,11 @@ def rows_of(a: Namespace) -> list[tuple[str, ...]]:
         found[shot] = [read_json(path, dict) for path in paths]
         if None in found[shot]:
             raise ValueError(f"{paths[found[shot].index(None)]}: no results; give the command without --table")
-    for name in SAME:
+    for name in TESTED_ALIKE:
         if len(values := {str(each.get(name)) for shot in SHOTS for each in found[shot]}) > 1:
             raise ValueError(
-                f"{a.folder}: got tests of {name} {' and '.join(sorted(values))}; delete the N-shot folders of those "
-                "that you do not want, and give the command without --table"
+                f"{a.folder}: got tests of {name} {' and '.join(f'{v:.14}' for v in sorted(values))}; delete the "
+                "N-shot folders of the tests you do not want, then run the command without --table"
             )
     way, split, rows = found[1][0]["way"], found[1][0].get("split", "meta_test"), []
     seeds = " ".join(map(str, a.seeds))

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST = 1e-3  # share of a cluster, so that none is lost while the others settle
+SMALLEST = 1e-3  # least share of a cluster, so that its logarithm is finite
 
 
 def find_clusters(
     features: Tensor, count: int, generator: torch.Generator, *, rounds: int = 40, temperature: float = 0.05
 ) -> Tensor:
-    """Assign each row of features (N, D) to one of `count` clusters: (N,) int64.
+    """Assign each row of features (N, D) to one of `count` clusters: (N,) int64. A cluster may stay empty.
 
     Fit a mixture of von Mises-Fisher distributions to mean-centred features by EM (Banerjee et al. 2005, JMLR 6). All
-    have the concentration 1 / temperature. Each has a share of its own, because a model's classes differ in size. Of
+    components have the concentration 1 / temperature. Each has its own share, as a model's classes differ in size. Of
     ten starts, keep the one with the highest likelihood. Raises ValueError for fewer rows than clusters.
     """
     if len(features) < count:
@@ -23,7 +23,7 @@ def find_clusters(
     points = F.normalize(features - features.mean(0), dim=1)
     best, best_fit = None, -float("inf")
     for _ in range(10):
-        centres, shares = points[_spread_start(points, count, generator)], torch.full((count,), 1 / count)
+        centres, shares = points[_spread_start(points, count, generator)], points.new_full((count,), 1 / count)
         for _ in range(rounds):
             scores = points @ centres.T / temperature + shares.log()
             likely = scores.softmax(1)
@@ -48,7 +48,7 @@ def cluster_classes(features: Tensor, first: Tensor, counts: Sequence[int], gene
 
 
 def likeliest_classes(scores: Tensor, first: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return each image's likeliest class of its model, (N,) int64.
+    """Return each image's likeliest class of its model, (N,) int64. Some classes may get no image.
 
     scores: (N, C) log p(c | x); first: (N,) the first class of the model that drew each image; counts: classes per
     model.

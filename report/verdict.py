@@ -75,7 +75,8 @@ def hit_rate(run: Run) -> list[Finding] | None:
             "Most labels of this round are wrong. Raise --guidance-scale, or train longer before each round.",
         ))  # fmt: skip
     least = min(2 / max(1, len(last.hit_rates)), _HARDLY)
-    if missed := [f"{c} ({100 * rate:.0f} %)" for c, rate in enumerate(last.hit_rates) if (rate or 0) <= least]:
+    known = [(c, rate) for c, rate in enumerate(last.hit_rates) if rate is not None]  # None: a class without images
+    if missed := [f"{c} ({100 * rate:.0f} %)" for c, rate in known if rate <= least]:
         found.append(Finding(
             f"Guidance almost never hit {len(missed)} of {len(last.hit_rates)} classes: {', '.join(missed[:10])}"
             f"{' and more' if len(missed) > 10 else ''}.",

@@ -132,7 +132,9 @@ def test_no_row_of_mixes_without_mixes(made, call):
     assert status == 0 and "with mixes" not in out and "without mixes" in out
 
 
-@pytest.mark.parametrize("entry", [{"split": "meta_val"}, {"query": 3}, {"head_scale": 2.5}, {"images": "o"}])
+@pytest.mark.parametrize(
+    "entry", [{"split": "meta_val"}, {"images": "other"}] + [{n: 3} for n in paper.TESTED_ALIKE[5:]]
+)
 def test_tests_that_differ_make_no_row(made, call, entry):
     assert call(paper, *GIVEN)[0] == 0
     file = sorted(Path("ckpt/runs/paper").rglob("results.json"))[0]

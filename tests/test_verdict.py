@@ -43,7 +43,11 @@ def write(tmp_path):
             place = folder / "pseudo" / f"round{number:02d}"
             place.mkdir(parents=True)
             guided = rates is not None and number > 0
-            noted = {"hit_rate": float(np.mean(rates)), "hit_rate_by_class": rates} if guided else {"hit_rate": None}
+            noted = (
+                {"hit_rate": float(np.mean([r for r in rates if r is not None])), "hit_rate_by_class": rates}
+                if guided
+                else {"hit_rate": None}
+            )
             (place / "manifest.json").write_text(json.dumps(noted))
             rng = np.random.default_rng(number)
             drawn = rng.integers(0, 256, (12, 3, 8, 8), dtype=np.uint8) if images is None else images
@@ -107,7 +111,14 @@ def test_a_fall_between_two_networks_is_not_called_flat(write):
 
 
 @pytest.mark.parametrize(
-    "rates, count", [([0.3, 0.2, 0.4, 0.1], 2), ([1.0, 0.0, 1.0, 1.0], 1), ([0, 0, 0.1, 0.2], 2), ([1, 0.26, 1, 1], 0)]
+    "rates, count",
+    [
+        ([0.3, 0.2, 0.4, 0.1], 2),
+        ([1.0, 0.0, 1.0, 1.0], 1),
+        ([0, 0, 0.1, 0.2], 2),
+        ([1, 0.26, 1, 1], 0),
+        ([0.3, None, 0.4, 0.1], 2),
+    ],
 )
 def test_hit_rates(write, rates, count):
     assert len(verdict.findings(Run.read(write(rates=rates)))["the hit rate"]) == count
