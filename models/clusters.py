@@ -15,15 +15,19 @@ def find_clusters(
     """Assign each row of features (N, D) to one of `count` clusters: (N,) int64. A cluster may stay empty.
 
     Fit a mixture of von Mises-Fisher distributions to mean-centred features by EM (Banerjee et al. 2005, JMLR 6). All
-    components have the concentration 1 / temperature. Each has its own share, as a model's classes differ in size. Of
-    ten starts, keep the one with the highest likelihood. Raises ValueError for fewer rows than clusters.
+    components have the concentration 1 / temperature. Each has its own share, as a model's classes differ in size. The
+    first rounds keep the shares equal by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371), so that fewer clusters
+    cover two classes. Of five starts, keep the one with the highest likelihood.
+    Raises ValueError for fewer rows than clusters.
     """
     if len(features) < count:
         raise ValueError(f"got {len(features)} images for {count} clusters; draw more --samples-per-class")
     points = F.normalize(features - features.mean(0), dim=1)
     best, best_fit = None, -float("inf")
-    for _ in range(10):
+    for _ in range(5):
         centres, shares = points[_spread_start(points, count, generator)], points.new_full((count,), 1 / count)
+        for _ in range(rounds):
+            centres = F.normalize(_sinkhorn(points @ centres.T / temperature).T @ points, dim=1)
         for _ in range(rounds):
             scores = points @ centres.T / temperature + shares.log()
             likely = scores.softmax(1)
@@ -68,3 +72,12 @@ def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> Ten
         distance = (1 - points @ points[chosen].T).amin(1).clamp_min(0) + 1e-12
         chosen = torch.cat([chosen, torch.multinomial(distance.cpu(), 1, generator=generator)])
     return chosen
+
+
+def _sinkhorn(scores: Tensor, iterations: int = 20) -> Tensor:
+    """Turn scores (N, K) into soft assignments (N, K) with equal total weight in every column and in every row."""
+    log_shares = scores
+    for _ in range(iterations):
+        log_shares = log_shares - log_shares.logsumexp(0, keepdim=True)
+        log_shares = log_shares - log_shares.logsumexp(1, keepdim=True)
+    return log_shares.exp()

@@ -36,6 +36,8 @@ MUTANTS = [
     Mutant("guided_diffusion/synthesis.py", "*step).to(device, non_blocking=True)", "*step).to(device)", WAITS),
     Mutant("guided_diffusion/synthesis.py", "by_model[m][index].to(device)", "by_model[m].to(device)[index]",
            "tests/test_fake_cuda.py::test_training_gives_what_it_gives_on_a_cpu"),
+    Mutant("models/clusters.py", "log_shares - log_shares.logsumexp(0, keepdim=True)", "log_shares",
+           "tests/test_clusters.py::test_the_first_rounds_keep_the_shares_equal"),
     Mutant("models/clusters.py", " + shares.log()", "",
            "tests/test_clusters.py::test_the_shares_decide_where_two_clusters_meet"),
     Mutant("guided_diffusion/synthesis.py", "(guess == asked)", "(guess == guess)", f"{W}::test_hits"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import clusters
 from models.clusters import cluster_classes, find_clusters, likeliest_classes
 
 
@@ -19,7 +20,7 @@ def agreement(found, labels, count):
     return float(table.amax(1).sum() / len(labels))
 
 
-@pytest.mark.parametrize("sizes", [[20] * 2, [20] * 8, [70, 10, 10, 10], [140, 20, 20, 20], [23, 4, 4, 4], [9, 5, 1]])
+@pytest.mark.parametrize("sizes", [[20] * 2, [20] * 8, [70, 10, 10, 10], [140, 20, 20, 20], [40, 20, 15, 5], [9, 5, 1]])
 def test_finds_blobs(sizes):
     rng = torch.Generator().manual_seed(len(sizes))
     points, labels = blobs(rng, sizes)
@@ -38,6 +39,17 @@ def test_the_shares_decide_where_two_clusters_meet():
     found = find_clusters(torch.cat([points, -points]), 4, rng)
     sizes = sorted(torch.bincount(found, minlength=4).tolist())
     assert max(sizes[:2]) < 150 and min(sizes[2:]) > 850
+
+
+def test_the_first_rounds_keep_the_shares_equal(monkeypatch):
+    scores = 3 * torch.randn(30, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([4.0, 0, 0])
+    likely = clusters._sinkhorn(scores)
+    torch.testing.assert_close(likely.sum(0), torch.full((3,), 10.0), rtol=0, atol=0.1)
+    torch.testing.assert_close(likely.sum(1), torch.ones(30))
+    seen, real = [], clusters._sinkhorn
+    monkeypatch.setattr(clusters, "_sinkhorn", lambda scores: seen.append(scores.shape) or real(scores))
+    find_clusters(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), 3, torch.Generator(), rounds=4)
+    assert seen == [(30, 3)] * 4 * 5  # rounds of each start
 
 
 def test_same_generator_same_clusters():
@@ -59,10 +71,10 @@ def test_edge_cases():
 
 def test_a_collapsed_model_of_a_pool():
     rng = torch.Generator().manual_seed(1)
-    features = torch.cat([torch.full((40, 8), 0.3), blobs(rng, [25, 5, 5, 5], dim=8)[0]])
+    features = torch.cat([torch.full((40, 8), 0.3), blobs(rng, [16, 12, 6, 6], dim=8)[0]])
     labels = cluster_classes(features, torch.tensor([0] * 40 + [5] * 40), [5, 4], rng)
     sizes = torch.bincount(labels, minlength=9).tolist()
-    assert sum(sizes[:5]) == 40 and sorted(sizes[5:]) == [5, 5, 5, 25]
+    assert sum(sizes[:5]) == 40 and sorted(sizes[5:]) == [6, 6, 12, 16]
 
 
 def test_likeliest_classes():
