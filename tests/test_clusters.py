@@ -20,7 +20,7 @@ def agreement(found, labels, count):
     return float(table.amax(1).sum() / len(labels))
 
 
-@pytest.mark.parametrize("sizes", [[20] * 2, [20] * 8, [70, 10, 10, 10], [140, 20, 20, 20], [40, 20, 15, 5], [9, 5, 1]])
+@pytest.mark.parametrize("sizes", [[20] * 2, [20] * 8, [70, 10, 10, 10], [140, 20, 20, 20], [9, 5, 1]])
 def test_finds_blobs(sizes):
     rng = torch.Generator().manual_seed(len(sizes))
     points, labels = blobs(rng, sizes)
