@@ -3,6 +3,8 @@
 A class is a *stroke program*: two to four Bezier strokes at fixed places. An image is one writing of that program: the
 control points shake (motor noise), the whole is moved, rotated, scaled and sheared, and pen width, the colours of ink
 and paper, and the paper's texture vary. Only the shape identifies the class.
+
+It is drawn in float64, so that the rounded images are the same on every machine and with any number of threads.
 """
 
 import math
@@ -38,7 +40,7 @@ def make_split(split: str, per_class: int, *, seed: int = 0, size: int = 32) -> 
     images, labels = [], []
     for label in range(SPLIT_CLASSES[split]):
         random = numpy_generator(seed, "glyphs", split, label).random((per_class, _UNIFORMS))
-        images.append(_draw(programs[first + label], random.astype(np.float32), size))
+        images.append(_draw(programs[first + label], random, size))
         labels.append(torch.full((per_class,), label, dtype=torch.int64))
     names = [f"glyph{first + label:03d}" for label in range(SPLIT_CLASSES[split])]
     return LabelledImages(torch.cat(images), torch.cat(labels), names)
@@ -107,7 +109,7 @@ def _pen_path(controls: np.ndarray) -> np.ndarray:
     shares = [POINTS // strokes + (s < POINTS % strokes) for s in range(strokes)]
     paths = []
     for s, share in enumerate(shares):
-        t = np.linspace(0, 1, share, dtype=np.float32)
+        t = np.linspace(0, 1, share)
         basis = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], 1)  # (share, 4)
         paths.append(np.einsum("pc,ncd->npd", basis, controls[:, s]))
     return np.concatenate(paths, 1)
@@ -132,10 +134,10 @@ def _draw(program: np.ndarray, u: np.ndarray, size: int) -> torch.Tensor:
     path = np.stack([x + between(4, -0.2, 0.2)[:, None], y + between(5, -0.2, 0.2)[:, None]], -1)
 
     pen = torch.from_numpy(path)
-    axis = (torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 / size) - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)  # (H * W, 2), x then y
     radius = torch.from_numpy(between(6, 0.055, 0.105))[:, None]
-    ink = torch.cat([_coverage(grid, p, r, 1 / size) for p, r in zip(pen.split(256), radius.split(256), strict=True)])
+    ink = torch.cat([_coverage(grid, p, r, 1 / size) for p, r in zip(pen.split(8), radius.split(8), strict=True)])
     ink = ink.view(count, 1, size, size)
 
     paper_colour, ink_colour = _colours(u[:, 7:14])
@@ -146,8 +148,8 @@ def _draw(program: np.ndarray, u: np.ndarray, size: int) -> torch.Tensor:
 
 def _coverage(grid: torch.Tensor, pen: torch.Tensor, radius: torch.Tensor, softness: float) -> torch.Tensor:
     """Return how much ink the pen positions (N, P, 2) leave on each pixel (H * W, 2): (N, H * W) in [0, 1]."""
-    squared = (grid**2).sum(-1)[None, :, None] + (pen**2).sum(-1)[:, None, :] - 2 * grid @ pen.transpose(1, 2)
-    distance = squared.amin(-1).clamp_min(0).sqrt()
+    squared = torch.baddbmm((pen**2).sum(-1)[:, None], -2 * grid.expand(len(pen), -1, -1), pen.transpose(1, 2))
+    distance = (squared.amin(-1) + (grid**2).sum(-1)).clamp_min(0).sqrt()
     return torch.sigmoid((radius - distance) / (0.5 * softness))
 
 
@@ -160,7 +162,7 @@ def _colours(u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def _hue(lightness: np.ndarray, hue: np.ndarray, chroma: np.ndarray) -> torch.Tensor:
     """Return RGB (N, 3) with mean `lightness`, tinted by `chroma` towards `hue` (in turns)."""
     phases = 2 * math.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
-    return torch.from_numpy((lightness[:, None] + chroma[:, None] * np.cos(phases)).astype(np.float32))
+    return torch.from_numpy(lightness[:, None] + chroma[:, None] * np.cos(phases))
 
 
 def _texture(u: np.ndarray, axis: torch.Tensor) -> torch.Tensor:

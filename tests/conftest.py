@@ -20,6 +20,7 @@ from PIL import Image
 
 import bookkeeping
 import main
+from guided_diffusion import pool as pools
 from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from models import clusters
@@ -86,6 +87,12 @@ def no_pictures(request, monkeypatch):
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(Report, "write", lambda report: None)
         monkeypatch.setattr(bookkeeping, "curves", lambda *_, **__: None)
+
+
+@pytest.fixture(autouse=True)
+def no_trial_of_bf16(monkeypatch):
+    """Let `--precision auto` be float32 on every CPU, so that none times the models first."""
+    monkeypatch.setattr(pools, "may_gain_from_bf16", lambda device: False)
 
 
 UNET = dict(

@@ -427,7 +427,7 @@ def test_every_scenario_runs_and_says_what_is_missing(name, call, custom, make_p
 def test_each_checkpoint_is_checked_and_then_read_once(command, custom, ready, monkeypatch, two_models):
     root, read, load = custom("meta_val", "meta_test"), [], checkpoint.load
     monkeypatch.setattr(checkpoint, "load", lambda path, *args: read.append(str(path)) or load(path, *args))
-    command(diffusionmix, root, "--episodes", 12, "--sample-batch", 7, "--precision", "float32")
+    command(diffusionmix, root, "--episodes", 12, "--sample-batch", 7)
     models = [str(subset_path(two_models, m)) for m in (1, 2)]
     assert read[1:3] == models  # before any mix
     assert [path for path in read[3:] if "mixes" not in path] == models  # however many episodes and batches
