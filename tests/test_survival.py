@@ -60,7 +60,9 @@ def place(tmp_path_factory, make_pool, picture_folder):
 
 def command(place, name, out):
     """Module and arguments of a short run of each command, in folder `out`."""
-    shared = ("--dataset", "custom", "--data-root", place / "data", "--pool", place / "pool", "--device", "cpu")
+    # on a CPU with bf16, auto may choose another precision in each run
+    shared = ("--dataset", "custom", "--data-root", place / "data", "--pool", place / "pool")
+    shared += ("--device", "cpu", "--precision", "float32")
     if name == "diffusionmix":
         flags = "--episodes 12 --nTestNovel 10 --mix-steps 2 --head-steps 3 --sample-batch 8 --nExemplars 2".split()
         return "diffusionmix", (*shared, *flags, "--resume", place / "trained.pt", "--save-dir", out)
