@@ -129,9 +129,17 @@ def run_all(a: Namespace) -> None:
     """Run the steps that are not done, and exit with the status of a step that fails.
 
     done.json notes for each file or folder the command that made it last, after the commands that made its pool.
+    Raises ValueError if a seed was trained on a pool that other commands made, which `main.py` would refuse much later.
     """
     stages, notes = plan(a), ROOT / a.folder / "done.json"
     del stages["table"]
+    for step in stages["train"]:
+        *pools, _ = (read_json(notes, dict) or {}).get(str(step.makes)) or [None]
+        if pools not in ([], [pool.line for pool in stages["pool"]]) and os.path.lexists(ROOT / step.makes):
+            raise ValueError(
+                f"{step.makes.parent}: was trained on the pool of {'; '.join(pools)}; give the same flags after "
+                "--pretrain, or another --folder"
+            )
     for stage, steps in stages.items():
         pools = [pool.line for pool in stages["pool"]] if stage in ("train", "test") else []
         for step in steps:

@@ -171,7 +171,9 @@ def test_every_step_in_order_and_none_again(made, call):
     assert [words[1] for words in made] == ["diffusionmix.py"] * 4
     made.clear()
     longer = (*GIVEN, "--lr", "0.3", "--pretrain", "--steps", "10", "--test", "--episodes", "4")
-    assert call(paper, *longer)[0] == 0  # another pool: all that was made from the old one is made again
+    status, _, err = call(paper, *longer)  # another pool: main.py would refuse the runs, after hours of pretraining
+    assert status == 2 and err.count("\n") == 1 and "--steps 9" in err and "--folder" in err and not made
+    assert call(paper, "--folder", "other", *longer)[0] == 0
     assert [words[1] for words in made] == names[1:]
     made.clear()
     assert "43.00" in call(paper, *GIVEN, "--table")[1] and not made
