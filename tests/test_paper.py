@@ -65,7 +65,7 @@ def made(place, monkeypatch):
             Path(given["--pool"]).mkdir(parents=True, exist_ok=True)
             Path(given["--pool"], "pool.json").touch()
         else:
-            Path(words[-3] if "--from" in words else words[-1]).mkdir(parents=True)
+            Path(words[-3] if "--from" in words else words[-1]).mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(paper, "call", stand_in)
     return called
@@ -173,8 +173,8 @@ def test_every_step_in_order_and_none_again(made, call):
     longer = (*GIVEN, "--lr", "0.3", "--pretrain", "--steps", "10", "--test", "--episodes", "4")
     status, _, err = call(paper, *longer)  # another pool: main.py would refuse the runs, after hours of pretraining
     assert status == 2 and err.count("\n") == 1 and "--steps 9" in err and "--folder" in err and not made
-    assert call(paper, "--folder", "other", *longer)[0] == 0
-    assert [words[1] for words in made] == names[1:]
+    status, _, err = call(paper, "--folder", "other", *longer)
+    assert status == 0 and [words[1] for words in made] == names, err
     made.clear()
     assert "43.00" in call(paper, *GIVEN, "--table")[1] and not made
 
