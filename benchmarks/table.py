@@ -333,11 +333,12 @@ def publish(rows: list[Row], folder: Path) -> None:
     for dataset in dict.fromkeys(r.dataset for r in rows):
         own = [r for r in rows if r.dataset == dataset]
         r, each = own[0], int(own[0].episodes) // int(own[0].seeds)
+        machines = "; ".join(dict.fromkeys(one for row in own for one in row.hardware.split(" / ")))
         commits = ", ".join(dict.fromkeys(one for row in own for one in row.commit.split(" / ")))
         parts += [
             f"## {dataset}, {r.split}, {r.way}-way",
             "",
-            f"{_seeds(own)}, {each} episodes each. {r.hardware}, torch {r.torch}, commit {commits}.",
+            f"{_seeds(own)}, {each} episodes each. {machines}; torch {r.torch}; commit {commits}.",
             "",
             as_text(own),
             "",

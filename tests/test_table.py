@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -178,8 +179,11 @@ def test_seeds_and_rows_are_added_to_what_is_kept(calls, tmp_path):
     assert (guided.seeds, guided.by_seed, real.seeds) == (2, "71.00 73.00", 1)
     assert (guided.difference, guided.difference_seeds_ci95) == (10, "")  # paired with the seed that both have
     assert guided.closed == pytest.approx(80)
+    found[1, "guided"] = replace(guided, hardware="this / that")
     table.publish(list(found.values()), tmp_path)
-    assert "2 training seeds (real reference: 1, unguided: 1), 5 episodes each" in (tmp_path / "RESULTS.md").read_text()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "2 training seeds (real reference: 1, unguided: 1), 5 episodes each" in text
+    assert f"{found[1, 'real reference'].hardware}; this; that; torch" in text  # every machine, as every commit
 
 
 @pytest.mark.parametrize(
