@@ -133,15 +133,16 @@ def run_all(a: Namespace) -> None:
     """
     stages, notes = plan(a), ROOT / a.folder / "done.json"
     del stages["table"]
+    made_pools, finished = [pool.line for pool in stages["pool"]], read_json(notes, dict) or {}
     for step in stages["train"]:
-        *pools, _ = (read_json(notes, dict) or {}).get(str(step.makes)) or [None]
-        if pools not in ([], [pool.line for pool in stages["pool"]]) and os.path.lexists(ROOT / step.makes):
+        before = finished.get(str(step.makes), [])[:-1]
+        if before and before != made_pools and os.path.lexists(ROOT / step.makes):
             raise ValueError(
-                f"{step.makes.parent}: was trained on the pool of {'; '.join(pools)}; give the same flags after "
+                f"{step.makes.parent}: was trained on the pool of {'; '.join(before)}; give the same flags after "
                 "--pretrain, or another --folder"
             )
     for stage, steps in stages.items():
-        pools = [pool.line for pool in stages["pool"]] if stage in ("train", "test") else []
+        pools = made_pools if stage in ("train", "test") else []
         for step in steps:
             done, made_by = read_json(notes, dict, "its steps are run again") or {}, [*pools, step.line]
             data = step.makes.parts[0] == "data" and prepare.is_complete(ROOT / step.makes, classes_of(step.makes.name))

@@ -4,7 +4,7 @@ A class is a *stroke program*: two to four Bezier strokes at fixed places. An im
 control points shake (motor noise), the whole is moved, rotated, scaled and sheared, and pen width, the colours of ink
 and paper, and the paper's texture vary. Only the shape identifies the class.
 
-It is drawn in float64, so that the rounded images are the same on every machine and with any number of threads.
+Images are drawn in float64, so that they are the same after rounding on every machine and with any number of threads.
 """
 
 import math
@@ -137,6 +137,7 @@ def _draw(program: np.ndarray, u: np.ndarray, size: int) -> torch.Tensor:
     axis = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 / size) - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)  # (H * W, 2), x then y
     radius = torch.from_numpy(between(6, 0.055, 0.105))[:, None]
+    # eight at once: the distances of more would not fit in the cache
     ink = torch.cat([_coverage(grid, p, r, 1 / size) for p, r in zip(pen.split(8), radius.split(8), strict=True)])
     ink = ink.view(count, 1, size, size)
 

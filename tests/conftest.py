@@ -20,7 +20,6 @@ from PIL import Image
 
 import bookkeeping
 import main
-from guided_diffusion import pool as pools
 from guided_diffusion.pool import subset_path
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from models import clusters
@@ -92,7 +91,7 @@ def no_pictures(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_trial_of_bf16(monkeypatch):
     """Let `--precision auto` be float32 on every CPU, so that none times the models first."""
-    monkeypatch.setattr(pools, "may_gain_from_bf16", lambda device: False)
+    monkeypatch.setattr("guided_diffusion.pool.may_gain_from_bf16", lambda device: False)
 
 
 UNET = dict(

@@ -69,7 +69,7 @@ def test_fast_enough():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_machine_draws_the_same_pixels(threads):
-    """The digest is that of SSE, AVX2 and AVX-512 arithmetic, in this order of operations and in another."""
+    """SSE, AVX2 and AVX-512 arithmetic gave this digest; so did another order of operations."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
