@@ -63,9 +63,7 @@ def calibrate(model: MetaModel, learner: ClassLearner, images: Tensor) -> None:
     """
     device = next(model.parameters()).device
     clean = to_float(images).to(device)
-    t = torch.zeros(
-        len(clean), device=device
-    )  # one t, as in a step of guidance: with many, e(t) would drown the images
+    t = torch.zeros(len(clean), device=device)  # one t, as in guidance: with many, e(t) would drown the images
     model.eval()
     learner.eval()
     layers = [layer for network in (model, learner) for layer in network.modules()]
