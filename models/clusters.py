@@ -9,20 +9,41 @@ from torch import Tensor
 SMALLEST = 1e-3  # least share of a cluster, so that its logarithm is finite
 
 
-def find_clusters(
-    features: Tensor, count: int, generator: torch.Generator, *, rounds: int = 40, temperature: float = 0.05
-) -> Tensor:
+def find_clusters(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Assign each row of features (N, D) to one of `count` clusters: (N,) int64. A cluster may stay empty.
 
-    Fit a mixture of von Mises-Fisher distributions to mean-centred features by EM (Banerjee et al. 2005, JMLR 6). All
-    components have the concentration 1 / temperature. Each has its own share, as a model's classes differ in size. The
-    first rounds keep the shares equal by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371), so that fewer clusters
-    cover two classes. Of five starts, keep the one with the highest likelihood.
     Raises ValueError for fewer rows than clusters.
     """
     if len(features) < count:
         raise ValueError(f"got {len(features)} images for {count} clusters; draw more --samples-per-class")
-    points = F.normalize(features - features.mean(0), dim=1)
+    return fit_mixture(F.normalize(levelled(features, count), dim=1), count, generator)
+
+
+def levelled(features: Tensor, count: int) -> Tensor:
+    """Return the principal components of features (N, D) with their sizes made more alike: (N, K), K <= min(N, D).
+
+    With few large components, the angles between points hardly show the small ones, which tell similar classes apart.
+    With the singular value decomposition u s v^T of the centred features, return u s^(1/4). Leave out noise: singular
+    values below 2.858 times their median (Gavish and Donoho 2014, arXiv 1305.5870), the median without zeros. Always
+    keep the first count - 1 components: as many as the means of `count` clusters span.
+    """
+    u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+    present = s[s > 1e-3 * s[0]]
+    kept = s > 2.858 * (present.median() if len(present) else 0.0)
+    kept[: max(1, count - 1)] = True
+    return u[:, kept] * s[kept] ** 0.25
+
+
+def fit_mixture(
+    points: Tensor, count: int, generator: torch.Generator, *, rounds: int = 40, temperature: float = 0.1
+) -> Tensor:
+    """Return the likeliest component of each unit vector in points (N, D): (N,) int64, each below `count`.
+
+    Fit a mixture of von Mises-Fisher distributions by EM (Banerjee et al. 2005, JMLR 6). All components have the
+    concentration 1 / temperature. Each has its own share, as a model's classes differ in size. The first rounds keep
+    the shares equal by Sinkhorn-Knopp (Asano et al. 2020, arXiv 1911.05371), so that fewer clusters cover two classes.
+    Of five starts, keep the one with the highest likelihood.
+    """
     best, best_fit = None, -float("inf")
     for _ in range(5):
         centres, shares = points[_spread_start(points, count, generator)], points.new_full((count,), 1 / count)

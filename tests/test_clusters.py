@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import clusters
-from models.clusters import cluster_classes, find_clusters, likeliest_classes
+from models.clusters import cluster_classes, find_clusters, fit_mixture, levelled, likeliest_classes
 
 
 def blobs(rng, sizes, spread=0.1, dim=16):
@@ -31,12 +32,32 @@ def test_finds_blobs(sizes):
     assert sorted(torch.bincount(found).tolist()) == sorted(sizes)
 
 
+def test_small_directions_tell_classes_apart_beside_large_ones():
+    # The means of four classes span three directions. Two others are larger and say nothing of it.
+    rng = torch.Generator().manual_seed(3)
+    points, labels = blobs(rng, [30] * 4, spread=0.5, dim=60)
+    features = torch.cat([12 * torch.randn(120, 2, generator=rng), points], 1)
+    assert agreement(find_clusters(features, 4, rng), labels, 4) > 0.95
+    assert agreement(fit_mixture(F.normalize(features - features.mean(0)), 4, rng), labels, 4) < 0.6
+
+
+def test_levelled_takes_fourth_roots_and_leaves_noise_out():
+    rng = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 20, generator=rng)).Q for n in (60, 30))
+    u = torch.linalg.qr(u - u.mean(0)).Q  # centred, as features are
+    sizes = torch.tensor([81.0, 16.0, 2.9, 2.8] + [1.0] * 16)
+    points = levelled(u * sizes @ v.T + 7, 2)
+    torch.testing.assert_close(points.norm(dim=0), torch.tensor([81.0, 16.0, 2.9]) ** 0.25)
+    torch.testing.assert_close((u[:, :3].T @ points).abs().diag(), points.norm(dim=0))
+    assert levelled(u * sizes @ v.T, 9).shape == (60, 8)  # the means of 9 clusters span 8 directions
+
+
 def test_the_shares_decide_where_two_clusters_meet():
     # Two blobs on a circle touch: 900 and 100 points. Mirror images make the mean 0.
     rng = torch.Generator().manual_seed(0)
     angle = torch.cat([0.0 + 0.25 * torch.randn(900, generator=rng), 0.8 + 0.25 * torch.randn(100, generator=rng)])
     points = torch.stack([angle.cos(), angle.sin()], 1)
-    found = find_clusters(torch.cat([points, -points]), 4, rng)
+    found = fit_mixture(torch.cat([points, -points]), 4, rng)
     sizes = sorted(torch.bincount(found, minlength=4).tolist())
     assert max(sizes[:2]) < 150 and min(sizes[2:]) > 850
 
@@ -48,7 +69,8 @@ def test_the_first_rounds_keep_the_shares_equal(monkeypatch):
     torch.testing.assert_close(likely.sum(1), torch.ones(30))
     seen, real = [], clusters._sinkhorn
     monkeypatch.setattr(clusters, "_sinkhorn", lambda scores: seen.append(scores.shape) or real(scores))
-    find_clusters(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), 3, torch.Generator(), rounds=4)
+    points = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    fit_mixture(points, 3, torch.Generator(), rounds=4)
     assert seen == [(30, 3)] * 4 * 5  # rounds of each start
 
 
