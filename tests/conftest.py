@@ -181,7 +181,7 @@ def enough_memory(monkeypatch) -> None:
 @pytest.fixture
 def few_rounds(monkeypatch) -> None:
     """Clusters after two rounds: the others are most of what a tiny run with clusters costs."""
-    monkeypatch.setattr(clusters, "find_clusters", partial(clusters.find_clusters, rounds=2))
+    monkeypatch.setattr(clusters, "fit_mixture", partial(clusters.fit_mixture, rounds=2))
 
 
 @pytest.fixture
