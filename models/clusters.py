@@ -12,6 +12,7 @@ SMALLEST = 1e-3  # least share of a cluster, so that its logarithm is finite
 def find_clusters(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Assign each row of features (N, D) to one of `count` clusters: (N,) int64. A cluster may stay empty.
 
+    Level the features, scale each row to length 1, and fit a mixture to the rows.
     Raises ValueError for fewer rows than clusters.
     """
     if len(features) < count:
@@ -22,13 +23,13 @@ def find_clusters(features: Tensor, count: int, generator: torch.Generator) -> T
 def levelled(features: Tensor, count: int) -> Tensor:
     """Return the principal components of features (N, D) with their sizes made more alike: (N, K), K <= min(N, D).
 
-    With few large components, the angles between points hardly show the small ones, which tell similar classes apart.
-    With the singular value decomposition u s v^T of the centred features, return u s^(1/4). Leave out noise: singular
-    values below 2.858 times their median (Gavish and Donoho 2014, arXiv 1305.5870), the median without zeros. Always
-    keep the first count - 1 components: as many as the means of `count` clusters span.
+    A few large components would hide the small ones, which tell similar classes apart. So return u s^(1/4), where
+    u s v^T is the singular value decomposition of the centred features. Leave out noise: singular values up to 2.858
+    times the median of those above 0 (Gavish and Donoho 2014, arXiv 1305.5870). Always keep the first count - 1
+    components: as many as the means of `count` clusters span.
     """
     u, s, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
-    present = s[s > 1e-3 * s[0]]
+    present = s[s > 1e-3 * s[0]]  # rounding leaves others a little above 0
     kept = s > 2.858 * (present.median() if len(present) else 0.0)
     kept[: max(1, count - 1)] = True
     return u[:, kept] * s[kept] ** 0.25

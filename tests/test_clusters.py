@@ -33,7 +33,7 @@ def test_finds_blobs(sizes):
 
 
 def test_small_directions_tell_classes_apart_beside_large_ones():
-    # The means of four classes span three directions. Two others are larger and say nothing of it.
+    # The means of four classes span three directions. Two others are larger and say nothing about the class.
     rng = torch.Generator().manual_seed(3)
     points, labels = blobs(rng, [30] * 4, spread=0.5, dim=60)
     features = torch.cat([12 * torch.randn(120, 2, generator=rng), points], 1)
